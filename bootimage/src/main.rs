@@ -1,0 +1,2 @@
+//! Builds bootable FAT16 disk images without root.
+fn main() {}

@@ -1,0 +1,2 @@
+//! BareFlow as a Linux process: generate, bench, info.
+fn main() {}

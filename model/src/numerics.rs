@@ -1,0 +1,46 @@
+//! The numerics contract: the exact sequence of f32 operations every tier performs.
+//!
+//! Reference ops, hand-written SIMD, compiled kernels of every width and variant, every thread count and the
+//! exported native image give bit-identical results because each output element is computed by exactly these steps.
+//! `fma(a, b, c)` is one rounding (IEEE 754 fusedMultiplyAdd); every other operation rounds on its own.
+//!
+//! **Products.** One f32 accumulator per output element, starting at `+0.0`, `k` ascending:
+//! - F32, F16: `acc = fma(f32(w[k]), x[k], acc)`.
+//! - Q8_0, per block: `acc = fma(d_w * d_x, f32(sum q_w q_x), acc)` (the sum is an exact i32).
+//! - Q4_0, per block: `acc = fma(d_w * d_x, f32(sum q_w q_x - 8 * sum q_x), acc)` (exact i32 before conversion).
+//! - Q4_1, per block: `acc = fma(d_w * d_x, f32(sum q_w q_x), acc)`, then `acc = fma(m_w, dsum_x, acc)`.
+//!
+//! **Fusions.** `GateUpSilu`: `y = silu(g) * u`. `MatmulResidual`: `y = y + acc`. The rest store `acc`.
+//!
+//! **Activation quantisation**, per block of 32: `amax = max |x|`; `d = amax / 127`; `id = 127 / amax` (0 when `amax` is 0);
+//! `q = round_ties_even(x * id)`; `sum = sum q`; `dsum = d * f32(sum)`. `d` stays f32.
+//!
+//! **exp(x)**, with the constants below: `x = min(max(x, EXP_LO), EXP_HI)`; `t = fma(x, LOG2E, ROUND_MAGIC)`;
+//! `n = t - ROUND_MAGIC`; `r = fma(n, -LN2_HI, x)`; `r = fma(n, -LN2_LO, r)`; `p = EXP_POLY[0]`; for the other
+//! coefficients `p = fma(p, r, c)`; `e = fma(p, r * r, r + 1)`; the result is `e * 2^n`, made by adding
+//! `bits(t) << 23` (wrapping) to `bits(e)`.
+//!
+//! **silu(x)** = `x / (1 + exp(0 - x))`.
+//!
+//! **Reductions** that are not products (rmsnorm, softmax) accumulate in [`REDUCE_LANES`] partial sums, element `i`
+//! into lane `i % REDUCE_LANES` in ascending order, then fold halves: `lane[i] += lane[i + width]` for width 16, 8, 4, 2, 1.
+//!
+//! Source of the polynomial: Cephes `expf` coefficients (S. Moshier).
+
+/// Upper clamp of `exp`'s argument.
+pub const EXP_HI: f32 = 87.0;
+/// Lower clamp of `exp`'s argument.
+pub const EXP_LO: f32 = -87.0;
+/// `log2(e)`.
+pub const LOG2E: f32 = core::f32::consts::LOG2_E;
+/// `1.5 * 2^23`: adding it rounds to an integer held in the low mantissa bits.
+pub const ROUND_MAGIC: f32 = 12_582_912.0;
+/// High part of `ln 2`.
+pub const LN2_HI: f32 = 0.693_359_375;
+/// Low part of `ln 2`.
+pub const LN2_LO: f32 = -2.121_944_4e-4;
+/// Coefficients of `(exp(r) - 1 - r) / r^2`, highest degree first.
+pub const EXP_POLY: [f32; 6] =
+    [1.987_569_1e-4, 1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 5.000_000_1e-1];
+/// Partial sums of a reduction.
+pub const REDUCE_LANES: usize = 32;

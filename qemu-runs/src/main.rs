@@ -1,0 +1,2 @@
+//! Typed QEMU machines, repeated boots and the convergence report.
+fn main() {}

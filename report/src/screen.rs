@@ -1,0 +1,1 @@
+//! The boot report as one 80-column ASCII screen.

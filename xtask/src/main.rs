@@ -1,0 +1,2 @@
+//! Build, test, demo and bench entry points.
+fn main() {}
