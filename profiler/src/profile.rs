@@ -1,0 +1,156 @@
+//! The profile of one boot: statistics per dispatch slot, and what is hot.
+
+use crate::stats::KeyStats;
+use alloc::vec::Vec;
+use model::kernel::KernelKey;
+
+/// Statistics by slot of the kernel table. Recorded by one core; the others' work is inside its measurements.
+#[derive(Clone, Debug, Default)]
+pub struct Profile {
+    slots: Vec<(KernelKey, KeyStats)>,
+}
+
+/// One key of the hot list.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct HotKey {
+    /// Slot of the kernel table.
+    pub slot: usize,
+    /// The key in that slot.
+    pub key: KernelKey,
+    /// Cycles spent in it.
+    pub total_cycles: u64,
+    /// Its share of the cycles of all keys, 0..=1.
+    pub share: f64,
+}
+
+impl Profile {
+    /// An empty profile for `keys`, slot 0 first.
+    pub fn new(keys: impl IntoIterator<Item = KernelKey>) -> Self {
+        Self { slots: keys.into_iter().map(|key| (key, KeyStats::new())).collect() }
+    }
+
+    /// Adds a slot for `key` and returns its index.
+    pub fn add(&mut self, key: KernelKey) -> usize {
+        self.slots.push((key, KeyStats::new()));
+        self.slots.len() - 1
+    }
+
+    /// Slots.
+    pub fn len(&self) -> usize {
+        self.slots.len()
+    }
+
+    /// True when there are no slots.
+    pub fn is_empty(&self) -> bool {
+        self.slots.is_empty()
+    }
+
+    /// Takes in one call of the kernel in `slot` that took `cycles`.
+    ///
+    /// # Panics
+    /// When there is no such slot.
+    #[inline]
+    pub fn record(&mut self, slot: usize, cycles: u64) {
+        self.slots[slot].1.record(cycles);
+    }
+
+    /// Key of `slot`.
+    ///
+    /// # Panics
+    /// When there is no such slot.
+    pub fn key(&self, slot: usize) -> KernelKey {
+        self.slots[slot].0
+    }
+
+    /// Statistics of `slot`.
+    ///
+    /// # Panics
+    /// When there is no such slot.
+    pub fn stats(&self, slot: usize) -> &KeyStats {
+        &self.slots[slot].1
+    }
+
+    /// Every slot with its key and statistics, slot 0 first.
+    pub fn iter(&self) -> impl ExactSizeIterator<Item = (usize, KernelKey, &KeyStats)> {
+        self.slots.iter().enumerate().map(|(slot, (key, stats))| (slot, *key, stats))
+    }
+
+    /// Cycles in all keys.
+    pub fn total_cycles(&self) -> u64 {
+        self.slots.iter().fold(0, |sum: u64, (_, stats)| sum.saturating_add(stats.total_cycles()))
+    }
+
+    /// Forgets every sample and keeps the slots.
+    pub fn reset(&mut self) {
+        self.slots.iter_mut().for_each(|(_, stats)| stats.reset());
+    }
+
+    /// Keys that were called, most cycles first; ties in slot order.
+    pub fn hot_list(&self) -> Vec<HotKey> {
+        let total = self.total_cycles();
+        let mut hot: Vec<HotKey> = self
+            .iter()
+            .filter(|(_, _, stats)| stats.count() > 0)
+            .map(|(slot, key, stats)| HotKey {
+                slot,
+                key,
+                total_cycles: stats.total_cycles(),
+                share: share(stats.total_cycles(), total),
+            })
+            .collect();
+        hot.sort_by_key(|hot| (core::cmp::Reverse(hot.total_cycles), hot.slot));
+        hot
+    }
+
+    /// Share of all cycles, 0..=1, that is in slots for which `settled` holds; `None` before anything was recorded.
+    pub fn share_where(&self, mut settled: impl FnMut(usize) -> bool) -> Option<f64> {
+        let total = self.total_cycles();
+        let inside = self
+            .iter()
+            .filter(|(slot, _, _)| settled(*slot))
+            .fold(0, |sum: u64, (_, _, stats)| sum.saturating_add(stats.total_cycles()));
+        (total > 0).then(|| share(inside, total))
+    }
+}
+
+fn share(part: u64, whole: u64) -> f64 {
+    if whole == 0 { 0.0 } else { part as f64 / whole as f64 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use model::kernel::{DType, Op};
+
+    fn key(n: u32) -> KernelKey {
+        KernelKey { op: Op::Matmul, dtype: DType::Q4_1, m: 1, n, k: 576 }
+    }
+
+    #[test]
+    fn the_hot_list_is_sorted_and_leaves_out_what_never_ran() {
+        let mut profile = Profile::new([key(32), key(64), key(96)]);
+        let last = profile.add(key(128));
+        for (slot, cycles) in [(0, 100), (last, 100), (2, 500), (2, 300)] {
+            profile.record(slot, cycles);
+        }
+        let hot = profile.hot_list();
+        assert_eq!(hot.iter().map(|h| h.slot).collect::<Vec<_>>(), [2, 0, 3]);
+        assert_eq!(hot[0], HotKey { slot: 2, key: key(96), total_cycles: 800, share: 0.8 });
+        assert_eq!(profile.total_cycles(), 1000);
+        assert_eq!(profile.share_where(|slot| slot != 2), Some(0.2));
+        assert_eq!(profile.stats(2).count(), 2);
+    }
+
+    #[test]
+    fn an_empty_profile_has_no_shares() {
+        let mut profile = Profile::new([key(32)]);
+        assert!(profile.hot_list().is_empty());
+        assert_eq!(profile.share_where(|_| true), None);
+        profile.record(0, 0);
+        assert_eq!(profile.share_where(|_| true), None);
+        assert_eq!(profile.hot_list()[0].share, 0.0);
+        profile.record(0, 10);
+        profile.reset();
+        assert_eq!((profile.len(), profile.total_cycles()), (1, 0));
+    }
+}
