@@ -27,7 +27,9 @@ pub enum WireError {
 impl core::fmt::Display for WireError {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
         f.write_str(match self {
-            WireError::Framing => "a frame on the wire is not COBS-encoded; the guest wrote something else to this port",
+            WireError::Framing => {
+                "a frame on the wire is not COBS-encoded; the guest wrote something else to this port"
+            }
             WireError::Checksum => "a frame on the wire failed its CRC-32; bytes were lost or changed",
             WireError::Schema => "a frame is intact but not a known message; guest and host are different builds",
             WireError::TooLong => "a frame on the wire has no end within 4 MiB",
@@ -141,7 +143,7 @@ mod tests {
 
     #[test]
     fn frames_round_trip_in_any_chunking() {
-        let messages = vec![
+        let messages = [
             Message::Note { level: Level::Info, text: String::from("\0zeros\0") },
             Message::Token { id: 0, bytes: (0..=255).collect() },
             Message::Token { id: 7, bytes: vec![1; 700] },
