@@ -68,6 +68,7 @@ pub enum Level {
 }
 
 /// One message from guest to host.
+#[allow(clippy::large_enum_variant, reason = "one report a boot: boxing it would save nothing")]
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Message {
