@@ -1,4 +1,25 @@
 //! Packed weights, forward pass, KV cache, sampling, reference and SIMD ops, kernel dispatch.
+//!
+//! Data path: model file bytes -> [`pack`] (panels in one arena) -> forward pass: every matmul goes through the
+//! kernel table, which runs a compiled [`dispatch::Kernel`], a hand-written op of `simd`, or the portable
+//! `reference`; rmsnorm, rope, attention and sampling are this crate's own -> logits -> token.
+//!
+//! Architecture invariant: unsafe code lives in [`dispatch`] and `simd` only.
+//! Architecture invariant: every way to compute an op gives bit-identical results (`model::numerics`), so which one
+//! runs, and on how many workers, can change the time of a token but never the token.
 #![no_std]
+#![deny(unsafe_code)]
 
 extern crate alloc;
+#[cfg(test)]
+extern crate std;
+
+#[allow(unsafe_code)]
+pub mod dispatch;
+mod isa;
+#[allow(unsafe_code)]
+pub mod simd;
+pub mod workers;
+
+pub use isa::Isa;
+pub use simd::cycles;

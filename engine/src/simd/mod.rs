@@ -1,0 +1,92 @@
+//! Everything written with CPU intrinsics: feature detection, the time-stamp counter, and the hand-written ops.
+//!
+//! A [`Level`] is the proof that an instruction set may be used: only detection makes one, so the safe wrappers of
+//! this module cannot execute an instruction the CPU lacks.
+
+use crate::isa::{FeatureWords, Isa};
+use core::arch::x86_64::{__cpuid, __cpuid_count, _rdtsc, _xgetbv};
+use core::sync::atomic::{AtomicU8, Ordering};
+
+/// Reads the time-stamp counter. Not serialising: good for differences well above 100 cycles.
+#[inline(always)]
+pub fn cycles() -> u64 {
+    // SAFETY: RDTSC exists on every x86-64 CPU; CR4.TSD is clear in our kernel and under Linux.
+    unsafe { _rdtsc() }
+}
+
+/// CPUID and XCR0 as far as [`Isa`] needs them.
+pub(crate) fn feature_words() -> FeatureWords {
+    let max_leaf = __cpuid(0).eax;
+    let leaf1_ecx = __cpuid(1).ecx;
+    let mut words = FeatureWords { leaf1_ecx, ..FeatureWords::default() };
+    if max_leaf >= 7 {
+        let leaf7 = __cpuid_count(7, 0);
+        words.leaf7_ebx = leaf7.ebx;
+        words.leaf7_ecx = leaf7.ecx;
+        if leaf7.eax >= 1 {
+            words.leaf7_1_eax = __cpuid_count(7, 1).eax;
+        }
+    }
+    const OSXSAVE: u32 = 1 << 27;
+    if leaf1_ecx & OSXSAVE != 0 {
+        // SAFETY: OSXSAVE is set, so XGETBV is enabled at every privilege level.
+        words.xcr0 = unsafe { xcr0() };
+    }
+    words
+}
+
+#[target_feature(enable = "xsave")]
+unsafe fn xcr0() -> u64 {
+    // SAFETY: the caller saw CPUID's OSXSAVE bit.
+    unsafe { _xgetbv(0) }
+}
+
+/// Proof that this CPU runs AVX2, FMA and F16C.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Avx2(());
+
+/// Which of this crate's own ops to run.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Level {
+    /// Portable scalar code.
+    Portable,
+    /// Hand-written AVX2, FMA and F16C code.
+    Avx2(Avx2),
+}
+
+impl Level {
+    /// The highest level that `isa` allows and this CPU has.
+    pub fn new(isa: Isa) -> Level {
+        if isa.avx2 && cpu_has_avx2() { Level::Avx2(Avx2(())) } else { Level::Portable }
+    }
+
+    /// The highest level of this CPU.
+    pub fn detect() -> Level {
+        if cpu_has_avx2() { Level::Avx2(Avx2(())) } else { Level::Portable }
+    }
+}
+
+/// [`Isa::detect`]'s answer for AVX2, kept because a CPUID under a hypervisor can cost tens of microseconds.
+fn cpu_has_avx2() -> bool {
+    static KNOWN: AtomicU8 = AtomicU8::new(0);
+    match KNOWN.load(Ordering::Relaxed) {
+        0 => {
+            let has = Isa::detect().avx2;
+            KNOWN.store(1 + u8::from(has), Ordering::Relaxed);
+            has
+        }
+        known => known == 2,
+    }
+}
+
+/// Marks the upper halves of all vector registers clean (`vzeroupper`), on CPUs that have them.
+pub(crate) fn clear_upper_halves() {
+    #[target_feature(enable = "avx")]
+    fn vzeroupper() {
+        core::arch::x86_64::_mm256_zeroupper();
+    }
+    if cpu_has_avx2() {
+        // SAFETY: AVX2 implies AVX.
+        unsafe { vzeroupper() }
+    }
+}
