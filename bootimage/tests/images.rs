@@ -36,7 +36,7 @@ impl Fixture {
 }
 
 fn pattern(head: &[u8], len: usize) -> Vec<u8> {
-    let body = (head.len()..len).map(|i| (i * 31 >> 3) as u8);
+    let body = (head.len()..len).map(|i| ((i * 31) >> 3) as u8);
     head.iter().copied().chain(body).collect()
 }
 
