@@ -1,5 +1,27 @@
 //! Snapshot schema, framing, hashes and the two-slot commit.
+//!
+//! Data path: at boot [`open`] picks the newest whole snapshot of this model from two slot files -> `runtime` restores kernels
+//! and profiles from it -> at the end of the boot [`save`] writes the other slot. [`DiskMedium`] puts both on a FAT16 volume.
+//!
+//! Architecture invariant: [`save`] never touches the slot [`open`] would pick, so a power cut at any sector write leaves
+//! the previous snapshot or the new one, whole.
+//! Architecture invariant: no bytes in a slot can make this crate panic or allocate more than [`MAX_PAYLOAD_BYTES`] for the
+//! bytes and what they decode to; what is not used is refused with a [`SlotReason`].
+//! Architecture invariant: machine code leaves this crate only when build, machine and model are those of the running image.
+//! It is not trusted even then: `runtime` verifies its results before use.
 #![no_std]
 #![forbid(unsafe_code)]
 
 extern crate alloc;
+
+mod commit;
+mod disk;
+pub mod header;
+mod reason;
+mod schema;
+
+pub use commit::{Medium, Opened, Saved, Slot, open, save};
+pub use disk::DiskMedium;
+pub use header::{FORMAT_VERSION, HEADER_BYTES, Identity, MAX_PAYLOAD_BYTES};
+pub use reason::{CodeUse, ColdStart, ForeignCode, SaveError, ShortHash, SlotReason};
+pub use schema::{BootLine, KeyRecord, MAX_BOOT_LINES, Snapshot, StoredKernel, Trial, TrialOutcome};

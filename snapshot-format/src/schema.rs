@@ -1,0 +1,198 @@
+//! What a snapshot remembers: kernels, what was tried, and one line per boot.
+//!
+//! The payload is this schema in postcard encoding. It has no self-description: any change to these types, or to
+//! [`KernelKey`] and [`Variant`], is a new [`FORMAT_VERSION`](crate::FORMAT_VERSION). A test pins the encoding.
+
+use alloc::vec::Vec;
+use model::kernel::{KernelKey, Variant};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+/// Boot lines kept: enough for the longest convergence window in use, and few enough to be read at every boot.
+pub const MAX_BOOT_LINES: usize = 1024;
+
+/// Everything one boot leaves to the next.
+#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
+pub struct Snapshot {
+    /// Boots so far, the one that wrote this included.
+    pub boot_count: u32,
+    /// One record per key ever profiled.
+    pub entries: Vec<KeyRecord>,
+    /// One line per boot, oldest first, at most [`MAX_BOOT_LINES`] when added by [`Snapshot::push_boot`].
+    pub boots: Vec<BootLine>,
+}
+
+/// What is known about one key.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct KeyRecord {
+    /// The key.
+    pub key: KernelKey,
+    /// The compiled kernel in use; `None` while the hand-written one is.
+    pub incumbent: Option<StoredKernel>,
+    /// Median cycles of one call of the hand-written kernel, on the first boot that measured it.
+    pub baseline_median_cycles: Option<u64>,
+    /// Median cycles of one call in the last boot.
+    pub last_median_cycles: Option<u64>,
+    /// Variants tried, oldest first.
+    pub trials: Vec<Trial>,
+    /// Variants that faulted or gave a wrong result: never tried again.
+    pub quarantined: Vec<Variant>,
+    /// Every variant worth trying was tried.
+    pub space_exhausted: bool,
+    /// Boot in which the incumbent last changed; 0 is never.
+    pub changed_at_boot: u32,
+}
+
+impl KeyRecord {
+    /// The record of a key that was just met.
+    pub fn new(key: KernelKey) -> Self {
+        Self {
+            key,
+            incumbent: None,
+            baseline_median_cycles: None,
+            last_median_cycles: None,
+            trials: Vec::new(),
+            quarantined: Vec::new(),
+            space_exhausted: false,
+            changed_at_boot: 0,
+        }
+    }
+
+    /// True when `variant` was tried or quarantined.
+    pub fn knows(&self, variant: &Variant) -> bool {
+        self.quarantined.contains(variant) || self.trials.iter().any(|trial| trial.variant == *variant)
+    }
+}
+
+/// A compiled kernel.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct StoredKernel {
+    /// How it was built.
+    pub variant: Variant,
+    /// Its machine code; empty when it has to be compiled again (see [`CodeUse::ProfileOnly`](crate::CodeUse::ProfileOnly)).
+    pub code: Vec<u8>,
+    /// SHA-256 of the code; of the code that was dropped when `code` is empty.
+    pub code_sha256: [u8; 32],
+}
+
+impl StoredKernel {
+    /// A kernel with its hash.
+    pub fn new(variant: Variant, code: Vec<u8>) -> Self {
+        let code_sha256 = Sha256::digest(&code).into();
+        Self { variant, code, code_sha256 }
+    }
+
+    /// True when there is code and it is the code that was hashed.
+    pub fn is_intact(&self) -> bool {
+        !self.code.is_empty() && <[u8; 32]>::from(Sha256::digest(&self.code)) == self.code_sha256
+    }
+}
+
+/// One variant that was tried.
+#[derive(Clone, Copy, PartialEq, Debug, Serialize, Deserialize)]
+pub struct Trial {
+    /// The candidate.
+    pub variant: Variant,
+    /// What it was measured against; `None` is the hand-written kernel.
+    pub incumbent: Option<Variant>,
+    /// Median of paired ratios candidate / incumbent; `None` when it never ran.
+    pub ratio: Option<f32>,
+    /// What became of it.
+    pub outcome: TrialOutcome,
+    /// Boot of the trial.
+    pub boot: u32,
+    /// Compile time in microseconds.
+    pub compile_us: u32,
+    /// Bytes of machine code; 0 when the compiler refused.
+    pub code_bytes: u32,
+}
+
+/// What became of a tried variant.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub enum TrialOutcome {
+    /// It replaced the incumbent.
+    Kept,
+    /// Not significantly faster.
+    Slower,
+    /// The compiler refused it.
+    Refused,
+    /// Output differed from the reference; quarantined.
+    Wrong,
+    /// It faulted; quarantined.
+    Faulted,
+}
+
+/// One boot, as the convergence decision and the progress plot need it.
+#[derive(Clone, Copy, PartialEq, Debug, Serialize, Deserialize)]
+pub struct BootLine {
+    /// Boot number, from 1.
+    pub boot: u32,
+    /// Seconds since 1970, when the machine has a wall clock.
+    pub unix_time: Option<u64>,
+    /// Median time of one generated token, microseconds.
+    pub token_us_median: f32,
+    /// Median absolute deviation of the token times of this boot, microseconds.
+    pub token_us_mad: f32,
+    /// Median time of a fixed piece of work that was measured between the tokens, microseconds: divides out what the
+    /// machine as a whole got faster or slower.
+    pub reference_us: Option<f32>,
+    /// Generated tokens per second.
+    pub decode_tok_s: f32,
+    /// Entry of the image to the first token, milliseconds.
+    pub ttft_ms: f32,
+    /// Keys whose kernel changed in this boot.
+    pub kernels_changed: u32,
+    /// Share of kernel cycles in settled keys, 0..=1.
+    pub settled_share: f32,
+    /// Generation of the snapshot this boot started from; 0 is a cold start.
+    pub generation: u64,
+    /// Cores used.
+    pub threads: u32,
+    /// Times of this boot mean something (false under software emulation).
+    pub clock_trusted: bool,
+}
+
+impl Snapshot {
+    /// Record of `key`.
+    pub fn record(&self, key: &KernelKey) -> Option<&KeyRecord> {
+        self.entries.iter().find(|record| record.key == *key)
+    }
+
+    /// Record of `key`, added when it is new.
+    pub fn record_mut(&mut self, key: KernelKey) -> &mut KeyRecord {
+        let at = self.entries.iter().position(|record| record.key == key).unwrap_or_else(|| {
+            self.entries.push(KeyRecord::new(key));
+            self.entries.len() - 1
+        });
+        &mut self.entries[at]
+    }
+
+    /// Adds the line of one boot and forgets the oldest ones beyond [`MAX_BOOT_LINES`].
+    pub fn push_boot(&mut self, line: BootLine) {
+        self.boots.push(line);
+        let extra = self.boots.len().saturating_sub(MAX_BOOT_LINES);
+        self.boots.drain(..extra);
+    }
+
+    /// Drops machine code and keeps which variant it was. A key no longer counts as exhausted: another build may have
+    /// other variants to offer.
+    pub(crate) fn drop_code(&mut self) {
+        for record in &mut self.entries {
+            if let Some(kernel) = &mut record.incumbent {
+                kernel.code = Vec::new();
+            }
+            record.space_exhausted = false;
+        }
+    }
+
+    /// Drops what was measured: on another machine it says nothing. Variants in use stay as first guesses, quarantine stays.
+    pub(crate) fn drop_measurements(&mut self) {
+        for record in &mut self.entries {
+            record.baseline_median_cycles = None;
+            record.last_median_cycles = None;
+            record.trials = Vec::new();
+            record.space_exhausted = false;
+        }
+        self.boots = Vec::new();
+    }
+}
