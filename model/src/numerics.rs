@@ -25,6 +25,11 @@
 //! **Reductions** that are not products (rmsnorm, softmax) accumulate in [`REDUCE_LANES`] partial sums, element `i`
 //! into lane `i % REDUCE_LANES` in ascending order, then fold halves: `lane[i] += lane[i + width]` for width 16, 8, 4, 2, 1.
 //!
+//! **rmsnorm**: reduction by `lane = fma(x, x, lane)`; `scale = 1 / sqrt(sum / n + eps)`; `y = x * scale * weight`.
+//! **rope**, pairs `(2i, 2i+1)`: `x0 * cos - x1 * sin`, `x1 * cos + x0 * sin`; cos and sin are made in f64 and rounded once.
+//! **Attention**: `score = (k-ascending fma of key and query) * (1 / sqrt(head_dim))`; `e = exp(score - max)`; reduction of `e`;
+//! `out = (position-ascending fma of e and value) * (1 / sum)`.
+//!
 //! Source of the polynomial: Cephes `expf` coefficients (S. Moshier).
 
 /// Upper clamp of `exp`'s argument.
@@ -36,11 +41,11 @@ pub const LOG2E: f32 = core::f32::consts::LOG2_E;
 /// `1.5 * 2^23`: adding it rounds to an integer held in the low mantissa bits.
 pub const ROUND_MAGIC: f32 = 12_582_912.0;
 /// High part of `ln 2`.
+#[allow(clippy::excessive_precision)] // exact: 355/512
 pub const LN2_HI: f32 = 0.693_359_375;
 /// Low part of `ln 2`.
 pub const LN2_LO: f32 = -2.121_944_4e-4;
 /// Coefficients of `(exp(r) - 1 - r) / r^2`, highest degree first.
-pub const EXP_POLY: [f32; 6] =
-    [1.987_569_1e-4, 1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 5.000_000_1e-1];
+pub const EXP_POLY: [f32; 6] = [1.987_569_1e-4, 1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 5.0e-1];
 /// Partial sums of a reduction.
 pub const REDUCE_LANES: usize = 32;
