@@ -347,11 +347,9 @@ pub mod guard {
         let ldy_bytes = y.stride() * size_of::<f32>();
         // SAFETY: the trampoline keeps the callee-saved registers, and `Kernel::from_entry`'s contract covers the
         // kernel for operands of the sizes just checked. After a fault nothing of the kernel's frame is used again.
-        let faulted = unsafe {
-            bareflow_guard_call(x.as_ptr(), w.as_ptr(), y.as_mut_ptr(), ldy_bytes, kernel.entry_address())
-        };
-        let fault =
-            Faulted { vector: FAULT_VECTOR.load(Ordering::Relaxed), rip: FAULT_RIP.load(Ordering::Relaxed) };
+        let faulted =
+            unsafe { bareflow_guard_call(x.as_ptr(), w.as_ptr(), y.as_mut_ptr(), ldy_bytes, kernel.entry_address()) };
+        let fault = Faulted { vector: FAULT_VECTOR.load(Ordering::Relaxed), rip: FAULT_RIP.load(Ordering::Relaxed) };
         BUSY.store(false, Ordering::Release);
         if faulted == 0 {
             return Ok(());

@@ -90,7 +90,10 @@ mod tests {
     #[test]
     fn each_feature_bit_is_needed() {
         for bit in [12, 28, 29] {
-            assert!(!Isa::from_words(&FeatureWords { leaf1_ecx: ALL.leaf1_ecx & !(1 << bit), ..ALL }).avx2, "bit {bit}");
+            assert!(
+                !Isa::from_words(&FeatureWords { leaf1_ecx: ALL.leaf1_ecx & !(1 << bit), ..ALL }).avx2,
+                "bit {bit}"
+            );
         }
         for bit in [16, 17, 30, 31] {
             let isa = Isa::from_words(&FeatureWords { leaf7_ebx: ALL.leaf7_ebx & !(1 << bit), ..ALL });

@@ -14,12 +14,20 @@ extern crate alloc;
 #[cfg(test)]
 extern crate std;
 
+pub mod attention;
 #[allow(unsafe_code)]
 pub mod dispatch;
 mod isa;
+pub mod math;
+pub mod operands;
+pub mod ops;
+pub mod pack;
+mod random;
+mod reference;
 #[allow(unsafe_code)]
 pub mod simd;
 pub mod workers;
 
 pub use isa::Isa;
+pub use random::SplitMix64;
 pub use simd::cycles;

@@ -3,6 +3,11 @@
 //! A [`Level`] is the proof that an instruction set may be used: only detection makes one, so the safe wrappers of
 //! this module cannot execute an instruction the CPU lacks.
 
+pub(crate) mod avx2;
+pub(crate) mod fma;
+pub(crate) mod math;
+pub(crate) mod pack;
+
 use crate::isa::{FeatureWords, Isa};
 use core::arch::x86_64::{__cpuid, __cpuid_count, _rdtsc, _xgetbv};
 use core::sync::atomic::{AtomicU8, Ordering};

@@ -1,0 +1,111 @@
+//! Pseudo-random operands of an op, in the packed layouts: what kernels are verified and, without captured inputs, timed on.
+//!
+//! The values cover what real ones do and what they rarely do: quants over their whole range, zero and negative
+//! scales, zero activations, and activations at both ends of the int8 range.
+
+use crate::math::quantise_activations;
+use crate::random::SplitMix64;
+use crate::simd::Level;
+use alloc::vec;
+use alloc::vec::Vec;
+use core::ops::{Deref, DerefMut};
+use half::f16;
+use model::kernel::{DType, KernelKey};
+use model::layout::{
+    BLOCK, WEIGHT_ALIGN, XBLOCK_BYTES, XBLOCK_DSUM, XBLOCK_SUM, op_weight_bytes, scales_offset, step_bytes, x_row_bytes,
+};
+
+/// Heap bytes whose start is aligned as packed weights must be.
+#[derive(Debug)]
+pub struct AlignedBytes {
+    bytes: Vec<u8>,
+    start: usize,
+    len: usize,
+}
+
+impl AlignedBytes {
+    /// `len` zero bytes.
+    pub fn zeroed(len: usize) -> Self {
+        let bytes = vec![0u8; len + WEIGHT_ALIGN];
+        let start = bytes.as_ptr().align_offset(WEIGHT_ALIGN);
+        Self { bytes, start, len }
+    }
+}
+
+impl Deref for AlignedBytes {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        &self.bytes[self.start..self.start + self.len]
+    }
+}
+
+impl DerefMut for AlignedBytes {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        &mut self.bytes[self.start..self.start + self.len]
+    }
+}
+
+/// Packed weights for `key`, padding columns included.
+pub fn random_weights(key: &KernelKey, rng: &mut SplitMix64) -> AlignedBytes {
+    let mut w = AlignedBytes::zeroed(op_weight_bytes(key.op, key.dtype, key.n as usize, key.k as usize));
+    for step in w.chunks_exact_mut(step_bytes(key.dtype)) {
+        match key.dtype {
+            DType::F32 => {
+                for w in step.chunks_exact_mut(4) {
+                    w.copy_from_slice(&rng.next_bell().to_le_bytes());
+                }
+            }
+            DType::F16 => fill_f16(step, rng, 1.0),
+            DType::Q8_0 | DType::Q4_0 | DType::Q4_1 => {
+                let (quants, scales) = step.split_at_mut(scales_offset(key.dtype));
+                for word in quants.chunks_exact_mut(8) {
+                    word.copy_from_slice(&rng.next_u64().to_le_bytes());
+                }
+                fill_f16(scales, rng, 0.02);
+            }
+        }
+    }
+    w
+}
+
+fn fill_f16(out: &mut [u8], rng: &mut SplitMix64, scale: f32) {
+    for w in out.chunks_exact_mut(2) {
+        w.copy_from_slice(&f16::from_f32(rng.next_bell() * scale).to_le_bytes());
+    }
+}
+
+/// `m` activation rows for `key`, 4-byte aligned and a little longer than needed at no row's expense.
+pub fn random_activations(key: &KernelKey, rng: &mut SplitMix64) -> AlignedBytes {
+    let (m, k) = (key.m as usize, key.k as usize);
+    let mut x = AlignedBytes::zeroed(m * x_row_bytes(key.dtype, k));
+    for (r, row) in x.chunks_exact_mut(x_row_bytes(key.dtype, k)).enumerate() {
+        let values: Vec<f32> = (0..k).map(|_| rng.next_bell() * 4.0).collect();
+        if key.dtype.is_quantised() {
+            quantise_activations(Level::Portable, &values, row);
+            extreme_blocks(row, r, rng);
+        } else {
+            for (out, value) in row.chunks_exact_mut(4).zip(values) {
+                out.copy_from_slice(&value.to_le_bytes());
+            }
+        }
+    }
+    x
+}
+
+/// Makes some blocks all zero, all 127 or all -127, with the sums that belong to them.
+fn extreme_blocks(row: &mut [u8], r: usize, rng: &mut SplitMix64) {
+    for (b, block) in row.chunks_exact_mut(XBLOCK_BYTES).enumerate() {
+        let q = match (b + r) % 5 {
+            1 => 127i8,
+            2 if rng.next_u64() & 1 == 0 => -127,
+            3 if rng.next_u64() & 3 == 0 => 0,
+            _ => continue,
+        };
+        let d = if q == 0 { 0.0 } else { 0.01 };
+        let sum = i32::from(q) * BLOCK as i32;
+        block[..BLOCK].fill(q.cast_unsigned());
+        block[BLOCK..XBLOCK_SUM].copy_from_slice(&f32::to_le_bytes(d));
+        block[XBLOCK_SUM..XBLOCK_DSUM].copy_from_slice(&sum.to_le_bytes());
+        block[XBLOCK_DSUM..XBLOCK_DSUM + 4].copy_from_slice(&(d * sum as f32).to_le_bytes());
+    }
+}

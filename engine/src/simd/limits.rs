@@ -1,0 +1,228 @@
+//! What the machine can do at best: read bandwidth and multiply-add rates, measured where the model runs.
+//!
+//! These are the roofs that kernels are compared with, so each probe is the fastest loop known for its one resource
+//! and does nothing else. Results are in units per TSC tick, which is what kernels are timed in.
+
+use super::{Level, cycles};
+use crate::workers::Workers;
+use core::sync::atomic::{AtomicU64, Ordering};
+
+/// Measured limits of `workers.count()` cores together.
+#[derive(Clone, Copy, PartialEq, Debug, Default)]
+pub struct Limits {
+    /// Bytes read from memory per tick.
+    pub read_bytes_per_cycle: f64,
+    /// f32 operations per tick, a fused multiply-add counted as two.
+    pub fma_flops_per_cycle: f64,
+    /// Operations of exact int8 dot products per tick (`vpmaddubsw` and `vpmaddwd`), a multiply-add counted as two.
+    pub int8_ops_per_cycle: f64,
+}
+
+/// Passes over the memory of [`read_bandwidth`] for each access pattern; the best counts.
+const READ_PASSES: usize = 3;
+/// Bytes of each measured pass at most.
+const READ_BYTES: usize = 64 << 20;
+/// Repetitions of each arithmetic probe; the best counts.
+const ARITHMETIC_PASSES: usize = 5;
+const ARITHMETIC_ITERATIONS: u64 = 4000;
+
+/// Measures all limits. `memory` should be larger than the last-level cache, best the weights themselves.
+pub fn measure(memory: &[u8], level: Level, workers: &dyn Workers) -> Limits {
+    Limits {
+        read_bytes_per_cycle: read_bandwidth(memory, level, workers),
+        fma_flops_per_cycle: best_rate(workers, |level| fma_probe(level, ARITHMETIC_ITERATIONS), level),
+        int8_ops_per_cycle: best_rate(workers, |level| int8_probe(level, ARITHMETIC_ITERATIONS), level),
+    }
+}
+
+/// Bytes per tick over all workers, each reading its own part of `memory`: the best of one stream and four streams
+/// with software prefetch.
+pub fn read_bandwidth(memory: &[u8], level: Level, workers: &dyn Workers) -> f64 {
+    let mut best = 0.0f64;
+    for pass in 0..2 * READ_PASSES {
+        // Each pass reads another stretch, so that a small last-level cache cannot serve it.
+        let windows = (memory.len() / READ_BYTES).max(1);
+        let start = (pass % windows) * READ_BYTES;
+        let window = &memory[start.min(memory.len())..(start + READ_BYTES).min(memory.len())];
+        let part_bytes = window.len() / workers.count() / 4096 * 4096;
+        if part_bytes == 0 {
+            return best;
+        }
+        let checksum = AtomicU64::new(0);
+        let before = cycles();
+        workers.run(&|i| {
+            let part = &window[i * part_bytes..(i + 1) * part_bytes];
+            checksum.fetch_xor(read_once(part, pass % 2 == 1, level), Ordering::Relaxed);
+        });
+        let ticks = cycles().wrapping_sub(before).max(1);
+        core::hint::black_box(checksum.load(Ordering::Relaxed));
+        best = best.max((part_bytes * workers.count()) as f64 / ticks as f64);
+    }
+    best
+}
+
+fn read_once(part: &[u8], streams: bool, level: Level) -> u64 {
+    match level {
+        // SAFETY: the level proves AVX2.
+        Level::Avx2(_) => unsafe {
+            if streams { avx2::read_four_streams(part) } else { avx2::read_one_stream(part) }
+        },
+        Level::Portable => {
+            part.as_chunks::<8>().0.iter().fold(0, |x, chunk| x ^ u64::from_le_bytes(*chunk))
+        }
+    }
+}
+
+fn best_rate(workers: &dyn Workers, probe: impl Fn(Level) -> u64 + Sync, level: Level) -> f64 {
+    let mut best = 0.0f64;
+    for _ in 0..ARITHMETIC_PASSES {
+        let operations = AtomicU64::new(0);
+        let before = cycles();
+        workers.run(&|_| {
+            operations.fetch_add(probe(level), Ordering::Relaxed);
+        });
+        let ticks = cycles().wrapping_sub(before).max(1);
+        best = best.max(operations.load(Ordering::Relaxed) as f64 / ticks as f64);
+    }
+    best
+}
+
+/// Runs independent f32 multiply-adds and returns their operations.
+fn fma_probe(level: Level, iterations: u64) -> u64 {
+    match level {
+        // SAFETY: the level proves AVX2 and FMA.
+        Level::Avx2(_) => unsafe { avx2::fma(iterations) },
+        Level::Portable => {
+            let mut lanes = [1.0f32; 16];
+            for _ in 0..iterations {
+                for lane in &mut lanes {
+                    *lane = *lane * 0.999 + 0.001;
+                }
+            }
+            core::hint::black_box(lanes);
+            iterations * 16 * 2
+        }
+    }
+}
+
+/// Runs independent int8 dot products and returns their operations.
+fn int8_probe(level: Level, iterations: u64) -> u64 {
+    match level {
+        // SAFETY: the level proves AVX2.
+        Level::Avx2(_) => unsafe { avx2::int8(iterations) },
+        Level::Portable => {
+            let mut lanes = [1i32; 16];
+            for i in 0..iterations {
+                for lane in &mut lanes {
+                    *lane = lane.wrapping_add(i32::from(*lane as i8) * i32::from(i as i8));
+                }
+            }
+            core::hint::black_box(lanes);
+            iterations * 16 * 2
+        }
+    }
+}
+
+mod avx2 {
+    use core::arch::x86_64::*;
+
+    #[target_feature(enable = "avx2")]
+    pub(super) fn read_one_stream(part: &[u8]) -> u64 {
+        let mut sums = [_mm256_setzero_si256(); 4];
+        for chunk in part.as_chunks::<128>().0 {
+            for (i, sum) in sums.iter_mut().enumerate() {
+                // SAFETY: `32 i + 32 <= 128` bytes lie in the chunk.
+                let value = unsafe { _mm256_loadu_si256(chunk.as_ptr().add(32 * i).cast()) };
+                *sum = _mm256_xor_si256(*sum, value);
+            }
+        }
+        fold(sums)
+    }
+
+    #[target_feature(enable = "avx2")]
+    pub(super) fn read_four_streams(part: &[u8]) -> u64 {
+        let quarter = part.len() / 4 / 64 * 64;
+        let mut sums = [_mm256_setzero_si256(); 4];
+        for at in (0..quarter).step_by(64) {
+            for (i, sum) in sums.iter_mut().enumerate() {
+                // SAFETY: `i * quarter + at + 64 <= part.len()`.
+                let (low, high) = unsafe {
+                    let line = part.as_ptr().add(i * quarter + at);
+                    _mm_prefetch::<_MM_HINT_T0>(line.wrapping_add(2048).cast());
+                    (_mm256_loadu_si256(line.cast()), _mm256_loadu_si256(line.add(32).cast()))
+                };
+                *sum = _mm256_xor_si256(*sum, _mm256_xor_si256(low, high));
+            }
+        }
+        fold(sums)
+    }
+
+    #[target_feature(enable = "avx2")]
+    fn fold(sums: [__m256i; 4]) -> u64 {
+        let sum = _mm256_xor_si256(_mm256_xor_si256(sums[0], sums[1]), _mm256_xor_si256(sums[2], sums[3]));
+        let half = _mm_xor_si128(_mm256_castsi256_si128(sum), _mm256_extracti128_si256::<1>(sum));
+        (_mm_extract_epi64::<0>(half) ^ _mm_extract_epi64::<1>(half)) as u64
+    }
+
+    /// Independent chains: latency 4 or 5 at two per tick needs at least ten.
+    const CHAINS: usize = 12;
+
+    #[target_feature(enable = "avx2,fma")]
+    pub(super) fn fma(iterations: u64) -> u64 {
+        let (a, b) = (_mm256_set1_ps(0.999), _mm256_set1_ps(0.001));
+        let mut sums = [_mm256_set1_ps(1.0); CHAINS];
+        for _ in 0..iterations {
+            for sum in &mut sums {
+                *sum = _mm256_fmadd_ps(*sum, a, b);
+            }
+        }
+        core::hint::black_box(sums);
+        iterations * CHAINS as u64 * 8 * 2
+    }
+
+    #[target_feature(enable = "avx2")]
+    pub(super) fn int8(iterations: u64) -> u64 {
+        let ones = _mm256_set1_epi16(1);
+        let mut sums = [_mm256_setzero_si256(); 6];
+        let mut weights = _mm256_set1_epi8(3);
+        for _ in 0..iterations {
+            for sum in &mut sums {
+                let pairs = _mm256_maddubs_epi16(weights, *sum);
+                *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(pairs, ones));
+            }
+            // Keeps the loop from being computed once.
+            weights = _mm256_xor_si256(weights, ones);
+        }
+        core::hint::black_box(sums);
+        iterations * sums.len() as u64 * 32 * 2
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::workers::Single;
+    use alloc::vec;
+
+    #[test]
+    fn every_probe_measures_something() {
+        let memory = vec![7u8; 1 << 20];
+        for level in [Level::Portable, Level::detect()] {
+            let limits = measure(&memory, level, &Single);
+            assert!(limits.read_bytes_per_cycle > 0.0 && limits.read_bytes_per_cycle.is_finite());
+            assert!(limits.fma_flops_per_cycle > 0.0 && limits.int8_ops_per_cycle > 0.0);
+        }
+    }
+
+    #[test]
+    fn reading_covers_every_byte() {
+        let mut memory = vec![0u8; 4096];
+        for at in [0, 1023, 1024, 2047, 4095] {
+            memory[at] = 1 << (at % 8);
+            for streams in [false, true] {
+                assert_ne!(read_once(&memory, streams, Level::detect()), 0, "byte {at}");
+            }
+            memory[at] = 0;
+        }
+    }
+}

@@ -1,0 +1,290 @@
+//! AVX2 forms of `math` and `attention`: the same operations in the same order, lane by lane.
+
+use super::Avx2;
+use crate::math::fold_halves;
+use core::arch::x86_64::*;
+use model::layout::{BLOCK, PANEL, XBLOCK_BYTES, XBLOCK_D, XBLOCK_DSUM, XBLOCK_SUM};
+use model::numerics::{EXP_HI, EXP_LO, EXP_POLY, LN2_HI, LN2_LO, LOG2E, REDUCE_LANES, ROUND_MAGIC};
+
+/// `exp` of eight lanes (see `math::exp_with`).
+///
+/// # Safety
+/// AVX2 and FMA.
+#[inline(always)]
+pub(super) unsafe fn exp8(x: __m256) -> __m256 {
+    // SAFETY: by the caller.
+    unsafe {
+        let x = _mm256_max_ps(x, _mm256_set1_ps(EXP_LO));
+        let x = _mm256_min_ps(x, _mm256_set1_ps(EXP_HI));
+        let t = _mm256_fmadd_ps(x, _mm256_set1_ps(LOG2E), _mm256_set1_ps(ROUND_MAGIC));
+        let n = _mm256_sub_ps(t, _mm256_set1_ps(ROUND_MAGIC));
+        let r = _mm256_fmadd_ps(n, _mm256_set1_ps(-LN2_HI), x);
+        let r = _mm256_fmadd_ps(n, _mm256_set1_ps(-LN2_LO), r);
+        let mut p = _mm256_set1_ps(EXP_POLY[0]);
+        for c in &EXP_POLY[1..] {
+            p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(*c));
+        }
+        let e = _mm256_fmadd_ps(p, _mm256_mul_ps(r, r), _mm256_add_ps(r, _mm256_set1_ps(1.0)));
+        let exponent = _mm256_slli_epi32::<23>(_mm256_castps_si256(t));
+        _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(e), exponent))
+    }
+}
+
+/// `silu` of eight lanes.
+///
+/// # Safety
+/// AVX2 and FMA.
+#[inline(always)]
+pub(super) unsafe fn silu8(x: __m256) -> __m256 {
+    // SAFETY: by the caller.
+    unsafe {
+        let e = exp8(_mm256_sub_ps(_mm256_setzero_ps(), x));
+        _mm256_div_ps(x, _mm256_add_ps(_mm256_set1_ps(1.0), e))
+    }
+}
+
+/// The four vectors of a reduction, as its 32 lanes.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn lanes_of(vectors: [__m256; 4]) -> [f32; REDUCE_LANES] {
+    let mut lanes = [0.0; REDUCE_LANES];
+    for (lanes, vector) in lanes.chunks_exact_mut(8).zip(vectors) {
+        // SAFETY: the chunk is eight f32.
+        unsafe { _mm256_storeu_ps(lanes.as_mut_ptr(), vector) };
+    }
+    lanes
+}
+
+/// Sum of squares in the order of a contract reduction.
+pub(crate) fn sum_of_squares(_: Avx2, x: &[f32]) -> f32 {
+    #[target_feature(enable = "avx2,fma")]
+    fn sum(x: &[f32]) -> f32 {
+        let mut acc = [_mm256_setzero_ps(); 4];
+        let chunks = x.chunks_exact(REDUCE_LANES);
+        let tail = chunks.remainder();
+        for x in chunks {
+            for (acc, x) in acc.iter_mut().zip(x.chunks_exact(8)) {
+                // SAFETY: the chunk is eight f32.
+                let x = unsafe { _mm256_loadu_ps(x.as_ptr()) };
+                *acc = _mm256_fmadd_ps(x, x, *acc);
+            }
+        }
+        let mut lanes = lanes_of(acc);
+        for (lane, &x) in lanes.iter_mut().zip(tail) {
+            *lane = _mm_cvtss_f32(_mm_fmadd_ss(_mm_set_ss(x), _mm_set_ss(x), _mm_set_ss(*lane)));
+        }
+        fold_halves(lanes)
+    }
+    // SAFETY: `Avx2` proves the features.
+    unsafe { sum(x) }
+}
+
+/// `math::quantise_activations`.
+///
+/// # Panics
+/// When the lengths are not those of whole blocks.
+pub(crate) fn quantise(_: Avx2, x: &[f32], out: &mut [u8]) {
+    #[target_feature(enable = "avx2")]
+    fn quantise(x: &[f32], out: &mut [u8]) {
+        let magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(i32::MAX));
+        for (x, out) in x.chunks_exact(BLOCK).zip(out.chunks_exact_mut(XBLOCK_BYTES)) {
+            // SAFETY: the chunk is 32 f32.
+            let x: [__m256; 4] = core::array::from_fn(|j| unsafe { _mm256_loadu_ps(x.as_ptr().add(8 * j)) });
+            let zero = _mm256_setzero_ps();
+            // `maxps` returns its second operand when the first is NaN, so NaN never becomes the maximum.
+            let max = x.iter().fold(zero, |max, &x| _mm256_max_ps(_mm256_and_ps(x, magnitude), max));
+            let max = _mm_max_ps(_mm256_castps256_ps128(max), _mm256_extractf128_ps::<1>(max));
+            let max = _mm_max_ps(max, _mm_movehl_ps(max, max));
+            let amax = _mm_cvtss_f32(_mm_max_ss(max, _mm_movehdup_ps(max)));
+            let d = amax / 127.0;
+            let id = _mm256_set1_ps(if amax == 0.0 { 0.0 } else { 127.0 / amax });
+            let q: [__m256i; 4] = core::array::from_fn(|j| _mm256_cvtps_epi32(_mm256_mul_ps(x[j], id)));
+            let q = _mm256_packs_epi16(_mm256_packs_epi32(q[0], q[1]), _mm256_packs_epi32(q[2], q[3]));
+            // The packs interleave 128-bit halves: put the eight groups of four back in order.
+            let q = _mm256_permutevar8x32_epi32(q, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+            let q = _mm256_max_epi8(q, _mm256_set1_epi8(-127));
+            let pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), q);
+            let sums = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+            let sums = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256::<1>(sums));
+            let sums = _mm_add_epi32(sums, _mm_shuffle_epi32::<0x4e>(sums));
+            let sum = _mm_cvtsi128_si32(_mm_add_epi32(sums, _mm_shuffle_epi32::<0xb1>(sums)));
+            // SAFETY: the chunk is 48 bytes.
+            unsafe { _mm256_storeu_si256(out.as_mut_ptr().cast(), q) };
+            out[XBLOCK_D..XBLOCK_D + 4].copy_from_slice(&d.to_le_bytes());
+            out[XBLOCK_SUM..XBLOCK_SUM + 4].copy_from_slice(&sum.to_le_bytes());
+            out[XBLOCK_DSUM..XBLOCK_DSUM + 4].copy_from_slice(&(d * sum as f32).to_le_bytes());
+            out[XBLOCK_DSUM + 4..].fill(0);
+        }
+    }
+    // SAFETY: `Avx2` proves the features.
+    unsafe { quantise(x, out) }
+}
+
+/// `math::softmax_numerators`; `scores` is padded to whole chunks of 32.
+pub(crate) fn softmax_numerators(_: Avx2, scores: &mut [f32], len: usize) -> f32 {
+    #[target_feature(enable = "avx2,fma")]
+    fn numerators(scores: &mut [f32], len: usize) -> f32 {
+        let mut max = _mm256_set1_ps(f32::NEG_INFINITY);
+        for scores in scores.chunks_exact(8) {
+            // SAFETY: the chunk is eight f32.
+            max = _mm256_max_ps(unsafe { _mm256_loadu_ps(scores.as_ptr()) }, max);
+        }
+        let max = _mm_max_ps(_mm256_castps256_ps128(max), _mm256_extractf128_ps::<1>(max));
+        let max = _mm_max_ps(max, _mm_movehl_ps(max, max));
+        let max = _mm256_set1_ps(_mm_cvtss_f32(_mm_max_ss(max, _mm_movehdup_ps(max))));
+        let index = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+        let mut acc = [_mm256_setzero_ps(); 4];
+        for (i, scores) in scores.chunks_exact_mut(8).enumerate() {
+            // SAFETY: the chunk is eight f32; AVX2 and FMA are enabled here.
+            unsafe {
+                let e = exp8(_mm256_sub_ps(_mm256_loadu_ps(scores.as_ptr()), max));
+                _mm256_storeu_ps(scores.as_mut_ptr(), e);
+                // Lanes behind `len` add +0.0, which changes no sum of positive terms.
+                let left = i32::try_from(len.saturating_sub(8 * i).min(8)).unwrap_or(8);
+                let inside = _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(left), index));
+                acc[i % 4] = _mm256_add_ps(acc[i % 4], _mm256_and_ps(e, inside));
+            }
+        }
+        fold_halves(lanes_of(acc))
+    }
+    let scores = &mut scores[..len.next_multiple_of(REDUCE_LANES)];
+    // The padding takes part in the maximum, so it repeats a score.
+    let first = scores[0];
+    scores[len..].fill(first);
+    // SAFETY: `Avx2` proves the features.
+    unsafe { numerators(scores, len) }
+}
+
+/// Turns the pairs of one head in whole vectors and returns how many elements that covered.
+///
+/// # Panics
+/// When the slices differ in length.
+pub(crate) fn rope(_: Avx2, head: &mut [f32], cos_sin: &[f32]) -> usize {
+    #[target_feature(enable = "avx2")]
+    fn rope(head: &mut [f32], cos_sin: &[f32]) -> usize {
+        for (pairs, angles) in head.chunks_exact_mut(8).zip(cos_sin.chunks_exact(8)) {
+            // SAFETY: both chunks are eight f32.
+            unsafe {
+                let (x, angles) = (_mm256_loadu_ps(pairs.as_ptr()), _mm256_loadu_ps(angles.as_ptr()));
+                let swapped = _mm256_permute_ps::<0xb1>(x);
+                let turned = _mm256_addsub_ps(
+                    _mm256_mul_ps(x, _mm256_moveldup_ps(angles)),
+                    _mm256_mul_ps(swapped, _mm256_movehdup_ps(angles)),
+                );
+                _mm256_storeu_ps(pairs.as_mut_ptr(), turned);
+            }
+        }
+        head.len() / 8 * 8
+    }
+    assert_eq!(head.len(), cos_sin.len());
+    // SAFETY: `Avx2` proves the features.
+    unsafe { rope(head, cos_sin) }
+}
+
+/// Scaled products of `R` query heads with the keys of their common kv head.
+///
+/// `q[r]`: one head, `(head_dim)`; `keys`: panels of 32 positions, `(panels, head_dim, 32)`; `scores`: row `r` starts at
+/// `r * stride` and gets one value per position of every panel.
+///
+/// # Panics
+/// When a slice is too short.
+pub(crate) fn attention_scores<const R: usize>(
+    _: Avx2,
+    q: [&[f32]; R],
+    keys: &[f32],
+    head_dim: usize,
+    scale: f32,
+    scores: &mut [f32],
+    stride: usize,
+) {
+    #[target_feature(enable = "avx2,fma")]
+    fn run<const R: usize>(
+        q: [&[f32]; R],
+        keys: &[f32],
+        head_dim: usize,
+        scale: f32,
+        scores: &mut [f32],
+        stride: usize,
+    ) {
+        for (p, panel) in keys.chunks_exact(head_dim * PANEL).enumerate() {
+            let mut acc = [[_mm256_setzero_ps(); PANEL / 8]; R];
+            for (d, keys) in panel.chunks_exact(PANEL).enumerate() {
+                for j in 0..PANEL / 8 {
+                    // SAFETY: the chunk is 32 f32, and every `q[r]` has `head_dim` elements.
+                    let key = unsafe { _mm256_loadu_ps(keys.as_ptr().add(8 * j)) };
+                    for (acc, q) in acc.iter_mut().zip(q) {
+                        // SAFETY: as above.
+                        acc[j] = _mm256_fmadd_ps(key, _mm256_set1_ps(unsafe { *q.get_unchecked(d) }), acc[j]);
+                    }
+                }
+            }
+            for (r, acc) in acc.iter().enumerate() {
+                let scores = &mut scores[r * stride + p * PANEL..][..PANEL];
+                for (scores, acc) in scores.chunks_exact_mut(8).zip(acc) {
+                    // SAFETY: the chunk is eight f32.
+                    unsafe { _mm256_storeu_ps(scores.as_mut_ptr(), _mm256_mul_ps(*acc, _mm256_set1_ps(scale))) };
+                }
+            }
+        }
+    }
+    assert!(q.iter().all(|q| q.len() == head_dim));
+    // SAFETY: `Avx2` proves the features.
+    unsafe { run(q, keys, head_dim, scale, scores, stride) }
+}
+
+/// Sums of value rows weighted by `scores`, times `inverse[r]`, for `R` query heads and the `8 V` elements from `d0` on.
+///
+/// `values`: `(positions, head_dim)`; `scores`: row `r` starts at `r * stride`; `out[r]`: `(head_dim)`.
+///
+/// # Panics
+/// When a slice is too short.
+#[allow(clippy::too_many_arguments)] // one head's worth of plain operands
+pub(crate) fn attention_values<const R: usize, const V: usize>(
+    _: Avx2,
+    scores: &[f32],
+    stride: usize,
+    values: &[f32],
+    head_dim: usize,
+    d0: usize,
+    inverse: [f32; R],
+    out: &mut [f32],
+) {
+    #[target_feature(enable = "avx2,fma")]
+    #[allow(clippy::too_many_arguments)] // as outside
+    unsafe fn run<const R: usize, const V: usize>(
+        scores: &[f32],
+        stride: usize,
+        values: &[f32],
+        head_dim: usize,
+        d0: usize,
+        inverse: [f32; R],
+        out: &mut [f32],
+    ) {
+        let mut acc = [[_mm256_setzero_ps(); V]; R];
+        for (pos, value) in values.chunks_exact(head_dim).enumerate() {
+            for j in 0..V {
+                // SAFETY: `d0 + 8 V <= head_dim`, and every row of scores has one element per position.
+                unsafe {
+                    let value = _mm256_loadu_ps(value.as_ptr().add(d0 + 8 * j));
+                    for (r, acc) in acc.iter_mut().enumerate() {
+                        let weight = _mm256_set1_ps(*scores.get_unchecked(r * stride + pos));
+                        acc[j] = _mm256_fmadd_ps(weight, value, acc[j]);
+                    }
+                }
+            }
+        }
+        for (r, acc) in acc.iter().enumerate() {
+            for (j, acc) in acc.iter().enumerate() {
+                // SAFETY: row `r` of `out` is `head_dim` elements and `d0 + 8 V <= head_dim`.
+                unsafe {
+                    let out = out.as_mut_ptr().add(r * head_dim + d0 + 8 * j);
+                    _mm256_storeu_ps(out, _mm256_mul_ps(*acc, _mm256_set1_ps(inverse[r])));
+                }
+            }
+        }
+    }
+    let positions = values.len() / head_dim;
+    assert!(d0 + 8 * V <= head_dim && out.len() >= R * head_dim && scores.len() >= (R - 1) * stride + positions);
+    // SAFETY: `Avx2` proves the features and the sizes were just checked.
+    unsafe { run::<R, V>(scores, stride, values, head_dim, d0, inverse, out) }
+}
