@@ -145,11 +145,8 @@ impl FromStr for KernelKey {
 
     fn from_str(text: &str) -> Result<Self, NameError> {
         const ERROR: NameError = NameError { expected: "OP_DTYPE_mM_nN_kK" };
-        let op = *Op::ALL
-            .iter()
-            .filter(|op| text.starts_with(op.name()))
-            .max_by_key(|op| op.name().len())
-            .ok_or(ERROR)?;
+        let op =
+            *Op::ALL.iter().filter(|op| text.starts_with(op.name())).max_by_key(|op| op.name().len()).ok_or(ERROR)?;
         let rest = text[op.name().len()..].strip_prefix('_').ok_or(ERROR)?;
         let dtype = *DType::ALL.iter().find(|d| rest.starts_with(d.name())).ok_or(ERROR)?;
         let rest = rest[dtype.name().len()..].strip_prefix('_').ok_or(ERROR)?;
@@ -271,17 +268,28 @@ mod tests {
                 assert_eq!(key.to_string().parse::<KernelKey>(), Ok(key), "{key}");
             }
         }
-        for bad in ["", "matmul", "matmul_f32_m1_n2", "matmul_f32_m1_n2_k3_x", "matmul_f32_m1_k2_n3", "gemm_f32_m1_n2_k3"] {
+        for bad in
+            ["", "matmul", "matmul_f32_m1_n2", "matmul_f32_m1_n2_k3_x", "matmul_f32_m1_k2_n3", "gemm_f32_m1_n2_k3"]
+        {
             assert!(bad.parse::<KernelKey>().is_err(), "{bad}");
         }
     }
 
     #[test]
     fn variant_names_round_trip() {
-        let variant = Variant { width: Width::Y256, vnni: true, rows: 6, columns: 16, streams: 4, unroll: 2, prefetch_bytes: 4096 };
+        let variant = Variant {
+            width: Width::Y256,
+            vnni: true,
+            rows: 6,
+            columns: 16,
+            streams: 4,
+            unroll: 2,
+            prefetch_bytes: 4096,
+        };
         assert_eq!(variant.to_string(), "w256v_r6_c16_s4_u2_pf4096");
         assert_eq!(variant.to_string().parse::<Variant>(), Ok(variant));
-        for bad in ["", "w64_r1_c8_s1_u1_pf0", "w256_r1_c8_s1_u1", "w256_r1_c8_s1_u1_pf0_z", "w256_r1_c8_s1_u1_pf70000"] {
+        for bad in ["", "w64_r1_c8_s1_u1_pf0", "w256_r1_c8_s1_u1", "w256_r1_c8_s1_u1_pf0_z", "w256_r1_c8_s1_u1_pf70000"]
+        {
             assert!(bad.parse::<Variant>().is_err(), "{bad}");
         }
     }

@@ -1,0 +1,305 @@
+//! One description of a model for all file formats: configuration, where each weight lies, how text becomes tokens.
+//!
+//! Input: what a format's reader found. Output: a [`ModelDescription`] whose tensors are complete, have the shapes
+//! the configuration calls for, lie inside the file and do not overlap; `engine` relies on that.
+//! Not here: weights themselves; a description of a 100 MB file is a few MB (mostly the vocabulary).
+
+use crate::chat::ChatTemplate;
+use crate::config::Config;
+use crate::error::{MAX_NAMES_LISTED, ModelError};
+use crate::quant::{SUPPORTED_NAMES, TensorType};
+use crate::tokenizer::Tokenizer;
+use alloc::format;
+use alloc::string::{String, ToString};
+use alloc::vec;
+use alloc::vec::Vec;
+use core::fmt;
+use serde::{Deserialize, Serialize};
+
+/// File format a description was read from.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
+pub enum Format {
+    /// GGUF, version 2 or 3.
+    Gguf {
+        /// Version in the file.
+        version: u32,
+    },
+    /// llama2.c legacy `.bin` (version 0) with a separate tokenizer file.
+    Llama2c,
+}
+
+impl fmt::Display for Format {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Format::Gguf { version } => write!(f, "GGUF v{version}"),
+            Format::Llama2c => f.write_str("llama2.c v0"),
+        }
+    }
+}
+
+/// What a tensor is for.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
+pub enum Role {
+    /// Token embeddings, `(vocab_size, dim)`; also the output head when that is tied.
+    TokenEmbedding,
+    /// Gain of the last RMSNorm, `(1, dim)`.
+    OutputNorm,
+    /// Output head, `(vocab_size, dim)`.
+    Output,
+    /// Gain of the RMSNorm before attention, `(1, dim)`.
+    AttnNorm,
+    /// Query projection, `(n_heads * head_dim, dim)`.
+    Q,
+    /// Key projection, `(n_kv_heads * head_dim, dim)`.
+    K,
+    /// Value projection, `(n_kv_heads * head_dim, dim)`.
+    V,
+    /// Attention output projection, `(dim, n_heads * head_dim)`.
+    AttnOut,
+    /// Gain of the RMSNorm before the feed-forward block, `(1, dim)`.
+    FfnNorm,
+    /// Gate projection, `(hidden_dim, dim)`.
+    Gate,
+    /// Up projection, `(hidden_dim, dim)`.
+    Up,
+    /// Down projection, `(dim, hidden_dim)`.
+    Down,
+}
+
+impl Role {
+    /// Roles that exist once.
+    pub const GLOBAL: [Role; 3] = [Role::TokenEmbedding, Role::OutputNorm, Role::Output];
+    /// Roles that exist in every layer.
+    pub const LAYER: [Role; 9] =
+        [Role::AttnNorm, Role::Q, Role::K, Role::V, Role::AttnOut, Role::FfnNorm, Role::Gate, Role::Up, Role::Down];
+
+    /// The name's stem in GGUF files of the llama architecture.
+    pub const fn gguf_stem(self) -> &'static str {
+        match self {
+            Role::TokenEmbedding => "token_embd",
+            Role::OutputNorm => "output_norm",
+            Role::Output => "output",
+            Role::AttnNorm => "attn_norm",
+            Role::Q => "attn_q",
+            Role::K => "attn_k",
+            Role::V => "attn_v",
+            Role::AttnOut => "attn_output",
+            Role::FfnNorm => "ffn_norm",
+            Role::Gate => "ffn_gate",
+            Role::Up => "ffn_up",
+            Role::Down => "ffn_down",
+        }
+    }
+
+    /// The tensor's full name: `output_norm.weight`, `blk.3.attn_q.weight`.
+    pub fn tensor_name(self, layer: Option<u32>) -> String {
+        match layer {
+            Some(layer) => format!("blk.{layer}.{}.weight", self.gguf_stem()),
+            None => format!("{}.weight", self.gguf_stem()),
+        }
+    }
+
+    /// The inverse of [`Role::tensor_name`]; `None` for any other name.
+    pub fn from_tensor_name(name: &str) -> Option<(Role, Option<u32>)> {
+        let stem = name.strip_suffix(".weight")?;
+        let Some(rest) = stem.strip_prefix("blk.") else {
+            return Role::GLOBAL.into_iter().find(|role| role.gguf_stem() == stem).map(|role| (role, None));
+        };
+        let (layer, stem) = rest.split_once('.')?;
+        let role = Role::LAYER.into_iter().find(|role| role.gguf_stem() == stem)?;
+        let number: u32 = layer.parse().ok()?;
+        // `+1` and `01` parse too; only the canonical form is this tensor's name.
+        (number.to_string() == layer).then_some((role, Some(number)))
+    }
+
+    /// True for RMSNorm gains, which stay F32 in every file.
+    pub const fn is_norm(self) -> bool {
+        matches!(self, Role::OutputNorm | Role::AttnNorm | Role::FfnNorm)
+    }
+
+    /// True when there is one such tensor in each layer.
+    pub const fn is_per_layer(self) -> bool {
+        !matches!(self, Role::TokenEmbedding | Role::OutputNorm | Role::Output)
+    }
+
+    /// Shape `(n, k)` under `config`: `n` rows in the file (output columns of the product), `k` elements a row.
+    pub fn shape(self, config: &Config) -> (u32, u32) {
+        let Config { dim, hidden_dim, vocab_size, .. } = *config;
+        match self {
+            Role::TokenEmbedding | Role::Output => (vocab_size, dim),
+            Role::OutputNorm | Role::AttnNorm | Role::FfnNorm => (1, dim),
+            Role::Q => (config.q_dim(), dim),
+            Role::K | Role::V => (config.kv_dim(), dim),
+            Role::AttnOut => (dim, config.q_dim()),
+            Role::Gate | Role::Up => (hidden_dim, dim),
+            Role::Down => (dim, hidden_dim),
+        }
+    }
+}
+
+/// One weight tensor and where its bytes lie. Rows follow each other without gaps, each of whole blocks.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Tensor {
+    /// What it is for.
+    pub role: Role,
+    /// Layer from 0; `None` for the three global roles.
+    pub layer: Option<u32>,
+    /// Storage type; always one with a kernel dtype.
+    pub ty: TensorType,
+    /// Rows in the file: output columns of the product.
+    pub n: u32,
+    /// Elements in a row: length of the sum.
+    pub k: u32,
+    /// First byte, from the start of the file.
+    pub offset: u64,
+    /// Bytes.
+    pub len_bytes: u64,
+}
+
+impl Tensor {
+    /// Name as GGUF writes it, for messages.
+    pub fn name(&self) -> String {
+        self.role.tensor_name(self.layer)
+    }
+
+    /// Bytes of one row.
+    pub fn row_bytes(&self) -> u64 {
+        self.len_bytes / u64::from(self.n).max(1)
+    }
+
+    /// Byte after the last.
+    pub fn end(&self) -> u64 {
+        self.offset + self.len_bytes
+    }
+}
+
+/// Everything about a model except its weights.
+#[derive(Clone, Debug)]
+pub struct ModelDescription {
+    /// Format it was read from.
+    pub format: Format,
+    /// The model's own name, empty when the file has none.
+    pub name: String,
+    /// Hyperparameters.
+    pub config: Config,
+    /// All tensors, in file order (ascending offset): the order to stream and pack them.
+    pub tensors: Vec<Tensor>,
+    /// Text to tokens and back.
+    pub tokenizer: Tokenizer,
+    /// How the model wants a conversation written, when the file says so.
+    pub chat_template: Option<ChatTemplate>,
+    /// Length of the whole file.
+    pub file_bytes: u64,
+}
+
+impl ModelDescription {
+    /// The tensor with this role; `layer` is `None` for global roles.
+    pub fn tensor(&self, role: Role, layer: Option<u32>) -> Option<&Tensor> {
+        self.tensors.iter().find(|t| t.role == role && t.layer == layer)
+    }
+
+    /// The matrix of the output head: `Output`, or `TokenEmbedding` when tied.
+    pub fn head(&self) -> Option<&Tensor> {
+        let role = if self.config.tied_head { Role::TokenEmbedding } else { Role::Output };
+        self.tensor(role, None)
+    }
+
+    /// Weights stored in the file.
+    pub fn parameters(&self) -> u64 {
+        self.tensors.iter().map(|t| u64::from(t.n) * u64::from(t.k)).sum()
+    }
+
+    /// Matrix storage types by falling share of bytes, such as `q4_1+q8_0`.
+    pub fn dtypes(&self) -> String {
+        let mut bytes: Vec<(TensorType, u64)> = Vec::new();
+        for tensor in self.tensors.iter().filter(|t| !t.role.is_norm()) {
+            match bytes.iter_mut().find(|(ty, _)| *ty == tensor.ty) {
+                Some((_, sum)) => *sum += tensor.len_bytes,
+                None => bytes.push((tensor.ty, tensor.len_bytes)),
+            }
+        }
+        bytes.sort_by_key(|&(ty, sum)| (core::cmp::Reverse(sum), ty));
+        let names: Vec<String> = bytes.iter().map(|(ty, _)| ty.name().to_ascii_lowercase()).collect();
+        names.join("+")
+    }
+}
+
+/// Checks `tensors` against `config` and returns them in file order.
+///
+/// # Errors
+/// The first of: a type that cannot run, a wrong shape, a partial block, a wrong length, a tensor outside the file or
+/// the configuration, a duplicate, every missing tensor by name, an overlap.
+pub fn check_tensors(config: &Config, mut tensors: Vec<Tensor>, file_bytes: u64) -> Result<Vec<Tensor>, ModelError> {
+    for tensor in &tensors {
+        check_tensor(config, tensor, file_bytes)?;
+    }
+    check_complete(config, &tensors)?;
+    tensors.sort_by_key(|t| t.offset);
+    for (first, second) in tensors.iter().zip(tensors.iter().skip(1)) {
+        if second.offset < first.end() {
+            return Err(ModelError::Overlap { first: first.name(), second: second.name(), at_byte: second.offset });
+        }
+    }
+    Ok(tensors)
+}
+
+fn check_tensor(config: &Config, tensor: &Tensor, file_bytes: u64) -> Result<(), ModelError> {
+    let Tensor { role, layer, ty, n, k, offset, len_bytes } = *tensor;
+    let name = || tensor.name();
+    let layer_fits = match layer {
+        Some(layer) => role.is_per_layer() && layer < config.n_layers,
+        None => !(role.is_per_layer() || role == Role::Output && config.tied_head),
+    };
+    if !layer_fits {
+        return Err(ModelError::UnexpectedTensor { tensor: name(), architecture: config.architecture.name() });
+    }
+    if role.is_norm() && ty != TensorType::F32 {
+        return Err(ModelError::UnsupportedTensorType { tensor: name(), found: ty.name(), supported: "F32 (norm)" });
+    }
+    if !ty.is_supported() {
+        return Err(ModelError::UnsupportedTensorType { tensor: name(), found: ty.name(), supported: SUPPORTED_NAMES });
+    }
+    let (rows, columns) = role.shape(config);
+    if (n, k) != (rows, columns) {
+        let dims = |n: u32, k: u32| if role.is_norm() && n == 1 { vec![k.into()] } else { vec![k.into(), n.into()] };
+        return Err(ModelError::WrongShape { tensor: name(), expected: dims(rows, columns), found: dims(n, k) });
+    }
+    let row_bytes = ty.row_bytes(k.into()).ok_or_else(|| ModelError::PartialBlock {
+        tensor: name(),
+        row_len: k.into(),
+        ty: ty.name(),
+        block_len: ty.block_len(),
+    })?;
+    // At most 2^24 rows of 2^24 elements of 4 bytes: no overflow.
+    let expected_bytes = row_bytes * u64::from(n);
+    if len_bytes != expected_bytes {
+        return Err(ModelError::WrongLength { tensor: name(), expected_bytes, found_bytes: len_bytes });
+    }
+    match offset.checked_add(len_bytes) {
+        Some(end) if end <= file_bytes => Ok(()),
+        end => Err(ModelError::OutsideFile { tensor: name(), offset, end: end.unwrap_or(u64::MAX), file_bytes }),
+    }
+}
+
+fn check_complete(config: &Config, tensors: &[Tensor]) -> Result<(), ModelError> {
+    let mut present: Vec<(Option<u32>, Role)> = tensors.iter().map(|t| (t.layer, t.role)).collect();
+    present.sort_unstable();
+    for (a, b) in present.iter().zip(present.iter().skip(1)) {
+        if a == b {
+            return Err(ModelError::Duplicate { what: "tensor", name: a.1.tensor_name(a.0) });
+        }
+    }
+    let mut names = Vec::new();
+    let mut count = 0;
+    let global = Role::GLOBAL.into_iter().filter(|&role| !(role == Role::Output && config.tied_head));
+    let per_layer = (0..config.n_layers).flat_map(|layer| Role::LAYER.map(|role| (Some(layer), role)));
+    for wanted in global.map(|role| (None, role)).chain(per_layer) {
+        if present.binary_search(&wanted).is_err() {
+            count += 1;
+            if names.len() < MAX_NAMES_LISTED {
+                names.push(wanted.1.tensor_name(wanted.0));
+            }
+        }
+    }
+    if count > 0 { Err(ModelError::MissingTensors { names, count }) } else { Ok(()) }
+}

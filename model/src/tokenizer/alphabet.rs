@@ -1,0 +1,81 @@
+//! The byte alphabet of GPT-2: each byte as one printable character, so that vocabularies are plain text.
+//!
+//! # Source
+//! `bytes_to_unicode` in OpenAI's GPT-2 `encoder.py`.
+
+use alloc::vec::Vec;
+
+/// True for bytes that stand for themselves.
+const fn is_printable(byte: u8) -> bool {
+    matches!(byte, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff)
+}
+
+/// Characters of the alphabet by byte.
+const CHARS: [char; 256] = {
+    let mut chars = ['\0'; 256];
+    let mut byte = 0;
+    let mut next = 256;
+    while byte < 256 {
+        let code = if is_printable(byte as u8) {
+            byte as u32
+        } else {
+            next += 1;
+            next - 1
+        };
+        chars[byte] = match char::from_u32(code) {
+            Some(c) => c,
+            None => panic!("all codes are below 324"),
+        };
+        byte += 1;
+    }
+    chars
+};
+
+/// Bytes of the alphabet's characters by code point; `None` where a code point is not in the alphabet.
+const BYTES: [Option<u8>; 324] = {
+    let mut bytes = [None; 324];
+    let mut byte = 0;
+    while byte < 256 {
+        bytes[CHARS[byte] as usize] = Some(byte as u8);
+        byte += 1;
+    }
+    bytes
+};
+
+/// The character that stands for `byte`.
+#[cfg(test)]
+pub(crate) const fn char_of(byte: u8) -> char {
+    CHARS[byte as usize]
+}
+
+/// Appends the bytes that `text` stands for to `out`; on `None` (a character outside the alphabet) `out` is unchanged.
+pub(super) fn decode(text: &str, out: &mut Vec<u8>) -> Option<()> {
+    let start = out.len();
+    for c in text.chars() {
+        match BYTES.get(c as usize).copied().flatten() {
+            Some(byte) => out.push(byte),
+            None => {
+                out.truncate(start);
+                return None;
+            }
+        }
+    }
+    Some(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use alloc::string::String;
+
+    #[test]
+    fn the_alphabet_is_a_bijection_with_the_known_corners() {
+        let all: String = (0..=255).map(char_of).collect();
+        let mut bytes = Vec::new();
+        assert_eq!(decode(&all, &mut bytes), Some(()));
+        assert_eq!(bytes, (0..=255).collect::<Vec<u8>>());
+        assert_eq!([char_of(b' '), char_of(b'\n'), char_of(0), char_of(0xad)], ['Ġ', 'Ċ', 'Ā', '\u{143}']);
+        assert_eq!(decode("a b", &mut bytes), None);
+        assert_eq!(bytes.len(), 256);
+    }
+}

@@ -1,0 +1,88 @@
+//! Byte-level BPE: pre-tokenise, then merge each piece's bytes by rank.
+//!
+//! # Source
+//! R. Sennrich et al., "Neural Machine Translation of Rare Words with Subword Units", 2016; OpenAI GPT-2 `encoder.py`.
+
+use super::merge::{Merger, NONE};
+use super::{Pretokenizer, TokenizerError, Vocab, alphabet};
+use alloc::boxed::Box;
+use alloc::string::String;
+use alloc::vec::Vec;
+use hashbrown::HashMap;
+
+/// What merging a pair gives.
+#[derive(Clone, Copy, Debug)]
+struct Merge {
+    /// Index in the file's list: lower merges first.
+    rank: u32,
+    /// The merged token.
+    id: u32,
+}
+
+/// Merge rules over token ids, and the pre-tokenizer that comes before them.
+#[derive(Clone)]
+pub struct Bpe {
+    pretokenizer: Pretokenizer,
+    merges: HashMap<(u32, u32), Merge>,
+    /// Token of each single byte, or [`NONE`] where the vocabulary has none.
+    bytes: Box<[u32; 256]>,
+}
+
+impl core::fmt::Debug for Bpe {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        write!(f, "Bpe({:?}, {} merges)", self.pretokenizer, self.merges.len())
+    }
+}
+
+impl Bpe {
+    /// Rules from `merges`, each `left right` in the GPT-2 alphabet, best first.
+    ///
+    /// # Errors
+    /// [`TokenizerError::Merge`] for a rule that is not two texts or whose parts or result are not in `vocab`.
+    pub fn new<'a>(
+        vocab: &Vocab,
+        pretokenizer: Pretokenizer,
+        merges: impl ExactSizeIterator<Item = &'a [u8]>,
+    ) -> Result<Self, TokenizerError> {
+        let mut map = HashMap::with_capacity(merges.len().min(1 << 24));
+        let mut scratch = Vec::new();
+        for (index, rule) in merges.enumerate() {
+            let error = |problem| {
+                let text: String = String::from_utf8_lossy(rule).chars().take(40).collect();
+                TokenizerError::Merge { index, text, problem }
+            };
+            scratch.clear();
+            let rule = core::str::from_utf8(rule).map_err(|_| error("is not UTF-8"))?;
+            let (left, right) = rule.split_once(' ').ok_or_else(|| error("is not two texts with a space between"))?;
+            alphabet::decode(left, &mut scratch).ok_or_else(|| error("has a character outside the byte alphabet"))?;
+            let (cut, all) = (scratch.len(), &mut scratch);
+            alphabet::decode(right, all).ok_or_else(|| error("has a character outside the byte alphabet"))?;
+            let (left, right) = all.split_at(cut);
+            let find =
+                |bytes: &[u8]| vocab.find(bytes).ok_or_else(|| error("names a text that is not in the vocabulary"));
+            let merge = Merge { rank: index as u32, id: find(all)? };
+            // Of equal rules the first counts, as in the reference implementations.
+            map.entry((find(left)?, find(right)?)).or_insert(merge);
+        }
+        let bytes = Box::new(core::array::from_fn(|byte| vocab.find(&[byte as u8]).unwrap_or(NONE)));
+        Ok(Bpe { pretokenizer, merges: map, bytes })
+    }
+
+    /// The pre-tokenizer.
+    pub fn pretokenizer(&self) -> Pretokenizer {
+        self.pretokenizer
+    }
+
+    /// Appends the ids of `text`.
+    pub(super) fn encode(&self, text: &[u8], ids: &mut Vec<u32>) {
+        let mut merger = Merger::default();
+        self.pretokenizer.split(text, &mut |piece| {
+            merger.clear();
+            for &byte in piece {
+                merger.push(1, self.bytes[usize::from(byte)]);
+            }
+            merger.run(|left, right| self.merges.get(&(left.id, right.id)).map(|merge| (merge.rank, merge.id)));
+            ids.extend(merger.symbols().map(|symbol| symbol.id).filter(|&id| id != NONE));
+        });
+    }
+}
