@@ -1,0 +1,70 @@
+//! Starts the other cores: INIT, start-up IPI, through one page of real-mode code into ring 3.
+//!
+//! Done before the seal, while the local APIC's registers are still mapped; afterwards no core can send an interrupt.
+//!
+//! # Source
+//! Intel SDM volume 3A, section 8.4 (multiple-processor initialisation), 10.6 (interrupt command register).
+
+use super::acpi::AcpiFacts;
+use super::area::{AREA_BYTES, TRAMPOLINE};
+use super::gates::*;
+use super::plan::Plan;
+use crate::platform::{clock, cores};
+
+/// Offset of the local APIC's spurious-interrupt register.
+const SPURIOUS: u64 = 0xf0;
+/// Offset of the interrupt command register, low half; the high half is 16 bytes on.
+const COMMAND: u64 = 0x300;
+/// How long a core may take to reach ring 3.
+const PATIENCE_US: u64 = 200_000;
+
+/// Starts up to `wanted - 1` further cores and returns how many run, this one included.
+///
+/// # Safety
+/// Before the seal; the areas of `wanted` cores must be filled and the final page tables complete.
+pub(super) unsafe fn start(acpi: &AcpiFacts, plan: &Plan, wanted: usize) -> usize {
+    let (Some(apic), true) = (acpi.local_apic, wanted > 1) else { return 1 };
+    cores::set_areas(plan.areas.start);
+    // SAFETY: the trampoline page is unused RAM below 1 MiB (checked by the caller) and holds the whole copy; the ring-0
+    // variables are read only by cores that are not started yet.
+    unsafe {
+        let source = &raw const trampoline_start;
+        let bytes = (&raw const trampoline_end).offset_from_unsigned(source);
+        core::ptr::copy_nonoverlapping(source, TRAMPOLINE as *mut u8, bytes);
+        ((TRAMPOLINE + 8) as *mut u32).write_volatile((&raw const ring0_final_cr3).read() as u32);
+        ((TRAMPOLINE + 12) as *mut u32).write_volatile((&raw const ring0_efer).read());
+        (&raw mut ring0_core_areas).write_volatile(plan.areas.start);
+        (&raw mut ring0_core_count).write_volatile((1 + plan.areas.len_bytes() / AREA_BYTES).min(wanted as u64) as u32);
+    }
+    let register = |offset: u64| (apic + offset) as *mut u32;
+    let own = (core::arch::x86_64::__cpuid(1).ebx >> 24) as u8;
+    // SAFETY: the local APIC's registers, mapped until the seal; no interrupt can arrive, they are all masked.
+    unsafe { register(SPURIOUS).write_volatile(register(SPURIOUS).read_volatile() | 0x1ff) };
+    let send = |id: u8, command: u32| {
+        // SAFETY: as above; the command starts a core in the trampoline, which touches only its own area.
+        unsafe {
+            register(COMMAND + 16).write_volatile(u32::from(id) << 24);
+            register(COMMAND).write_volatile(command);
+            while register(COMMAND).read_volatile() & 1 << 12 != 0 {
+                core::hint::spin_loop();
+            }
+        }
+    };
+    let mut running = 1;
+    for &id in acpi.apic_ids.as_slice().iter().filter(|&&id| id != own).take(wanted - 1) {
+        send(id, 0x4500); // INIT
+        // The 10 ms of the specification are for real hardware.
+        clock::spin_us(if clock::hypervised() { 100 } else { 10_000 });
+        for _ in 0..2 {
+            send(id, 0x4600 | (TRAMPOLINE >> 12) as u32); // start-up
+            if clock::spin_until_us(200, || cores::arrived() == running) {
+                break;
+            }
+        }
+        if clock::spin_until_us(PATIENCE_US, || cores::arrived() == running) {
+            running += 1;
+        }
+    }
+    cores::close();
+    cores::arrived() + 1
+}

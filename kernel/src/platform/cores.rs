@@ -1,0 +1,136 @@
+//! The other cores as [`Workers`]: each waits in ring 3 for a job, spinning, because a job comes every few microseconds
+//! and nothing in ring 3 may halt.
+
+use core::cell::UnsafeCell;
+use core::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use engine::workers::Workers;
+
+type Job = dyn Fn(usize) + Sync;
+
+/// What the cores share. Each field that is written by many has a cache line of its own.
+struct Board {
+    job: UnsafeCell<Option<*const Job>>,
+    /// Raised once for each job.
+    round: Line,
+    /// Workers that finished the job of this round.
+    done: Line,
+    arrived: AtomicUsize,
+    busy: AtomicBool,
+    areas: AtomicU64,
+}
+
+#[repr(align(64))]
+struct Line(AtomicUsize);
+
+// SAFETY: `job` is written by the core that owns `busy` while all others wait for the next `round`, and read by them
+// after they saw it (release/acquire).
+unsafe impl Sync for Board {}
+
+static BOARD: Board = Board {
+    job: UnsafeCell::new(None),
+    round: Line(AtomicUsize::new(0)),
+    done: Line(AtomicUsize::new(0)),
+    arrived: AtomicUsize::new(0),
+    busy: AtomicBool::new(false),
+    areas: AtomicU64::new(0),
+};
+
+/// Notes where the other cores' areas start.
+pub fn set_areas(address: u64) {
+    BOARD.areas.store(address, Ordering::Release);
+}
+
+/// Where the other cores' areas start, if any were started.
+pub fn areas() -> Option<u64> {
+    Some(BOARD.areas.load(Ordering::Acquire)).filter(|&a| a != 0)
+}
+
+/// Set in `arrived` once no further core may join.
+const CLOSED: usize = 1 << (usize::BITS - 1);
+
+/// Other cores that reached ring 3.
+pub fn arrived() -> usize {
+    BOARD.arrived.load(Ordering::Acquire) & !CLOSED
+}
+
+/// Fixes the number of cores: one that arrives later waits for ever.
+pub fn close() {
+    BOARD.arrived.fetch_or(CLOSED, Ordering::AcqRel);
+}
+
+/// Entry of ring 3 on every core but the first.
+#[unsafe(no_mangle)]
+extern "sysv64" fn core_main() -> ! {
+    // SAFETY: sets the floating-point state of this core to its defaults.
+    unsafe { core::arch::asm!("fninit", "ldmxcsr [{}]", in(reg) &0x1f80u32, options(nostack)) };
+    let mut seen = BOARD.round.0.load(Ordering::Acquire);
+    // Workers are numbered in the order they arrive, so that the numbers have no gap.
+    let join = |n: usize| (n & CLOSED == 0).then_some(n + 1);
+    let Ok(before) = BOARD.arrived.fetch_update(Ordering::AcqRel, Ordering::Acquire, join) else {
+        loop {
+            core::hint::spin_loop();
+        }
+    };
+    let index = before + 1;
+    loop {
+        let round = BOARD.round.0.load(Ordering::Acquire);
+        if round == seen {
+            core::hint::spin_loop();
+            continue;
+        }
+        seen = round;
+        // SAFETY: `run` stored the job before it raised the round and waits for `done` before it returns, so the job
+        // is alive and not written meanwhile.
+        if let Some(job) = unsafe { *BOARD.job.get() } {
+            // SAFETY: as above.
+            unsafe { (*job)(index) };
+        }
+        BOARD.done.0.fetch_add(1, Ordering::AcqRel);
+    }
+}
+
+/// The cores of this machine.
+#[derive(Clone, Copy, Debug)]
+pub struct Cores {
+    count: usize,
+}
+
+impl Cores {
+    /// `count` cores, the calling one included.
+    pub(crate) fn new(count: usize) -> Self {
+        Self { count: count.clamp(1, 1 + arrived()) }
+    }
+}
+
+impl Workers for Cores {
+    fn count(&self) -> usize {
+        self.count
+    }
+
+    fn run(&self, job: &(dyn Fn(usize) + Sync)) {
+        let others = arrived();
+        // A job that starts a job, or a single core: every index here, one after the other.
+        if self.count == 1 || BOARD.busy.swap(true, Ordering::Acquire) {
+            (0..self.count).for_each(job);
+            return;
+        }
+        let count = self.count;
+        let bounded = move |index: usize| {
+            if index < count {
+                job(index);
+            }
+        };
+        let job: &(dyn Fn(usize) + Sync) = &bounded;
+        // SAFETY: the lifetime is forgotten only for the time of this call: it returns after every core is done with it.
+        let job = unsafe { core::mem::transmute::<&(dyn Fn(usize) + Sync), &'static Job>(job) };
+        BOARD.done.0.store(0, Ordering::Relaxed);
+        // SAFETY: `busy` is ours and every other core waits for the next round.
+        unsafe { *BOARD.job.get() = Some(job) };
+        BOARD.round.0.fetch_add(1, Ordering::Release);
+        job(0);
+        while BOARD.done.0.load(Ordering::Acquire) != others {
+            core::hint::spin_loop();
+        }
+        BOARD.busy.store(false, Ordering::Release);
+    }
+}

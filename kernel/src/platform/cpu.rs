@@ -1,0 +1,59 @@
+//! What CPU this is.
+
+use alloc::format;
+use alloc::string::{String, ToString};
+use core::arch::x86_64::{__cpuid, __cpuid_count};
+use raw_cpuid::CpuId;
+
+/// The 48 bytes of the brand string as CPUID gives them, zero when there is none. Needs no heap.
+pub fn brand_bytes() -> [u8; 48] {
+    let mut out = [0; 48];
+    if __cpuid(0x8000_0000).eax >= 0x8000_0004 {
+        for (chunk, leaf) in out.chunks_exact_mut(16).zip(0x8000_0002u32..) {
+            let leaf = __cpuid(leaf);
+            for (bytes, word) in chunk.chunks_exact_mut(4).zip([leaf.eax, leaf.ebx, leaf.ecx, leaf.edx]) {
+                bytes.copy_from_slice(&word.to_le_bytes());
+            }
+        }
+    }
+    out
+}
+
+/// Brand string, or vendor when there is none.
+pub fn brand() -> String {
+    let cpuid = CpuId::new();
+    let brand = cpuid.get_processor_brand_string().map(|b| b.as_str().trim().to_string()).unwrap_or_default();
+    if !brand.is_empty() {
+        return brand;
+    }
+    cpuid.get_vendor_info().map_or_else(|| "unknown CPU".to_string(), |v| v.as_str().to_string())
+}
+
+/// Vendor, family, model, stepping and the feature words that decide which instructions run: equal strings run the same
+/// machine code. Bits that differ between cores or boots (APIC id) are not in it.
+pub fn fingerprint(isa: engine::Isa) -> String {
+    let cpuid = CpuId::new();
+    let vendor = cpuid.get_vendor_info().map_or_else(|| "unknown".to_string(), |v| v.as_str().to_string());
+    let (family, model, stepping) =
+        cpuid.get_feature_info().map_or((0, 0, 0), |f| (f.family_id(), f.model_id(), f.stepping_id()));
+    let (leaf1, leaf7) = (__cpuid(1), __cpuid_count(7, 0));
+    format!(
+        "{vendor}-{family}-{model}-{stepping}-{:08x}{:08x}{:08x}{:08x}-{}",
+        leaf1.ecx,
+        leaf1.edx,
+        leaf7.ebx,
+        leaf7.ecx,
+        isa.name()
+    )
+}
+
+/// The hypervisor's signature as text, `None` without one.
+pub fn hypervisor() -> Option<String> {
+    if !super::clock::hypervised() {
+        return None;
+    }
+    let signature = super::clock::hypervisor_signature();
+    let text: String = signature.iter().take_while(|&&b| b != 0).map(|&b| char::from(b)).collect();
+    let plain = !text.is_empty() && text.chars().all(|c| c.is_ascii_graphic() || c == ' ');
+    Some(if plain { text } else { "unnamed".to_string() })
+}

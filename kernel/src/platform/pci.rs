@@ -1,0 +1,176 @@
+//! PCI configuration through ports 0xcf8 and 0xcfc: where the virtio-blk disks are and which pages their registers need.
+//!
+//! Firmware usually gives BARs their addresses. Minimal firmware (qboot, microVM monitors) does not; then it is done
+//! here, out of the part of the 32-bit address space that the memory map leaves free.
+
+use super::port;
+use crate::boot::fixed::FixedList;
+use crate::boot::info::{MapEntry, Range};
+use crate::boot::paging::PAGE_BYTES;
+use virtio_drivers::transport::DeviceType;
+use virtio_drivers::transport::pci::bus::{
+    BarInfo, Command, ConfigurationAccess, DeviceFunction, HeaderType, MemoryBarType, PciRoot,
+};
+use virtio_drivers::transport::pci::virtio_device_type;
+
+/// Most disks that are used.
+pub const MAX_DISKS: usize = 8;
+/// Most memory BARs of a device.
+const BARS: usize = 6;
+/// Largest BAR that is mapped; virtio registers need a few pages.
+const BAR_BYTES: u64 = 16 << 20;
+
+/// Configuration mechanism 1.
+pub struct ConfigPorts;
+
+fn address(function: DeviceFunction, register: u8) -> u32 {
+    0x8000_0000
+        | u32::from(function.bus) << 16
+        | u32::from(function.device) << 11
+        | u32::from(function.function) << 8
+        | u32::from(register & 0xfc)
+}
+
+impl ConfigurationAccess for ConfigPorts {
+    fn read_word(&self, function: DeviceFunction, register: u8) -> u32 {
+        // SAFETY: selects and reads a configuration register; one core uses PCI.
+        unsafe {
+            port::write_u32(0xcf8, address(function, register));
+            port::read_u32(0xcfc)
+        }
+    }
+
+    fn write_word(&mut self, function: DeviceFunction, register: u8, value: u32) {
+        // SAFETY: the virtio driver writes command bits, BAR probes and capability selectors of devices it owns.
+        unsafe {
+            port::write_u32(0xcf8, address(function, register));
+            port::write_u32(0xcfc, value);
+        }
+    }
+
+    unsafe fn unsafe_clone(&self) -> Self {
+        ConfigPorts
+    }
+}
+
+/// A virtio-blk function and the pages of its registers.
+#[derive(Clone, Copy, Default)]
+pub struct Disk {
+    /// Where it is.
+    pub function: Place,
+    /// Memory BARs.
+    pub bars: FixedList<Range, BARS>,
+}
+
+/// Bus, device, function.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct Place {
+    /// Bus.
+    pub bus: u8,
+    /// Device.
+    pub device: u8,
+    /// Function.
+    pub function: u8,
+}
+
+impl From<Place> for DeviceFunction {
+    fn from(place: Place) -> Self {
+        DeviceFunction { bus: place.bus, device: place.device, function: place.function }
+    }
+}
+
+impl core::fmt::Display for Place {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        write!(f, "{:02x}:{:02x}.{}", self.bus, self.device, self.function)
+    }
+}
+
+/// Where BARs go that the firmware left without an address: below the I/O APIC.
+const WINDOW: Range = Range { start: 0xe000_0000, end: 0xfec0_0000 };
+
+/// Free addresses for BARs, from the bottom of [`WINDOW`] up.
+struct Window<'a> {
+    next: u64,
+    map: &'a [MapEntry],
+}
+
+impl Window<'_> {
+    /// An aligned range of `len` bytes (a power of two) that no entry of the memory map touches.
+    fn take(&mut self, len: u64) -> Option<u64> {
+        let mut start = self.next.next_multiple_of(len);
+        while let Some(taken) = self.map.iter().find(|e| e.range.start < start + len && start < e.range.end) {
+            start = taken.range.end.checked_next_multiple_of(len)?;
+        }
+        self.next = start.checked_add(len).filter(|&end| end <= WINDOW.end)?;
+        Some(start)
+    }
+}
+
+/// The function's memory BARs, given addresses where the firmware did not.
+fn memory_bars(root: &mut PciRoot<ConfigPorts>, function: DeviceFunction, window: &mut Window<'_>) -> FixedList<Range, BARS> {
+    let mut out = FixedList::new();
+    for (index, bar) in (0u8..).zip(root.bars(function).into_iter().flatten()) {
+        let Some(BarInfo::Memory { address_type, address, size, .. }) = bar else { continue };
+        if !(1..=BAR_BYTES).contains(&size) {
+            continue;
+        }
+        // The mapping works in pages, so a small BAR gets a page of its own.
+        let start = if address != 0 { Some(address) } else { window.take(size.max(PAGE_BYTES)) };
+        let Some(start) = start else { continue };
+        if address == 0 {
+            match address_type {
+                MemoryBarType::Width64 => root.set_bar_64(function, index, start),
+                _ => root.set_bar_32(function, index, start as u32),
+            }
+        }
+        let _ = out.push(Range { start, end: start + size });
+    }
+    out
+}
+
+/// Finds the virtio-blk disks on bus 0 and on the buses behind its bridges, and lets them decode memory and do DMA.
+pub fn find_disks(map: &[MapEntry]) -> FixedList<Disk, MAX_DISKS> {
+    let mut window = Window { next: WINDOW.start, map };
+    let mut disks = FixedList::new();
+    let mut buses: FixedList<u8, 32> = FixedList::new();
+    let _ = buses.push(0);
+    let mut next = 0;
+    while let Some(&bus) = buses.as_slice().get(next) {
+        next += 1;
+        let mut root = PciRoot::new(ConfigPorts);
+        for (function, info) in root.enumerate_bus(bus) {
+            if info.header_type == HeaderType::PciPciBridge {
+                // Secondary bus number; a bridge that leads back is not followed.
+                let behind = (ConfigPorts.read_word(function, 0x18) >> 8) as u8;
+                if behind != 0 && !buses.as_slice().contains(&behind) {
+                    let _ = buses.push(behind);
+                }
+            } else if virtio_device_type(&info) == Some(DeviceType::Block) {
+                let place = Place { bus, device: function.device, function: function.function };
+                let disk = Disk { function: place, bars: memory_bars(&mut root, function, &mut window) };
+                root.set_command(function, Command::MEMORY_SPACE | Command::BUS_MASTER);
+                let _ = disks.push(disk);
+            }
+        }
+    }
+    disks
+}
+
+/// The pages that hold the registers of `disks`: sorted, disjoint.
+pub fn register_pages(disks: &[Disk]) -> FixedList<Range, { MAX_DISKS * BARS }> {
+    let mut bars: FixedList<Range, { MAX_DISKS * BARS }> = FixedList::new();
+    for bar in disks.iter().flat_map(|d| d.bars.as_slice()) {
+        let _ = bars.push(Range { start: bar.start & !(PAGE_BYTES - 1), end: bar.end.next_multiple_of(PAGE_BYTES) });
+    }
+    bars.as_mut_slice().sort_unstable_by_key(|r| r.start);
+    let mut pages: FixedList<Range, { MAX_DISKS * BARS }> = FixedList::new();
+    for bar in bars.as_slice() {
+        match pages.as_mut_slice().last_mut() {
+            Some(last) if bar.start <= last.end => last.end = last.end.max(bar.end),
+            _ => {
+                let _ = pages.push(*bar);
+            }
+        }
+    }
+    pages
+}
