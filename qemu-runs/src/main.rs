@@ -1,2 +1,411 @@
-//! Typed QEMU machines, repeated boots and the convergence report.
-fn main() {}
+//! `qemu-runs`: boots, convergence runs and the accelerator probe from the command line.
+
+use anyhow::{Context, Result, bail};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use qemu_runs::accel::{AccelChoice, Probe, probe};
+use qemu_runs::runs::{NativeSpec, Phase, Progress, RunSpec, boot, converge};
+use qemu_runs::{
+    Accel, BootFrom, BootRecord, Deadlines, Drive, Environment, Event, Firmware, Machine, Qemu, Session, html, text,
+};
+use report::{Message, TrialOutcome};
+use std::io::{IsTerminal, Write};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Duration;
+
+/// Boots BareFlow under QEMU, listens to its two serial ports and judges.
+///
+/// COM1 is text for people; COM2 carries typed messages. A boot passes only if QEMU exits with 33 and the guest's last
+/// message confirms it with the right message count.
+#[derive(Parser)]
+#[command(version, arg_required_else_help = true)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Action,
+}
+
+#[derive(Subcommand)]
+enum Action {
+    /// Boot once and show what the guest prints.
+    #[command(after_help = BOOT_EXAMPLES)]
+    Boot {
+        #[command(flatten)]
+        machine: MachineArguments,
+        /// Write the guest's report as JSON to this file (`-`: standard output, the guest's text then goes to standard error).
+        #[arg(long, value_name = "FILE")]
+        json: Option<PathBuf>,
+        /// Also write COM1 to this file.
+        #[arg(long, value_name = "FILE")]
+        log: Option<PathBuf>,
+    },
+    /// Boot one disk again and again until the guest reports convergence; write report.json, report.html and report.txt.
+    #[command(after_help = CONVERGE_EXAMPLES)]
+    Converge {
+        #[command(flatten)]
+        machine: MachineArguments,
+        /// Boots at most.
+        #[arg(long, value_name = "N", default_value_t = 12)]
+        boots: u32,
+        /// Directory for report.json, report.html, report.txt and COM1 logs; made if missing.
+        #[arg(long, value_name = "DIR")]
+        out: Option<PathBuf>,
+        /// Print the JSON report to standard output instead of the text.
+        #[arg(long)]
+        json: bool,
+        /// An exported native image to compare with at the end, on the same machine and disks.
+        #[arg(long, value_name = "ELF")]
+        native_kernel: Option<PathBuf>,
+        /// The export tool's audit (JSON) of the native image, carried into the report.
+        #[arg(long, value_name = "FILE", requires = "native_kernel")]
+        native_audit: Option<PathBuf>,
+        /// Boots of the native image; the self-optimising image boots once after each.
+        #[arg(long, value_name = "N", default_value_t = 3)]
+        native_boots: u32,
+        /// Commit to name in the report; without it, git is asked.
+        #[arg(long, value_name = "HASH")]
+        commit: Option<String>,
+    },
+    /// Find out which accelerator boots the kernel here, by smoke boots.
+    Probe {
+        #[command(flatten)]
+        machine: MachineArguments,
+    },
+}
+
+const BOOT_EXAMPLES: &str = "\
+Examples:
+  qemu-runs boot --kernel bareflow.elf --append mode=smoke
+  qemu-runs boot --kernel bareflow.elf --disk disk.img --model smollm2.gguf \\
+      --append 'prompt=\"Once upon a time\" max_tokens=64'
+  qemu-runs boot --disk usb.img --firmware ovmf          (GRUB on the disk starts its kernel)
+
+Exit code: 0 if the boot passed, 1 otherwise.";
+
+const CONVERGE_EXAMPLES: &str = "\
+Examples:
+  qemu-runs converge --kernel bareflow.elf --disk disk.img --model smollm2.gguf --out out/run
+  qemu-runs converge --kernel bareflow.elf --disk disk.img --boots 40 --accel kvm --json > report.json
+
+The disk keeps the snapshot between boots; build it with: bootimage build --kernel bareflow.elf --out disk.img
+Exit code: 0 if the guest converged, 2 if it did not within --boots, 1 on any failure.";
+
+#[derive(Args)]
+struct MachineArguments {
+    /// The guest's ELF file, loaded by QEMU itself; without it the machine boots from --disk.
+    #[arg(long, value_name = "ELF")]
+    kernel: Option<PathBuf>,
+    /// The boot volume: a FAT16 image made by bootimage, written by the guest.
+    #[arg(long, value_name = "IMG")]
+    disk: Option<PathBuf>,
+    /// A model file, attached raw and read-only as the second disk.
+    #[arg(long, value_name = "FILE", requires = "disk")]
+    model: Option<PathBuf>,
+    /// Guest options, `key=value` words; they win over BAREFLOW.CFG. Only with --kernel.
+    #[arg(long, value_name = "WORDS", default_value = "", requires = "kernel")]
+    append: String,
+    /// What executes the guest; auto boots the kernel with mode=smoke under KVM and falls back to TCG.
+    #[arg(long, value_enum, default_value = "auto")]
+    accel: AccelChoice,
+    /// QEMU's CPU model [default: host under KVM, max under TCG].
+    #[arg(long, value_name = "MODEL")]
+    cpu: Option<String>,
+    /// Guest memory.
+    #[arg(long, value_name = "MIB", default_value_t = 1024)]
+    memory_mib: u32,
+    /// Guest cores.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    cpus: u32,
+    /// Firmware of a boot without --kernel.
+    #[arg(long, value_enum, default_value = "bios")]
+    firmware: FirmwareChoice,
+    /// Longest time one boot may take [default: 300 under KVM, 1800 under TCG].
+    #[arg(long, value_name = "SECONDS")]
+    timeout_s: Option<u64>,
+    /// Longest time without a byte on either serial port [default: 60 under KVM, 600 under TCG].
+    #[arg(long, value_name = "SECONDS")]
+    silence_s: Option<u64>,
+    /// The QEMU to use [default: qemu-system-x86_64 from PATH].
+    #[arg(long, value_name = "PROGRAM")]
+    qemu: Option<PathBuf>,
+    /// A further QEMU argument; may be repeated.
+    #[arg(long, value_name = "ARG", allow_hyphen_values = true)]
+    qemu_arg: Vec<String>,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum FirmwareChoice {
+    Bios,
+    Ovmf,
+}
+
+impl MachineArguments {
+    fn qemu(&self) -> Result<Qemu> {
+        Ok(match &self.qemu {
+            Some(program) => Qemu::at(program)?,
+            None => Qemu::find()?,
+        })
+    }
+
+    /// The ELF file to probe with: the one given, or the one on the disk.
+    fn probe(&self, qemu: &Qemu) -> Result<Probe> {
+        if let Some(kernel) = &self.kernel {
+            return Ok(probe(qemu, kernel, self.accel, self.memory_mib, self.cpus)?);
+        }
+        let Some(disk) = &self.disk else { bail!("give --kernel ELF or --disk IMG: there is nothing to boot") };
+        let bytes = bootimage::read_file(disk, "KERNEL.ELF")?;
+        let directory = tempfile::tempdir().context("cannot make a temporary directory")?;
+        let kernel = directory.path().join("kernel.elf");
+        std::fs::write(&kernel, bytes).context("cannot unpack the kernel")?;
+        Ok(probe(qemu, &kernel, self.accel, self.memory_mib, self.cpus)?)
+    }
+
+    fn choose(&self, qemu: &Qemu) -> Result<Probe> {
+        let chosen = |accel| Probe { accel, attempts: Vec::new() };
+        match self.accel {
+            AccelChoice::Kvm => Ok(chosen(Accel::Kvm)),
+            AccelChoice::Tcg => Ok(chosen(Accel::Tcg)),
+            AccelChoice::Auto => self.probe(qemu),
+        }
+    }
+
+    fn machine(&self, accel: Accel) -> Result<Machine> {
+        let boot = match (&self.kernel, &self.disk, self.firmware) {
+            (Some(elf), ..) => BootFrom::Kernel { elf: elf.clone(), append: self.append.clone() },
+            (None, Some(_), FirmwareChoice::Bios) => BootFrom::Disk(Firmware::Bios),
+            (None, Some(_), FirmwareChoice::Ovmf) => BootFrom::Disk(Firmware::Ovmf),
+            (None, None, _) => bail!("give --kernel ELF or --disk IMG: there is nothing to boot"),
+        };
+        let mut drives = Vec::new();
+        drives.extend(self.disk.iter().map(|path| Drive { path: path.clone(), read_only: false }));
+        drives.extend(self.model.iter().map(|path| Drive { path: path.clone(), read_only: true }));
+        Ok(Machine {
+            accel,
+            cpu_model: self.cpu.clone(),
+            memory_mib: self.memory_mib,
+            cpus: self.cpus,
+            boot,
+            drives,
+            extra: self.qemu_arg.clone(),
+        })
+    }
+
+    fn deadlines(&self, accel: Accel) -> Deadlines {
+        let (boot, silence) = if accel == Accel::Kvm { (300, 60) } else { (1800, 600) };
+        Deadlines {
+            boot: Duration::from_secs(self.timeout_s.unwrap_or(boot)),
+            silence: Duration::from_secs(self.silence_s.or(self.timeout_s).unwrap_or(silence)),
+        }
+    }
+}
+
+fn main() -> ExitCode {
+    match run(Arguments::parse().command) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("qemu-runs: {error:#}");
+            ExitCode::from(1)
+        }
+    }
+}
+
+fn run(action: Action) -> Result<ExitCode> {
+    match action {
+        Action::Boot { machine, json, log } => run_boot(&machine, json.as_deref(), log.as_deref()),
+        Action::Converge { machine, boots, out, json, native_kernel, native_audit, native_boots, commit } => {
+            let audit = native_audit.as_deref().map(read_json).transpose()?;
+            let native = native_kernel.map(|elf| NativeSpec { elf, audit, boots: native_boots });
+            run_converge(&machine, boots, out.as_deref(), json, native, commit)
+        }
+        Action::Probe { machine } => {
+            let qemu = machine.qemu()?;
+            let probe = machine.probe(&qemu)?;
+            println!("{}\n{}\nuse: --accel {}", qemu.version(), probe.details(), probe.accel);
+            Ok(ExitCode::SUCCESS)
+        }
+    }
+}
+
+fn read_json(path: &Path) -> Result<serde_json::Value> {
+    let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+    serde_json::from_str(&text).with_context(|| format!("{} is not JSON", path.display()))
+}
+
+fn run_boot(arguments: &MachineArguments, json: Option<&Path>, log: Option<&Path>) -> Result<ExitCode> {
+    let qemu = arguments.qemu()?;
+    let chosen = arguments.choose(&qemu)?;
+    eprintln!("accel: {}", chosen.reason());
+    let machine = arguments.machine(chosen.accel)?;
+    let deadlines = arguments.deadlines(chosen.accel);
+    let json_to_stdout = json == Some(Path::new("-"));
+    let mut watch = |event: Event<'_>| {
+        if let Event::Console(bytes) = event {
+            // A closed pipe must not end the boot: the verdict still counts.
+            let _ = if json_to_stdout {
+                std::io::stderr().write_all(bytes)
+            } else {
+                std::io::stdout().write_all(bytes).and_then(|()| std::io::stdout().flush())
+            };
+        }
+    };
+    let Some(json) = json else {
+        let boot = Session::start(&qemu, &machine, log)?.run(deadlines, &mut watch)?;
+        eprintln!("passed in {:.1} s, {} messages", boot.wall.as_secs_f64(), boot.transcript.messages);
+        return Ok(ExitCode::SUCCESS);
+    };
+    let record = boot(&qemu, &machine, deadlines, log, &mut watch)?;
+    let text = serde_json::to_string_pretty(&record)? + "\n";
+    if json_to_stdout {
+        std::io::stdout().write_all(text.as_bytes())?;
+    } else {
+        std::fs::write(json, text).with_context(|| format!("cannot write {}", json.display()))?;
+    }
+    eprintln!("passed in {:.1} s", record.wall_s);
+    Ok(ExitCode::SUCCESS)
+}
+
+fn run_converge(
+    arguments: &MachineArguments,
+    max_boots: u32,
+    out: Option<&Path>,
+    json: bool,
+    native: Option<NativeSpec>,
+    commit: Option<String>,
+) -> Result<ExitCode> {
+    if arguments.disk.is_none() {
+        bail!(
+            "converge needs --disk IMG: without a disk no boot can remember the one before; make one with bootimage build"
+        );
+    }
+    let qemu = arguments.qemu()?;
+    if let Some(out) = out {
+        std::fs::create_dir_all(out).with_context(|| format!("cannot make the directory {}", out.display()))?;
+    }
+    let chosen = arguments.choose(&qemu)?;
+    eprintln!("accel: {}", chosen.reason());
+    let spec = RunSpec {
+        machine: arguments.machine(chosen.accel)?,
+        deadlines: arguments.deadlines(chosen.accel),
+        max_boots,
+        accel_reason: chosen.reason(),
+        logs: out.map(Path::to_owned),
+        native,
+        environment: Environment {
+            host_cpu: host_cpu(),
+            host_cores: std::thread::available_parallelism().ok().map(usize::from),
+            commit: commit.or_else(git_commit),
+            command: std::env::args().collect::<Vec<_>>().join(" "),
+            ..Environment::default()
+        },
+    };
+    let mut display = Display::new(max_boots);
+    let report = converge(&qemu, &spec, &mut |progress| display.show(progress));
+    display.finish();
+    if let Some(out) = out {
+        for (name, content) in [
+            ("report.json", report.to_json()),
+            ("report.html", html::page(&report)),
+            ("report.txt", text::summary(&report)),
+        ] {
+            let path = out.join(name);
+            std::fs::write(&path, content).with_context(|| format!("cannot write {}", path.display()))?;
+        }
+        eprintln!("report: {}", out.join("report.html").display());
+    }
+    println!("{}", if json { report.to_json() } else { text::summary(&report) });
+    Ok(match (&report.failure, report.converged_at) {
+        (Some(_), _) => ExitCode::from(1),
+        (None, None) => ExitCode::from(2),
+        (None, Some(_)) => ExitCode::SUCCESS,
+    })
+}
+
+fn host_cpu() -> Option<String> {
+    let text = std::fs::read_to_string("/proc/cpuinfo").ok()?;
+    let line = text.lines().find(|l| l.starts_with("model name"))?;
+    Some(line.split_once(':')?.1.trim().to_owned())
+}
+
+fn git_commit() -> Option<String> {
+    let git = |arguments: &[&str]| {
+        let run = std::process::Command::new("git").args(arguments).output().ok()?;
+        run.status.success().then(|| String::from_utf8_lossy(&run.stdout).trim().to_owned())
+    };
+    let commit = git(&["rev-parse", "--short=12", "HEAD"])?;
+    let dirty = !git(&["status", "--porcelain", "--untracked-files=no"])?.is_empty();
+    Some(if dirty { commit + "-dirty" } else { commit })
+}
+
+/// A bar on a terminal, plain lines elsewhere.
+struct Display {
+    bar: Option<ProgressBar>,
+}
+
+impl Display {
+    fn new(max_boots: u32) -> Self {
+        let bar = std::io::stderr().is_terminal().then(|| {
+            let bar = ProgressBar::with_draw_target(Some(u64::from(max_boots)), ProgressDrawTarget::stderr());
+            let style = ProgressStyle::with_template("{bar:24} boot {pos}/{len} {elapsed}  {wide_msg}");
+            bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+            bar.enable_steady_tick(Duration::from_millis(200));
+            bar
+        });
+        Self { bar }
+    }
+
+    fn show(&mut self, progress: Progress<'_>) {
+        match progress {
+            Progress::Started(phase) => self.say(format!("{}: starting", name(phase))),
+            Progress::Event(Event::Message(Message::Stage(stage))) => self.say(format!("{} done", stage.name)),
+            Progress::Event(_) => {}
+            Progress::Passed(phase, record) => {
+                self.line(&passed(phase, record));
+                if let (Some(bar), Phase::Converge(_)) = (&self.bar, phase) {
+                    bar.inc(1);
+                }
+            }
+        }
+    }
+
+    fn say(&self, message: String) {
+        if let Some(bar) = &self.bar {
+            bar.set_message(message);
+        }
+    }
+
+    fn line(&self, line: &str) {
+        match &self.bar {
+            Some(bar) => bar.println(line),
+            None => eprintln!("{line}"),
+        }
+    }
+
+    fn finish(&self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+fn name(phase: Phase) -> String {
+    match phase {
+        Phase::Converge(n) => format!("boot {n}"),
+        Phase::Native(n) => format!("native boot {n}"),
+        Phase::Interleaved(n) => format!("boot in between {n}"),
+    }
+}
+
+fn passed(phase: Phase, record: &BootRecord) -> String {
+    let b = &record.report;
+    format!(
+        "{:<10} {:>5.1} s: decode {:.1} tok/s, prefill {:.1} tok/s, {} kernels loaded, {} variants tried, {} kept; {}",
+        name(phase),
+        record.wall_s,
+        b.decode_tok_s,
+        b.prefill_tok_s,
+        b.kernels_loaded,
+        b.trials.len(),
+        record.trials_with(TrialOutcome::Kept),
+        if b.convergence.converged { "converged" } else { b.convergence.reason.as_str() },
+    )
+}

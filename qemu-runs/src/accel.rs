@@ -1,0 +1,111 @@
+//! Which accelerator works here: decided by booting our own kernel with `mode=smoke`, not by looking at device files.
+//!
+//! `/dev/kvm` can exist and be of a kind, or nested in a way, under which a guest does not get far; only a boot tells.
+
+use crate::machine::{Accel, Machine, Qemu};
+use crate::session::{Deadlines, Session};
+use std::path::Path;
+use std::time::Duration;
+
+/// What the user asked for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, clap::ValueEnum)]
+pub enum AccelChoice {
+    /// KVM if it boots our kernel, else TCG.
+    Auto,
+    /// KVM.
+    Kvm,
+    /// TCG.
+    Tcg,
+}
+
+/// How one accelerator did.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Attempt {
+    /// Which.
+    pub accel: Accel,
+    /// Seconds the smoke boot took, or why it failed.
+    pub outcome: Result<f64, String>,
+}
+
+/// The accelerator to use, and why.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Probe {
+    /// The one to use.
+    pub accel: Accel,
+    /// What was tried, in order; empty when the user chose.
+    pub attempts: Vec<Attempt>,
+}
+
+/// No accelerator works.
+#[derive(Clone, PartialEq, Debug, thiserror::Error)]
+#[error("no accelerator boots the kernel:\n{}", list(attempts))]
+pub struct ProbeError {
+    /// What was tried.
+    pub attempts: Vec<Attempt>,
+}
+
+fn list(attempts: &[Attempt]) -> String {
+    let line = |a: &Attempt| match &a.outcome {
+        Ok(seconds) => format!("  {}: smoke boot passed in {seconds:.1} s", a.accel),
+        Err(why) => format!("  {}: {why}", a.accel),
+    };
+    attempts.iter().map(line).collect::<Vec<_>>().join("\n")
+}
+
+impl Probe {
+    /// One line for people: what is used and why.
+    pub fn reason(&self) -> String {
+        match self.attempts.as_slice() {
+            [] => format!("{} was asked for", self.accel),
+            attempts => {
+                let one_line = list(attempts).lines().map(str::trim).collect::<Vec<_>>().join("; ");
+                format!("{} ({one_line})", self.accel)
+            }
+        }
+    }
+
+    /// Each attempt on a line of its own.
+    pub fn details(&self) -> String {
+        list(&self.attempts)
+    }
+}
+
+/// Longest smoke boot under KVM; a working one takes about a second.
+pub const KVM_SMOKE_LIMIT: Duration = Duration::from_secs(20);
+/// Longest smoke boot under TCG.
+pub const TCG_SMOKE_LIMIT: Duration = Duration::from_secs(120);
+
+/// Decides by smoke boots of `kernel` in machines of `memory_mib` and `cpus`.
+///
+/// # Errors
+/// [`ProbeError`] with every attempt when nothing boots.
+pub fn probe(qemu: &Qemu, kernel: &Path, choice: AccelChoice, memory_mib: u32, cpus: u32) -> Result<Probe, ProbeError> {
+    let candidates = match choice {
+        AccelChoice::Auto => vec![Accel::Kvm, Accel::Tcg],
+        AccelChoice::Kvm => vec![Accel::Kvm],
+        AccelChoice::Tcg => vec![Accel::Tcg],
+    };
+    let mut attempts = Vec::new();
+    for accel in candidates {
+        let outcome = smoke(qemu, kernel, accel, memory_mib, cpus);
+        let works = outcome.is_ok();
+        attempts.push(Attempt { accel, outcome });
+        if works {
+            return Ok(Probe { accel, attempts });
+        }
+    }
+    Err(ProbeError { attempts })
+}
+
+fn smoke(qemu: &Qemu, kernel: &Path, accel: Accel, memory_mib: u32, cpus: u32) -> Result<f64, String> {
+    if accel == Accel::Kvm {
+        let device = std::fs::OpenOptions::new().read(true).write(true).open("/dev/kvm");
+        device.map_err(|e| format!("/dev/kvm cannot be opened: {e}"))?;
+    }
+    let machine = Machine { memory_mib, cpus, ..Machine::with_kernel(accel, kernel, "mode=smoke") };
+    let limit = if accel == Accel::Kvm { KVM_SMOKE_LIMIT } else { TCG_SMOKE_LIMIT };
+    let boot = Session::start(qemu, &machine, None)
+        .and_then(|session| session.run(Deadlines { boot: limit, silence: limit }, &mut |_| {}))
+        .map_err(|e| format!("smoke boot failed: {}", e.failure))?;
+    Ok(boot.wall.as_secs_f64())
+}

@@ -1,0 +1,179 @@
+//! What a run of repeated boots found: the content of `report.json`.
+
+use crate::elf::ImageBytes;
+use crate::machine::Accel;
+use report::{BootReport, TrialOutcome};
+use serde::Serialize;
+
+/// Version of the JSON schema.
+pub const SCHEMA: u32 = 1;
+
+/// One boot.
+#[derive(Clone, PartialEq, Debug, Serialize)]
+pub struct BootRecord {
+    /// What the guest reported, its fields side by side with the ones here.
+    #[serde(flatten)]
+    pub report: BootReport,
+    /// Start to end of QEMU on the host's clock, seconds.
+    pub wall_s: f64,
+}
+
+impl BootRecord {
+    /// Trials of this boot with the given outcome.
+    pub fn trials_with(&self, outcome: TrialOutcome) -> usize {
+        self.report.trials.iter().filter(|t| t.outcome == outcome).count()
+    }
+}
+
+/// The exported native image on the same machine and disks.
+#[derive(Clone, PartialEq, Debug, Serialize)]
+pub struct NativeRecord {
+    /// Bytes of the ELF file.
+    pub elf_bytes: u64,
+    /// Bytes of its executable sections.
+    pub text_bytes: u64,
+    /// Median of its boots; `null` when none passed.
+    pub decode_tok_s: Option<f64>,
+    /// Median of its boots.
+    pub prefill_tok_s: Option<f64>,
+    /// Ids of its first boot.
+    pub token_ids: Vec<u32>,
+    /// The export tool's audit, as it wrote it.
+    pub audit: Option<serde_json::Value>,
+    /// Its boots.
+    pub boots: Vec<BootRecord>,
+    /// Boots of the self-optimising image run in between, one after each native boot: the fair comparison.
+    pub interleaved_jit_boots: Vec<BootRecord>,
+    /// Median of the boots in between.
+    pub interleaved_jit_decode_tok_s: Option<f64>,
+}
+
+/// Where and how the run was made.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize)]
+pub struct Environment {
+    /// First line of `qemu-system-x86_64 --version`.
+    pub qemu: String,
+    /// The host's CPU.
+    pub host_cpu: Option<String>,
+    /// The host's cores.
+    pub host_cores: Option<usize>,
+    /// The commit the tools were run from, with `-dirty` when files differ.
+    pub commit: Option<String>,
+    /// The command that started the run.
+    pub command: String,
+    /// QEMU's command line for each boot.
+    pub machine: String,
+    /// Guest memory.
+    pub memory_mib: u32,
+    /// Guest cores.
+    pub cpus: u32,
+}
+
+/// A whole run.
+#[derive(Clone, PartialEq, Debug, Serialize)]
+pub struct RunReport {
+    /// [`SCHEMA`].
+    pub schema: u32,
+    /// What executed the guest.
+    pub accel: Accel,
+    /// Why that accelerator.
+    pub accel_reason: String,
+    /// Times are times of hardware: KVM and a trusted clock in every boot.
+    pub hardware_times: bool,
+    /// The model's name.
+    pub model: String,
+    /// The prompt.
+    pub prompt: String,
+    /// Boot (the guest's own count) that reported convergence; `null` if none did.
+    pub converged_at: Option<u32>,
+    /// Most boots the run was allowed.
+    pub max_boots: u32,
+    /// Every boot that ran to its end gave the same tokens; `null` with fewer than two.
+    pub tokens_identical: Option<bool>,
+    /// Why the run ended early or must not be trusted.
+    pub failure: Option<String>,
+    /// The boots, first to last.
+    pub boots: Vec<BootRecord>,
+    /// Sizes of the self-optimising image, if it was given as a file.
+    pub jit_image: Option<ImageBytes>,
+    /// The exported image, if it was run.
+    pub native: Option<NativeRecord>,
+    /// Where and how.
+    pub environment: Environment,
+}
+
+impl RunReport {
+    /// A report without boots.
+    pub fn new(accel: Accel, accel_reason: String, max_boots: u32, environment: Environment) -> Self {
+        Self {
+            schema: SCHEMA,
+            accel,
+            accel_reason,
+            hardware_times: false,
+            model: String::new(),
+            prompt: String::new(),
+            converged_at: None,
+            max_boots,
+            tokens_identical: None,
+            failure: None,
+            boots: Vec::new(),
+            jit_image: None,
+            native: None,
+            environment,
+        }
+    }
+
+    /// Adds a boot and what follows from it.
+    pub fn push(&mut self, record: BootRecord) {
+        if self.boots.is_empty() {
+            self.model = record.report.model.name.clone();
+            self.prompt = record.report.prompt.clone();
+        }
+        if self.converged_at.is_none() && record.report.convergence.converged {
+            self.converged_at = Some(record.report.boot);
+        }
+        self.boots.push(record);
+        self.settle();
+    }
+
+    /// Sets the native image's results.
+    pub fn set_native(&mut self, native: NativeRecord) {
+        self.native = Some(native);
+        self.settle();
+    }
+
+    /// Every boot of either image, in order.
+    pub fn all_boots(&self) -> impl Iterator<Item = &BootRecord> {
+        let native = self.native.iter().flat_map(|n| n.boots.iter().chain(&n.interleaved_jit_boots));
+        self.boots.iter().chain(native)
+    }
+
+    fn settle(&mut self) {
+        self.hardware_times = self.accel == Accel::Kvm && self.all_boots().all(|b| b.report.clock_trusted);
+        let ids: Vec<&Vec<u32>> = self.all_boots().map(|b| &b.report.token_ids).collect();
+        self.tokens_identical = (ids.len() > 1).then(|| ids.windows(2).all(|pair| pair[0] == pair[1]));
+        if self.tokens_identical == Some(false) && self.failure.is_none() {
+            self.failure = Some("boots of the same prompt gave different tokens: a kernel is wrong".into());
+        }
+    }
+
+    /// `report.json`.
+    ///
+    /// # Panics
+    /// Never in practice: every field serialises.
+    pub fn to_json(&self) -> String {
+        serde_json::to_string_pretty(self).expect("a report holds only serialisable types")
+    }
+}
+
+/// Median of finite values; `None` without any.
+pub(crate) fn median(values: impl Iterator<Item = f64>) -> Option<f64> {
+    let mut values: Vec<f64> = values.filter(|v| v.is_finite()).collect();
+    values.sort_by(f64::total_cmp);
+    let middle = values.len() / 2;
+    match values.len() {
+        0 => None,
+        n if n % 2 == 1 => Some(values[middle]),
+        _ => Some((values[middle - 1] + values[middle]) / 2.0),
+    }
+}

@@ -1,0 +1,177 @@
+//! Repeated boots: [`boot`] once for a report, [`converge`] until the guest says nothing improves any more.
+
+use crate::elf::{ImageBytes, image_bytes};
+use crate::machine::{BootFrom, Machine, Qemu};
+use crate::run_report::{BootRecord, Environment, NativeRecord, RunReport, median};
+use crate::session::{BootError, Deadlines, Event, Session};
+use crate::transcript::BootFailure;
+use std::path::{Path, PathBuf};
+
+/// The exported image to compare with.
+#[derive(Clone, Debug)]
+pub struct NativeSpec {
+    /// Its ELF file.
+    pub elf: PathBuf,
+    /// The export tool's audit (JSON), to be carried into the report.
+    pub audit: Option<serde_json::Value>,
+    /// Native boots; after each one the self-optimising image boots again.
+    pub boots: u32,
+}
+
+/// A run to make.
+#[derive(Clone, Debug)]
+pub struct RunSpec {
+    /// The machine of every boot; its first drive keeps the snapshot from boot to boot.
+    pub machine: Machine,
+    /// Limits of every boot.
+    pub deadlines: Deadlines,
+    /// Boots at most.
+    pub max_boots: u32,
+    /// Why [`Machine::accel`] is what it is, for the report.
+    pub accel_reason: String,
+    /// Directory for COM1 logs, `boot-01.log` and so on.
+    pub logs: Option<PathBuf>,
+    /// Compare with the exported image at the end.
+    pub native: Option<NativeSpec>,
+    /// Command, commit and host, for the report.
+    pub environment: Environment,
+}
+
+/// Which boot of a run is meant.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Phase {
+    /// Towards convergence, counted from 1.
+    Converge(u32),
+    /// The native image, counted from 1.
+    Native(u32),
+    /// The self-optimising image after a native boot, counted from 1.
+    Interleaved(u32),
+}
+
+/// What a run tells whoever watches.
+#[derive(Debug)]
+pub enum Progress<'a> {
+    /// A boot starts.
+    Started(Phase),
+    /// A boot says something.
+    Event(Event<'a>),
+    /// A boot passed.
+    Passed(Phase, &'a BootRecord),
+}
+
+/// One boot that must pass and report.
+///
+/// # Errors
+/// [`BootError`].
+pub fn boot(
+    qemu: &Qemu,
+    machine: &Machine,
+    deadlines: Deadlines,
+    console: Option<&Path>,
+    watch: &mut dyn FnMut(Event<'_>),
+) -> Result<BootRecord, BootError> {
+    let boot = Session::start(qemu, machine, console)?.run(deadlines, watch)?;
+    let wall_s = boot.wall.as_secs_f64();
+    let mut transcript = boot.transcript;
+    match transcript.report.take() {
+        Some(report) => Ok(BootRecord { report, wall_s }),
+        None => Err(BootError {
+            failure: BootFailure::NoReport,
+            transcript: Box::new(transcript),
+            console_tail: String::new(),
+        }),
+    }
+}
+
+/// Boots until a boot reports convergence or `max_boots` is reached, then compares with the native image.
+///
+/// A boot that fails ends the run: the report then holds the boots before it and says why in `failure`.
+pub fn converge(qemu: &Qemu, spec: &RunSpec, watch: &mut dyn FnMut(Progress<'_>)) -> RunReport {
+    let environment = Environment {
+        qemu: qemu.version().to_owned(),
+        machine: spec.machine.command_line(qemu),
+        memory_mib: spec.machine.memory_mib,
+        cpus: spec.machine.cpus,
+        ..spec.environment.clone()
+    };
+    let mut report = RunReport::new(spec.machine.accel, spec.accel_reason.clone(), spec.max_boots, environment);
+    if let BootFrom::Kernel { elf, .. } = &spec.machine.boot {
+        report.jit_image = image_bytes(elf).ok();
+    }
+    if let Err(error) = run_all(qemu, spec, &mut report, watch) {
+        report.failure = Some(error);
+    }
+    report
+}
+
+fn run_all(
+    qemu: &Qemu,
+    spec: &RunSpec,
+    report: &mut RunReport,
+    watch: &mut dyn FnMut(Progress<'_>),
+) -> Result<(), String> {
+    for number in 1..=spec.max_boots {
+        let record = run_one(qemu, spec, &spec.machine, Phase::Converge(number), watch)?;
+        report.push(record);
+        if report.converged_at.is_some() || report.failure.is_some() {
+            break;
+        }
+    }
+    if let (Some(native), None) = (&spec.native, &report.failure) {
+        compare(qemu, spec, native, report, watch)?;
+    }
+    Ok(())
+}
+
+/// Native and self-optimising boots in turn: bandwidth of shared machines drifts, so only neighbours are comparable.
+fn compare(
+    qemu: &Qemu,
+    spec: &RunSpec,
+    native: &NativeSpec,
+    report: &mut RunReport,
+    watch: &mut dyn FnMut(Progress<'_>),
+) -> Result<(), String> {
+    let ImageBytes { elf_bytes, text_bytes } = image_bytes(&native.elf).map_err(|e| format!("native image: {e}"))?;
+    let append = match &spec.machine.boot {
+        BootFrom::Kernel { append, .. } => append.clone(),
+        BootFrom::Disk(_) => String::new(),
+    };
+    let machine = Machine { boot: BootFrom::Kernel { elf: native.elf.clone(), append }, ..spec.machine.clone() };
+    let (mut boots, mut between) = (Vec::new(), Vec::new());
+    for number in 1..=native.boots {
+        boots.push(run_one(qemu, spec, &machine, Phase::Native(number), watch)?);
+        between.push(run_one(qemu, spec, &spec.machine, Phase::Interleaved(number), watch)?);
+    }
+    report.set_native(NativeRecord {
+        elf_bytes,
+        text_bytes,
+        decode_tok_s: median(boots.iter().map(|b| b.report.decode_tok_s)),
+        prefill_tok_s: median(boots.iter().map(|b| b.report.prefill_tok_s)),
+        token_ids: boots.first().map(|b| b.report.token_ids.clone()).unwrap_or_default(),
+        audit: native.audit.clone(),
+        interleaved_jit_decode_tok_s: median(between.iter().map(|b| b.report.decode_tok_s)),
+        boots,
+        interleaved_jit_boots: between,
+    });
+    Ok(())
+}
+
+fn run_one(
+    qemu: &Qemu,
+    spec: &RunSpec,
+    machine: &Machine,
+    phase: Phase,
+    watch: &mut dyn FnMut(Progress<'_>),
+) -> Result<BootRecord, String> {
+    let name = match phase {
+        Phase::Converge(n) => format!("boot-{n:02}"),
+        Phase::Native(n) => format!("native-{n:02}"),
+        Phase::Interleaved(n) => format!("interleaved-{n:02}"),
+    };
+    let console = spec.logs.as_ref().map(|logs| logs.join(format!("{name}.log")));
+    watch(Progress::Started(phase));
+    let record = boot(qemu, machine, spec.deadlines, console.as_deref(), &mut |event| watch(Progress::Event(event)))
+        .map_err(|error| format!("{name}: {error}"))?;
+    watch(Progress::Passed(phase, &record));
+    Ok(record)
+}

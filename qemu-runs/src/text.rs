@@ -1,0 +1,102 @@
+//! A run as a short text: the table of its boots and what it comes to.
+
+use crate::run_report::RunReport;
+use report::TrialOutcome;
+use std::fmt::Write;
+
+/// The summary, lines ended by `\n`.
+pub fn summary(run: &RunReport) -> String {
+    let mut out = String::new();
+    // Writing to a String cannot fail.
+    let _ = write(run, &mut out);
+    out
+}
+
+fn write(run: &RunReport, out: &mut String) -> std::fmt::Result {
+    writeln!(out, "model   {}", dash(&run.model))?;
+    writeln!(out, "prompt  {:?}", run.prompt)?;
+    writeln!(out, "accel   {}", run.accel_reason)?;
+    if !run.hardware_times {
+        writeln!(out, "        times are not hardware speed: compare counts and code, not seconds")?;
+    }
+    writeln!(out)?;
+    writeln!(out, "boot  first token   prefill    decode  loaded  compiled  tried  kept  settled  snapshot")?;
+    writeln!(out, "               ms     tok/s     tok/s")?;
+    for boot in &run.boots {
+        let b = &boot.report;
+        let saved = b.snapshot.generation_saved.map_or("-".into(), |g| format!("gen {g}"));
+        writeln!(
+            out,
+            "{:>4}  {:>11}  {:>8}  {:>8}  {:>6}  {:>8}  {:>5}  {:>4}  {:>6.1}%  {saved}",
+            b.boot,
+            number(b.ttft_ms),
+            number(b.prefill_tok_s),
+            number(b.decode_tok_s),
+            b.kernels_loaded,
+            b.kernels_compiled,
+            b.trials.len(),
+            boot.trials_with(TrialOutcome::Kept),
+            b.convergence.settled_share * 100.0,
+        )?;
+    }
+    writeln!(out)?;
+    match (run.converged_at, run.boots.last()) {
+        (Some(boot), _) => writeln!(out, "converged at boot {boot}")?,
+        (None, Some(last)) => {
+            writeln!(out, "not converged after {} boots: {}", run.boots.len(), last.report.convergence.reason)?;
+        }
+        (None, None) => writeln!(out, "no boot passed")?,
+    }
+    if let Some(identical) = run.tokens_identical {
+        writeln!(out, "tokens {}", if identical { "identical in every boot" } else { "DIFFER between boots" })?;
+    }
+    if let (Some(first), Some(last)) = (run.boots.first(), run.boots.last())
+        && run.boots.len() > 1
+    {
+        let (first, last) = (&first.report, &last.report);
+        writeln!(
+            out,
+            "decode {}, prefill {}, first token {} (last boot against first)",
+            times(last.decode_tok_s, first.decode_tok_s),
+            times(last.prefill_tok_s, first.prefill_tok_s),
+            times(first.ttft_ms, last.ttft_ms),
+        )?;
+    }
+    if let Some(native) = &run.native {
+        let jit = native.interleaved_jit_decode_tok_s;
+        writeln!(
+            out,
+            "native image: decode {} tok/s against {} in turn with it; {} bytes against {} (code {} against {})",
+            native.decode_tok_s.map_or("-".into(), number),
+            jit.map_or("-".into(), number),
+            native.elf_bytes,
+            run.jit_image.map_or("-".into(), |i| i.elf_bytes.to_string()),
+            native.text_bytes,
+            run.jit_image.map_or("-".into(), |i| i.text_bytes.to_string()),
+        )?;
+    }
+    if let Some(failure) = &run.failure {
+        writeln!(out, "\nFAILED: {failure}")?;
+    }
+    Ok(())
+}
+
+fn dash(text: &str) -> &str {
+    if text.is_empty() { "-" } else { text }
+}
+
+/// A measured value with three significant digits; `-` when it is not known.
+pub(crate) fn number(value: f64) -> String {
+    match value {
+        v if !v.is_finite() || v <= 0.0 => "-".into(),
+        v if v < 9.995 => format!("{v:.2}"),
+        v if v < 99.95 => format!("{v:.1}"),
+        v => format!("{v:.0}"),
+    }
+}
+
+/// `a / b` as `2.03x`; `-` when either is not known.
+pub(crate) fn times(a: f64, b: f64) -> String {
+    let ratio = a / b;
+    if ratio.is_finite() && ratio > 0.0 && b > 0.0 { format!("{ratio:.2}x") } else { "-".into() }
+}
