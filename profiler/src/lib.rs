@@ -1,7 +1,8 @@
 //! Per-key cycle statistics, roofline fraction, hot list and the convergence decision.
 //!
 //! Data path: `engine` calls a kernel and hands its `rdtsc` difference to [`Profile::record`] -> [`Profile::hot_list`] tells
-//! `runtime` what to tune.
+//! `runtime` what to tune -> [`trial`] decides each candidate from paired samples -> [`Settled`] says when a key is done, against
+//! the [`Roofline`] -> [`convergence`] says when the whole run is.
 //!
 //! Architecture invariant: nothing here reads a clock; every decision is a function of numbers passed in, so it can be
 //! replayed from a recorded trace.
@@ -10,8 +11,14 @@
 
 extern crate alloc;
 
+pub mod convergence;
 mod profile;
+mod roofline;
 mod stats;
+pub mod trial;
 
+pub use convergence::{BootEvidence, Convergence, ConvergenceConfig};
 pub use profile::{HotKey, Profile};
+pub use roofline::{Roofline, SETTLE_DISTANCE, Settled};
 pub use stats::{KeyStats, SUB_BUCKETS};
+pub use trial::{Trial, TrialConfig, Verdict};

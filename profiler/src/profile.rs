@@ -2,7 +2,7 @@
 
 use crate::stats::KeyStats;
 use alloc::vec::Vec;
-use model::kernel::KernelKey;
+use model::kernel::{DType, KernelKey, Op};
 
 /// Statistics by slot of the kernel table. Recorded by one core; the others' work is inside its measurements.
 #[derive(Clone, Debug, Default)]
@@ -111,6 +111,34 @@ impl Profile {
             .fold(0, |sum: u64, (_, _, stats)| sum.saturating_add(stats.total_cycles()));
         (total > 0).then(|| share(inside, total))
     }
+
+    /// Share of the recorded cycles that recording them cost, when one record costs `record_cycles`
+    /// (see [`Profile::measure_record_cycles`]); `None` before anything was recorded.
+    pub fn overhead(&self, record_cycles: f64) -> Option<f64> {
+        let calls = self.iter().fold(0, |sum: u64, (_, _, stats)| sum.saturating_add(stats.count()));
+        let total = self.total_cycles();
+        (total > 0).then(|| calls as f64 * record_cycles / total as f64)
+    }
+
+    /// Measures what one record costs, in the unit of the clock `now`: two clock reads and [`Profile::record`], in a
+    /// profile of its own. The fastest of several rounds, so that an interruption does not count.
+    pub fn measure_record_cycles(mut now: impl FnMut() -> u64) -> f64 {
+        const ROUNDS: usize = 16;
+        const RECORDS: u64 = 256;
+        let key = KernelKey { op: Op::Matmul, dtype: DType::F32, m: 1, n: 1, k: 1 };
+        let mut profile = Profile::new([key]);
+        let mut fastest = u64::MAX;
+        for _ in 0..ROUNDS {
+            let start = now();
+            for _ in 0..RECORDS {
+                let before = now();
+                let after = now();
+                core::hint::black_box(&mut profile).record(0, after.wrapping_sub(before));
+            }
+            fastest = fastest.min(now().wrapping_sub(start));
+        }
+        fastest as f64 / RECORDS as f64
+    }
 }
 
 fn share(part: u64, whole: u64) -> f64 {
@@ -121,6 +149,21 @@ fn share(part: u64, whole: u64) -> f64 {
 mod tests {
     use super::*;
     use model::kernel::{DType, Op};
+
+    #[test]
+    fn overhead_is_measured_with_the_callers_clock() {
+        // A clock that advances by 10 each time it is read: two reads inside a record, and two around a round.
+        let mut time = 0;
+        let cost = Profile::measure_record_cycles(|| {
+            time += 10;
+            time
+        });
+        assert_eq!(cost, (2.0 * 256.0 + 1.0) * 10.0 / 256.0);
+        let mut profile = Profile::new([key(32)]);
+        assert_eq!(profile.overhead(cost), None);
+        (0..4).for_each(|_| profile.record(0, 1000));
+        assert_eq!(profile.overhead(10.0), Some(0.01));
+    }
 
     fn key(n: u32) -> KernelKey {
         KernelKey { op: Op::Matmul, dtype: DType::Q4_1, m: 1, n, k: 576 }

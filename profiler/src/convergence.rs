@@ -1,0 +1,280 @@
+//! Is there anything left to gain? Decided from one line of evidence per boot.
+//!
+//! Converged means: the keys that cover nearly all kernel cycles are settled, no kernel changed for a window of boots, and
+//! the token time stopped moving over that window. The last is required only where the clock can be trusted.
+
+use alloc::format;
+use alloc::string::String;
+use alloc::vec::Vec;
+
+/// Limits of the decision.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct ConvergenceConfig {
+    /// Boots in a row without a changed kernel; 0 counts as 1.
+    pub window: u32,
+    /// Share of kernel cycles that has to be in settled keys, 0..=1.
+    pub settled_share: f64,
+    /// Largest spread of the token time over the window, relative.
+    pub max_variation: f64,
+    /// The spread is required; false where the clock cannot be trusted (software emulation).
+    pub variation_required: bool,
+}
+
+impl Default for ConvergenceConfig {
+    fn default() -> Self {
+        Self { window: 3, settled_share: 0.99, max_variation: 0.01, variation_required: true }
+    }
+}
+
+/// What one boot contributes.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct BootEvidence {
+    /// Share of kernel cycles in settled keys, 0..=1.
+    pub settled_share: f64,
+    /// Keys whose kernel changed.
+    pub kernels_changed: u32,
+    /// Median time of one generated token, in any unit that stays the same; `None` when none was generated.
+    pub token_time: Option<f64>,
+    /// Median time of a fixed piece of work measured between those tokens. When every boot of the window has one, token
+    /// times are taken relative to it: that divides out how fast the machine as a whole was in that boot.
+    pub reference_time: Option<f64>,
+}
+
+/// The decision with its evidence; the same fields as the report's.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Convergence {
+    /// All conditions hold.
+    pub converged: bool,
+    /// Share of kernel cycles in settled keys in the last boot, 0..=1.
+    pub settled_share: f64,
+    /// Boots in a row, up to the last, without a changed kernel.
+    pub unchanged_boots: u32,
+    /// Boots in a row that are required.
+    pub window: u32,
+    /// Spread of the token time over the window, relative; `None` before the window is full or when a boot has no time.
+    pub token_time_variation: Option<f64>,
+    /// The spread is of token times relative to the reference work.
+    pub relative_to_reference: bool,
+    /// Largest spread allowed.
+    pub max_variation: f64,
+    /// The spread is required.
+    pub variation_required: bool,
+    /// One line for people.
+    pub reason: String,
+}
+
+/// Decides from `boots`, oldest first, the last being the one that just ended.
+pub fn decide(config: &ConvergenceConfig, boots: &[BootEvidence]) -> Convergence {
+    let window = config.window.max(1);
+    let unchanged = boots.iter().rev().take_while(|boot| boot.kernels_changed == 0).count();
+    let unchanged_boots = u32::try_from(unchanged).unwrap_or(u32::MAX);
+    let settled_share = boots.last().map_or(0.0, |boot| boot.settled_share);
+    let in_window = boots.len().checked_sub(window as usize).and_then(|first| boots.get(first..));
+    let (token_time_variation, relative_to_reference) = in_window.map_or((None, false), variation);
+
+    let settled = settled_share >= config.settled_share;
+    let unchanged = unchanged_boots >= window;
+    let steady = token_time_variation.is_some_and(|variation| variation <= config.max_variation);
+    let converged = settled && unchanged && (steady || !config.variation_required);
+
+    let percent = |share: f64| format!("{:.2} %", 100.0 * share);
+    let of_what = if relative_to_reference { "token time relative to the reference work" } else { "token time" };
+    let met = if settled { "" } else { ", below the required share" };
+    let (have, need) = (percent(settled_share), percent(config.settled_share));
+    let shares = format!("{have} of kernel cycles in settled keys (need {need}){met}");
+    let changes = format!("no kernel changed for {unchanged_boots} boots (need {window})");
+    let required = if config.variation_required { "" } else { "; not required, the clock is not trusted" };
+    let limit = percent(config.max_variation);
+    let spread = match token_time_variation {
+        Some(variation) => format!("{of_what} varies by {} (limit {limit}{required})", percent(variation)),
+        None if window < 2 => format!("{of_what} variation unknown: a window of 1 boot shows none{required}"),
+        None => {
+            format!("{of_what} variation unknown: {} of {window} boots{required}", boots.len().min(window as usize))
+        }
+    };
+    // A run that goes on is told only what stands in the way.
+    let parts = [(settled, shares), (unchanged, changes), (steady || !config.variation_required, spread)];
+    let shown: Vec<String> = parts.into_iter().filter(|(met, _)| converged || !met).map(|(_, text)| text).collect();
+    let reason = format!("{}: {}", if converged { "converged" } else { "not converged" }, shown.join("; "));
+    Convergence {
+        converged,
+        settled_share,
+        unchanged_boots,
+        window,
+        token_time_variation,
+        relative_to_reference,
+        max_variation: config.max_variation,
+        variation_required: config.variation_required,
+        reason,
+    }
+}
+
+/// Relative spread of the boots' token times, and whether it is of times relative to the reference.
+fn variation(boots: &[BootEvidence]) -> (Option<f64>, bool) {
+    let usable = |time: Option<f64>| time.filter(|time| time.is_finite() && *time > 0.0);
+    let references: Option<Vec<f64>> = boots.iter().map(|boot| usable(boot.reference_time)).collect();
+    let times: Option<Vec<f64>> = boots.iter().map(|boot| usable(boot.token_time)).collect();
+    let relative = references.is_some();
+    let times = times.map(|times| match references {
+        Some(references) => times.iter().zip(references).map(|(time, reference)| time / reference).collect(),
+        None => times,
+    });
+    (times.and_then(|times| spread(&times)), relative)
+}
+
+/// Robust relative standard deviation. Of five values and more `1.4826 * MAD / median`, which one odd boot in a window does
+/// not move; of two to four, too few to tell an odd one, the range over its expected value for normal noise.
+/// `None` of fewer.
+pub fn spread(values: &[f64]) -> Option<f64> {
+    // Expected range of 2, 3, 4 standard normal values.
+    const RANGE: [f64; 3] = [1.128, 1.693, 2.059];
+    let mut sorted = Vec::from(values);
+    sorted.sort_unstable_by(f64::total_cmp);
+    let middle = median(&sorted)?;
+    let deviation = match sorted.len().checked_sub(2).map(|index| RANGE.get(index))? {
+        Some(expected) => (sorted.last()? - sorted.first()?) / expected,
+        None => {
+            let mut away: Vec<f64> = sorted.iter().map(|value| (value - middle).abs()).collect();
+            away.sort_unstable_by(f64::total_cmp);
+            1.4826 * median(&away)?
+        }
+    };
+    (middle > 0.0).then(|| deviation / middle)
+}
+
+fn median(sorted: &[f64]) -> Option<f64> {
+    let upper = *sorted.get(sorted.len() / 2)?;
+    let lower = *sorted.get((sorted.len() - 1) / 2)?;
+    Some(0.5 * (lower + upper))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use alloc::vec;
+
+    fn boot(settled_share: f64, kernels_changed: u32, token_time: f64) -> BootEvidence {
+        BootEvidence { settled_share, kernels_changed, token_time: Some(token_time), reference_time: None }
+    }
+
+    #[test]
+    fn a_run_converges_when_the_last_condition_is_met() {
+        let boots = [
+            boot(0.30, 9, 90.0),
+            boot(0.80, 3, 60.0),
+            boot(0.995, 1, 50.0),
+            boot(0.995, 0, 50.1),
+            boot(0.995, 0, 50.0),
+            boot(0.995, 0, 49.9),
+        ];
+        let config = ConvergenceConfig::default();
+        for n in 0..boots.len() {
+            let decision = decide(&config, &boots[..n]);
+            assert!(!decision.converged, "after {n} boots: {}", decision.reason);
+        }
+        let decision = decide(&config, &boots);
+        assert!(decision.converged, "{}", decision.reason);
+        assert_eq!((decision.unchanged_boots, decision.window), (3, 3));
+        let expected = 0.2 / 1.693 / 50.0;
+        assert!((decision.token_time_variation.unwrap() - expected).abs() < 1e-12);
+        assert_eq!(
+            decision.reason,
+            "converged: 99.50 % of kernel cycles in settled keys (need 99.00 %); no kernel changed for 3 boots (need 3); \
+             token time varies by 0.24 % (limit 1.00 %)"
+        );
+    }
+
+    #[test]
+    fn each_condition_alone_prevents_convergence_and_is_named() {
+        let good = [boot(1.0, 0, 50.0); 3];
+        let config = ConvergenceConfig::default();
+        assert!(decide(&config, &good).converged);
+        let mut open = good;
+        open[2].settled_share = 0.9899;
+        assert_eq!(
+            decide(&config, &open).reason,
+            "not converged: 98.99 % of kernel cycles in settled keys (need 99.00 %), below the required share"
+        );
+        let mut changed = good;
+        changed[1].kernels_changed = 1;
+        assert_eq!(decide(&config, &changed).reason, "not converged: no kernel changed for 1 boots (need 3)");
+        let mut moving = good;
+        moving[0].token_time = Some(55.0);
+        assert_eq!(decide(&config, &moving).reason, "not converged: token time varies by 5.91 % (limit 1.00 %)");
+        for time in [None, Some(f64::NAN), Some(0.0), Some(-1.0), Some(f64::INFINITY)] {
+            let mut silent = good;
+            silent[1].token_time = time;
+            let decision = decide(&config, &silent);
+            assert!(!decision.converged && decision.token_time_variation.is_none(), "{time:?}");
+        }
+        let nan = [boot(f64::NAN, 0, 50.0); 3];
+        assert!(!decide(&config, &nan).converged);
+    }
+
+    #[test]
+    fn an_untrusted_clock_leaves_the_spread_reported_but_not_required() {
+        let config = ConvergenceConfig { variation_required: false, ..ConvergenceConfig::default() };
+        let boots = [boot(1.0, 0, 50.0), boot(1.0, 0, 150.0), boot(1.0, 0, 90.0)];
+        let decision = decide(&config, &boots);
+        assert!(decision.converged && decision.token_time_variation.unwrap() > 0.5);
+        assert!(
+            decision.reason.ends_with("(limit 1.00 %; not required, the clock is not trusted)"),
+            "{}",
+            decision.reason
+        );
+        assert!(!decide(&ConvergenceConfig::default(), &boots).converged);
+    }
+
+    #[test]
+    fn drift_of_the_whole_machine_is_divided_out() {
+        // Token and reference times of a machine whose bandwidth drifts by 2.6x between boots, kernels unchanged.
+        let drift = [1.0, 2.6, 1.7];
+        let boots = drift.map(|d| BootEvidence {
+            settled_share: 1.0,
+            kernels_changed: 0,
+            token_time: Some(50.0 * d),
+            reference_time: Some(8.0 * d * 1.002),
+        });
+        let config = ConvergenceConfig::default();
+        let decision = decide(&config, &boots);
+        assert!(decision.converged && decision.relative_to_reference, "{}", decision.reason);
+        let without = boots.map(|boot| BootEvidence { reference_time: None, ..boot });
+        let decision = decide(&config, &without);
+        assert!(!decision.converged && !decision.relative_to_reference, "{}", decision.reason);
+        // One boot without a reference: raw times are compared, never a mixture.
+        let mut mixed = boots;
+        mixed[0].reference_time = None;
+        assert!(!decide(&config, &mixed).relative_to_reference);
+    }
+
+    #[test]
+    fn windows_of_any_size() {
+        let boots = vec![boot(1.0, 0, 50.0); 120];
+        let config = |window| ConvergenceConfig { window, ..ConvergenceConfig::default() };
+        assert!(decide(&config(100), &boots).converged);
+        assert!(!decide(&config(121), &boots).converged);
+        assert!(!decide(&config(u32::MAX), &boots).converged);
+        for window in [0, 1] {
+            let decision = decide(&config(window), &boots);
+            assert!(!decision.converged && decision.window == 1);
+            assert!(decision.reason.ends_with("a window of 1 boot shows none"), "{}", decision.reason);
+            let unclocked = ConvergenceConfig { variation_required: false, ..config(window) };
+            assert!(decide(&unclocked, &boots).converged);
+        }
+        let decision = decide(&config(3), &[]);
+        assert_eq!((decision.settled_share, decision.unchanged_boots, decision.token_time_variation), (0.0, 0, None));
+    }
+
+    #[test]
+    fn one_odd_boot_in_a_long_window_does_not_count() {
+        let mut values = vec![100.0, 100.4, 99.6, 100.2, 99.8, 100.1, 99.9];
+        let calm = spread(&values).unwrap();
+        values[3] = 300.0;
+        let spiked = spread(&values).unwrap();
+        assert!(calm < 0.005 && spiked < 0.006, "{calm} {spiked}");
+        assert_eq!(spread(&[]), None);
+        assert_eq!(spread(&[1.0]), None);
+        assert_eq!(spread(&[0.0, 0.0]), None);
+        assert_eq!(spread(&[5.0; 4]), Some(0.0));
+    }
+}
