@@ -4,6 +4,7 @@ use anyhow::{Context, Result};
 use bootimage::{DEFAULT_SLOT_MIB, Entry, FileSpec, ImageSpec, short_name, split_name};
 use clap::{Parser, Subcommand};
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 
 /// Builds BareFlow disk images (MBR, one FAT16 partition) and looks into them. Needs no root and no loop mounts.
 #[derive(Parser)]
@@ -69,8 +70,18 @@ Examples:
   bootimage build --kernel bareflow.elf --model smollm2.gguf --bootable --out usb.img
   bootimage build --kernel bareflow.elf --model stories.bin --tokenizer tok512.bin --out disk.img";
 
-fn main() -> Result<()> {
-    match Arguments::parse().command {
+fn main() -> ExitCode {
+    match run(Arguments::parse().command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("bootimage: {error:#}");
+            ExitCode::from(1)
+        }
+    }
+}
+
+fn run(action: Action) -> Result<()> {
+    match action {
         Action::Build { kernel, model, tokenizer, config, out, size_mib, slot_mib, bootable, force } => {
             let mut spec = ImageSpec { size_mib, slot_mib, bootable, overwrite: force, ..ImageSpec::new(kernel) };
             if let Some(path) = config {

@@ -97,6 +97,13 @@ fn round_step(step: f64) -> f64 {
     [1.0, 2.0, 2.5, 5.0, 10.0].into_iter().map(|m| m * power).find(|s| *s >= step * (1.0 - 1e-9)).unwrap_or(step)
 }
 
+/// A tick's value without trailing zeros.
+fn tick_text(value: f64) -> String {
+    let text = format!("{value:.3}");
+    let text = text.trim_end_matches('0').trim_end_matches('.');
+    text.to_owned()
+}
+
 fn log_ticks(low: f64, high: f64) -> Vec<f64> {
     let decades = low.log10().floor() as i32..=high.log10().ceil() as i32;
     let ticks = |steps: &[f64]| -> Vec<f64> {
@@ -121,7 +128,7 @@ pub(crate) fn lines(chart: &Lines<'_>) -> String {
     let y = |v: f64| TOP + (chart.height - TOP - BOTTOM) * (1.0 - axis.place(v));
     let mut out = open(chart.title, chart.height);
     for tick in &axis.ticks {
-        grid_line(&mut out, y(*tick), &(chart.format)(*tick));
+        grid_line(&mut out, y(*tick), &tick_text(*tick));
     }
     boot_labels(&mut out, chart.boots, chart.height, x);
     if let Some((boot, label)) = chart.mark
@@ -301,6 +308,11 @@ mod tests {
         assert!(Axis::new([f64::NAN].into_iter(), Scale::Linear).is_none());
         assert!(Axis::new([0.0, -1.0].into_iter(), Scale::Log).is_none());
         assert!(Axis::new([0.0].into_iter(), Scale::Linear).unwrap().ticks.iter().all(|t| t.is_finite()));
+    }
+
+    #[test]
+    fn tick_texts_are_short() {
+        assert_eq!([0.0, 0.05, 0.25, 80.0, 1200.0].map(tick_text), ["0", "0.05", "0.25", "80", "1200"]);
     }
 
     #[test]

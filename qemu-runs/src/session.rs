@@ -48,7 +48,6 @@ pub struct Boot {
 #[error("{failure}{}", console_note(console_tail))]
 pub struct BootError {
     /// Why.
-    #[source]
     pub failure: BootFailure,
     /// What the guest had said until then.
     pub transcript: Box<Transcript>,

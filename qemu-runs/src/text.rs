@@ -29,9 +29,9 @@ fn write(run: &RunReport, out: &mut String) -> std::fmt::Result {
             out,
             "{:>4}  {:>11}  {:>8}  {:>8}  {:>6}  {:>8}  {:>5}  {:>4}  {:>6.1}%  {saved}",
             b.boot,
-            number(b.ttft_ms),
-            number(b.prefill_tok_s),
-            number(b.decode_tok_s),
+            measured(b.ttft_ms),
+            measured(b.prefill_tok_s),
+            measured(b.decode_tok_s),
             b.kernels_loaded,
             b.kernels_compiled,
             b.trials.len(),
@@ -66,12 +66,13 @@ fn write(run: &RunReport, out: &mut String) -> std::fmt::Result {
         let jit = native.interleaved_jit_decode_tok_s;
         writeln!(
             out,
-            "native image: decode {} tok/s against {} in turn with it; {} bytes against {} (code {} against {})",
+            "native image: decode {} tok/s, the image with compiler {} in turn with it\n\
+             native image: {} bytes, code {}; with compiler {} bytes, code {}",
             native.decode_tok_s.map_or("-".into(), number),
             jit.map_or("-".into(), number),
             native.elf_bytes,
-            run.jit_image.map_or("-".into(), |i| i.elf_bytes.to_string()),
             native.text_bytes,
+            run.jit_image.map_or("-".into(), |i| i.elf_bytes.to_string()),
             run.jit_image.map_or("-".into(), |i| i.text_bytes.to_string()),
         )?;
     }
@@ -85,14 +86,20 @@ fn dash(text: &str) -> &str {
     if text.is_empty() { "-" } else { text }
 }
 
-/// A measured value with three significant digits; `-` when it is not known.
+/// A value with three significant digits; `-` when it is not known.
 pub(crate) fn number(value: f64) -> String {
     match value {
-        v if !v.is_finite() || v <= 0.0 => "-".into(),
+        v if !v.is_finite() || v < 0.0 => "-".into(),
+        0.0 => "0".into(),
         v if v < 9.995 => format!("{v:.2}"),
         v if v < 99.95 => format!("{v:.1}"),
         v => format!("{v:.0}"),
     }
+}
+
+/// A rate or duration with three significant digits; zero is no measurement and prints `-`.
+pub(crate) fn measured(value: f64) -> String {
+    if value > 0.0 { number(value) } else { "-".into() }
 }
 
 /// `a / b` as `2.03x`; `-` when either is not known.

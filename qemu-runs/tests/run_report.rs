@@ -188,7 +188,7 @@ fn the_summary_lists_each_boot_once() {
     let summary = text::summary(&run);
     assert!(summary.contains("converged at boot 8\ntokens identical in every boot\n"), "{summary}");
     assert_eq!(summary.lines().filter(|l| l.contains("gen ")).count(), 8, "{summary}");
-    assert!(summary.contains("412000 bytes against 2430000"), "{summary}");
+    assert!(summary.contains("412000 bytes, code 301000; with compiler 2430000 bytes, code 1710000"), "{summary}");
     assert!(summary.lines().all(|l| l.len() <= 110), "{summary}");
     let kept: usize = run.boots.iter().map(|b| b.trials_with(TrialOutcome::Kept)).sum();
     assert_eq!(kept, 16);

@@ -5,7 +5,7 @@
 mod sections;
 
 use crate::run_report::RunReport;
-use crate::text::{number, times};
+use crate::text::{measured, number, times};
 use report::ImageKind;
 use std::fmt::Write;
 
@@ -81,10 +81,10 @@ fn verdict(run: &RunReport) -> String {
         let _ = write!(
             out,
             "From the first boot to the last, decode went from {} to <b>{} tokens/s</b> and prefill from {} to <b>{} tokens/s</b>. ",
-            number(first.decode_tok_s),
-            number(last.decode_tok_s),
-            number(first.prefill_tok_s),
-            number(last.prefill_tok_s)
+            measured(first.decode_tok_s),
+            measured(last.decode_tok_s),
+            measured(first.prefill_tok_s),
+            measured(last.prefill_tok_s)
         );
     }
     match run.tokens_identical {
@@ -111,23 +111,23 @@ fn tiles(run: &RunReport, out: &mut String) {
     tile(
         out,
         "Decode",
-        &number(last.decode_tok_s),
+        &measured(last.decode_tok_s),
         "tok/s",
-        &against(last.decode_tok_s, first.decode_tok_s, number(first.decode_tok_s)),
+        &against(last.decode_tok_s, first.decode_tok_s, measured(first.decode_tok_s)),
     );
     tile(
         out,
         "Prefill",
-        &number(last.prefill_tok_s),
+        &measured(last.prefill_tok_s),
         "tok/s",
-        &against(last.prefill_tok_s, first.prefill_tok_s, number(first.prefill_tok_s)),
+        &against(last.prefill_tok_s, first.prefill_tok_s, measured(first.prefill_tok_s)),
     );
     tile(
         out,
         "First token",
-        &number(last.ttft_ms),
+        &measured(last.ttft_ms),
         "ms",
-        &against(first.ttft_ms, last.ttft_ms, number(first.ttft_ms)).replace("first boot", "sooner than first boot"),
+        &against(first.ttft_ms, last.ttft_ms, measured(first.ttft_ms)).replace("first boot", "sooner than first boot"),
     );
     let tried: usize = run.boots.iter().map(|b| b.report.trials.len()).sum();
     let kept: usize = run.boots.iter().map(|b| b.trials_with(report::TrialOutcome::Kept)).sum();

@@ -3,7 +3,7 @@
 use super::{bytes_text, escape, image_name, percent};
 use crate::plot::{Lines, Part, Scale, Series, columns, lines};
 use crate::run_report::{BootRecord, RunReport};
-use crate::text::{number, times};
+use crate::text::{measured, number, times};
 use report::{BootReport, KernelRow, SnapshotOutcome, SnapshotStatus, TrialOutcome, TrialRow};
 use std::fmt::Write;
 
@@ -132,14 +132,15 @@ pub(super) fn kernels(run: &RunReport, out: &mut String) {
     let _ = write!(
         out,
         "<h2>Kernels of boot {}</h2><p class=lead>Before: the hand-written kernel when it was first measured. After: what runs now. Median cycles of a \
-         call. The limit is what this machine's memory bandwidth ({}) and multiply-add rate ({}) allow for that shape.</p>",
+         call. The limit is what this machine's memory bandwidth ({}) and multiply-add rate ({}) allow for that shape. \
+         Green in the last column: settled.</p>",
         b.boot,
         b.read_gb_s.map_or("-".into(), |v| format!("{} GB/s", number(v))),
         b.peak_gflop_s.map_or("-".into(), |v| format!("{} GFLOP/s", number(v)))
     );
     out.push_str(
         "<div class=\"card scroll\"><table><tr><th class=text>kernel<th class=text>variant<th>calls<th>time<th>before<th>after<th>faster\
-         <th>GB/s<th>of limit<th>tried</tr>",
+         <th>GB/s<th>of limit<th>variants tried</tr>",
     );
     for row in &b.kernels {
         let speedup = row.baseline_cycles.map_or("-".into(), |before| times(before as f64, row.median_cycles as f64));
@@ -147,7 +148,7 @@ pub(super) fn kernels(run: &RunReport, out: &mut String) {
         let _ = write!(
             out,
             "<tr><td class=text><code>{}</code><td class=text><code>{}</code><td>{}<td>{}<td>{}<td>{}<td class=\"{}\">{}<td>{}<td>{}\
-             <td class=soft>{}/{}{}</tr>",
+             <td class=\"{}\">{} of {}</tr>",
             escape(&row.key),
             escape(&row.variant),
             row.calls,
@@ -158,9 +159,9 @@ pub(super) fn kernels(run: &RunReport, out: &mut String) {
             speedup.replace('x', "&times;"),
             row.gb_s.map_or("-".into(), number),
             bar(row.limit_fraction, " good"),
+            if row.settled { "good" } else { "soft" },
             row.variants_tried,
-            row.variants_total,
-            if row.settled { " settled" } else { "" }
+            row.variants_total
         );
     }
     out.push_str("</table></div>");
@@ -283,8 +284,8 @@ pub(super) fn native(run: &RunReport, out: &mut String) {
             out,
             "<tr><td class=text>{}<td>{}<td>{}<td>{}</tr>",
             i + 1,
-            number(n),
-            number(j),
+            measured(n),
+            measured(j),
             times(n, j).replace('x', "&times;")
         );
     }
@@ -309,8 +310,9 @@ pub(super) fn native(run: &RunReport, out: &mut String) {
 /// The table of boots, and each boot's trials.
 pub(super) fn boots(run: &RunReport, out: &mut String) {
     out.push_str(
-        "<h2>Boots</h2><div class=\"card scroll\"><table><tr><th class=text>boot<th>first token, ms<th>prefill<th>decode<th>loaded<th>compiled\
-         <th>compile, ms<th>tried<th>kept<th>settled<th>token spread<th class=text>snapshot</tr>",
+        "<h2>Boots</h2><p class=lead>Prefill and decode in tokens per second; loaded: kernels restored from the snapshot; settled: share of kernel time with \
+         nothing left to try; spread: variation of token time over the last boots.</p><div class=\"card scroll\"><table><tr><th class=text>boot<th>first token, ms<th>prefill<th>decode<th>loaded<th>compiled\
+         <th>in ms<th>tried<th>kept<th>settled<th>spread<th class=text>snapshot generation</tr>",
     );
     for boot in &run.boots {
         let b = &boot.report;
@@ -320,9 +322,9 @@ pub(super) fn boots(run: &RunReport, out: &mut String) {
             "<tr><td class=text>{}{}<td>{}<td>{}<td>{}<td>{}<td>{}<td>{}<td>{}<td class=\"{}\">{kept}<td>{}<td>{}<td class=\"text wrap\">{}</tr>",
             b.boot,
             if run.converged_at == Some(b.boot) { " <b>converged</b>" } else { "" },
-            number(b.ttft_ms),
-            number(b.prefill_tok_s),
-            number(b.decode_tok_s),
+            measured(b.ttft_ms),
+            measured(b.prefill_tok_s),
+            measured(b.decode_tok_s),
             b.kernels_loaded,
             b.kernels_compiled,
             number(b.compile_ms_total),
@@ -340,25 +342,21 @@ pub(super) fn boots(run: &RunReport, out: &mut String) {
     out.push_str("</div>");
 }
 
+/// Generation read, what was not taken over and why, generation written.
 fn snapshot(s: &SnapshotStatus) -> String {
-    let loaded = s.generation_loaded.map_or("-".into(), |g| g.to_string());
-    let reason = s.reason.as_deref();
-    let mut out = match s.outcome {
-        SnapshotOutcome::Loaded => format!("{loaded} loaded"),
-        SnapshotOutcome::ProfileOnly => format!("{loaded}: profile only ({})", reason.unwrap_or("no reason given")),
-        SnapshotOutcome::Cold => reason.map_or("cold".into(), |r| format!("cold ({r})")),
-        SnapshotOutcome::Disabled => return reason.map_or("off".into(), |r| format!("off ({r})")),
+    let generation = |g: Option<u64>| g.map_or("-".to_owned(), |g| g.to_string());
+    let reason = s.reason.as_deref().map_or(String::new(), |r| format!(" ({r})"));
+    let read = match s.outcome {
+        SnapshotOutcome::Loaded => generation(s.generation_loaded) + &reason,
+        SnapshotOutcome::ProfileOnly => format!("{} profile only{reason}", generation(s.generation_loaded)),
+        SnapshotOutcome::Cold => format!("cold{reason}"),
+        SnapshotOutcome::Disabled => return format!("off{reason}"),
     };
-    match (s.generation_saved, s.saved_bytes) {
-        (Some(generation), Some(len)) => {
-            let _ = write!(out, " \u{2192} {generation} saved, {}", bytes_text(len));
-        }
-        (Some(generation), None) => {
-            let _ = write!(out, " \u{2192} {generation} saved");
-        }
-        (None, _) => out.push_str(" \u{2192} not saved"),
+    let size = s.saved_bytes.map_or(String::new(), |len| format!(", {}", bytes_text(len)));
+    match s.generation_saved {
+        Some(saved) => format!("{read} \u{2192} {saved}{size}"),
+        None => format!("{read} \u{2192} not saved"),
     }
-    out
 }
 
 fn trials(boot: &BootRecord, out: &mut String) {
