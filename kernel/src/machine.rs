@@ -1,6 +1,6 @@
 //! The machine as one value: what `bareflow_main` gets, and the runtime's `Platform`.
 
-use crate::boot::early::BootFacts;
+use crate::boot::early::{BootFacts, mark};
 use crate::boot::gates;
 use crate::boot::info::{Loader, Range};
 use crate::boot::paging::LARGE_PAGE_BYTES;
@@ -37,10 +37,11 @@ pub struct Disk {
 
 impl Machine {
     /// Puts the pieces together after the seal.
-    pub(crate) fn new(facts: BootFacts) -> Machine {
+    pub(crate) fn new(mut facts: BootFacts) -> Machine {
         power::set_pm1_control(facts.acpi.pm1_control_port);
         let mut notes = Vec::new();
         let calibration = facts.clock.finish();
+        mark(&mut facts.steps, "calibration");
         if !calibration.trusted {
             let why = if clock::emulated() { "the CPU is emulated" } else { "no two clocks agree" };
             notes.push(alloc::format!("cycle counts are not trusted: {why}"));
@@ -61,6 +62,7 @@ impl Machine {
         let boot_disk = volume.iter().position(|&v| v);
         let model_disk = volume.iter().position(|&v| !v);
         let command_line = String::from_utf8_lossy(facts.start.command_line.as_slice()).into_owned();
+        mark(&mut facts.steps, "disks");
         // SAFETY: `early` mapped the plan's code range read-write here and read-execute at the alias.
         let code = unsafe { CodeArena::new(facts.plan.code) };
         let cores = Cores::new(facts.cores);

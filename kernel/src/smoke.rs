@@ -72,6 +72,19 @@ fn machine_lines(machine: &Machine, boot_ms: f64) {
     field("unix time", &machine.wall_clock().map_or_else(|| "-".to_string(), |t| t.to_string()));
     let firmware_ms = facts.entry_tsc as f64 * 1e3 / c.tsc_hz as f64;
     field("entry", &format!("TSC {} ({firmware_ms:.1} ms), boot took {boot_ms:.1} ms", facts.entry_tsc));
+    step_line(machine);
+}
+
+fn step_line(machine: &Machine) {
+    let facts = machine.boot_facts();
+    let mut line = String::new();
+    let mut start = facts.entry_tsc;
+    for step in facts.steps.as_slice() {
+        let ms = step.end_tsc.saturating_sub(start) as f64 * 1e3 / machine.calibration().tsc_hz as f64;
+        start = step.end_tsc;
+        line += &format!("{} {ms:.1}, ", step.name);
+    }
+    field("steps, ms", line.trim_end_matches(", "));
 }
 
 fn memory_lines(machine: &Machine) {

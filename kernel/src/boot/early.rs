@@ -42,6 +42,23 @@ pub struct BootFacts {
     pub cores_listed: usize,
     /// Page-table frames in use.
     pub table_frames: usize,
+    /// Ends of the early boot's steps: name and TSC.
+    pub steps: FixedList<Step, 12>,
+}
+
+/// A step of the boot and the TSC at its end.
+#[derive(Clone, Copy, Default, Debug)]
+pub struct Step {
+    /// What was done.
+    pub name: &'static str,
+    /// When it was over.
+    pub end_tsc: u64,
+}
+
+/// Notes the end of a step.
+pub(crate) fn mark<const N: usize>(steps: &mut FixedList<Step, N>, name: &'static str) {
+    // A full list loses the step, which only a report would miss.
+    let _ = steps.push(Step { name, end_tsc: clock::tsc() });
 }
 
 /// Memory below 4 GiB as the boot page tables show it.
@@ -72,8 +89,11 @@ extern "sysv64" fn early_main(eax: u32, ebx: u32) -> ! {
         fill_exception_table();
         fill_area(0, cpu0_area());
     }
+    let mut steps = FixedList::new();
+    mark(&mut steps, "entry");
     serial::init();
-    let facts = match prepare(eax, ebx) {
+    mark(&mut steps, "serial");
+    let mut facts = match prepare(eax, ebx, steps) {
         Ok(facts) => facts,
         Err(text) => stop(text),
     };
@@ -83,6 +103,7 @@ extern "sysv64" fn early_main(eax: u32, ebx: u32) -> ! {
     }
     // SAFETY: the plan's free RAM is mapped and belongs to nobody yet.
     unsafe { memory::init(facts.plan.ram.as_slice()) };
+    mark(&mut facts.steps, "seal");
     let machine = Machine::new(facts);
     // SAFETY: defined once per image with this signature.
     unsafe { bareflow_main(machine) }
@@ -94,15 +115,18 @@ fn stop(text: String) -> ! {
     power::end(ExitStatus::Fatal)
 }
 
-fn prepare(eax: u32, ebx: u32) -> Result<BootFacts, String> {
+fn prepare(eax: u32, ebx: u32, mut steps: FixedList<Step, 12>) -> Result<BootFacts, String> {
     use alloc::string::ToString;
     let start = info::read(&BootMemory, eax, ebx).map_err(|e| e.to_string())?;
     let acpi = match start.rsdp.or_else(|| acpi::scan(&BootMemory)) {
         Some(rsdp) => acpi::read(&BootMemory, rsdp),
         None => AcpiFacts::default(),
     };
+    mark(&mut steps, "loader+acpi");
     let clock = clock::Started::now(acpi.pm_timer_port);
+    mark(&mut steps, "timers");
     let disks = pci::find_disks(start.map.as_slice());
+    mark(&mut steps, "pci");
     let cores_listed = acpi.apic_ids.as_slice().len().max(1);
     let wanted = if clock::emulated() { 1 } else { cores_listed };
     let usable = info::usable(start.map.as_slice());
@@ -113,18 +137,20 @@ fn prepare(eax: u32, ebx: u32) -> Result<BootFacts, String> {
     // SAFETY: the early boot runs alone, and the plan gave these pages to the page tables and CPU areas.
     let (table_frames, cores) = unsafe {
         let frames = build_tables(&plan, wanted, disks.as_slice()).map_err(|e| e.to_string())?;
+        mark(&mut steps, "page tables");
         for core in 1..wanted {
             fill_area(core, area_of(core, plan.areas));
         }
         (frames, cores::start(&acpi, &plan, wanted))
     };
+    mark(&mut steps, "cores");
     for core in 0..wanted {
         // SAFETY: the TSS is still plain memory; the other cores do no port I/O.
         unsafe { allow_ports(area_of(core, plan.areas), &acpi) };
     }
     // SAFETY: read once, written by entry.s before.
     let entry_tsc = unsafe { (&raw const ring0_entry_tsc).read() };
-    Ok(BootFacts { start, plan, acpi, disks, clock, entry_tsc, cores, cores_listed, table_frames })
+    Ok(BootFacts { start, plan, acpi, disks, clock, entry_tsc, cores, cores_listed, table_frames, steps })
 }
 
 /// Address of a core's area.

@@ -1,8 +1,7 @@
 //! The time-stamp counter as a clock: how fast it runs, and whether its counts mean anything.
 //!
-//! The TSC is compared with the ACPI power-management timer and PIT channel 2 over the same stretch of boot: both are
-//! read early ([`Started::now`]) and again once the platform is up ([`Started::finish`]), so calibration costs no
-//! waiting beyond what is left of [`WINDOW_US`]. A port read takes microseconds under a hypervisor, so each reading
+//! The TSC is compared with the ACPI power-management timer and PIT channel 2 over a stretch of the boot: both are read
+//! early ([`Started::now`]) and again once the platform is up ([`Started::finish`]), so calibration costs little waiting. A port read takes microseconds under a hypervisor, so each reading
 //! is the best of several, taken between two TSC reads. CPUID's own statement is preferred when the timers confirm it.
 //!
 //! # Source
@@ -13,8 +12,12 @@ use core::arch::x86_64::{__cpuid, _rdtsc};
 
 /// Shortest stretch the timers are compared over, in microseconds.
 const WINDOW_US: u64 = 20_000;
+/// Shortest stretch for the PIT, which only confirms what another source says.
+const PIT_WINDOW_US: u64 = 5_000;
 /// Longest stretch after which the 16-bit PIT is still unambiguous.
-const PIT_LIMIT_US: u64 = 50_000;
+const PIT_LIMIT_US: u64 = 40_000;
+/// Readings without progress after which a timer counts as absent.
+const POLLS: u32 = 20_000;
 /// Ticks per second of the power-management timer.
 const PM_HZ: u64 = 3_579_545;
 /// Ticks per second of the PIT.
@@ -156,37 +159,51 @@ impl Started {
     }
 
     /// Reads the timers again, after waiting out the rest of the window, and computes the frequency.
-    pub fn finish(&self) -> Calibration {
-        let mut polls = 0u32;
-        let (pm, pit) = loop {
-            let pm = self.pm_port.map(read_pm);
-            let pit = read_pit();
-            let pm_us = match (self.pm, pm) {
-                (Some(start), Some(now)) => (now.ticks.wrapping_sub(start.ticks) & 0xff_ffff) * 1_000_000 / PM_HZ,
-                _ => 0,
-            };
-            let pit_us = (self.pit.ticks.wrapping_sub(pit.ticks) & 0xffff) * 1_000_000 / PIT_HZ;
-            polls += 1;
-            // The PIT wraps after 55 ms, so it may read low; the poll limit ends the wait where no timer moves.
-            if pm_us >= WINDOW_US || (pm_us == 0 && pit_us >= WINDOW_US) || polls > 100_000 {
-                break (pm, pit);
+    pub fn finish(mut self) -> Calibration {
+        let pm_hz = self.pm_port.and_then(|port| {
+            let hz = self.pm_window(port)?;
+            // The 16-bit PIT wraps after 55 ms. Where the boot took longer, it gets a fresh, short window.
+            if clock_us(tsc().wrapping_sub(self.pit.tsc), hz) > PIT_LIMIT_US {
+                self.pit = read_pit();
             }
-        };
-        let hz = |start: Reading, now: Reading, ticks: u64, timer_hz: u64| {
-            let cycles = now.tsc.wrapping_sub(start.tsc);
-            (ticks > 0).then(|| (u128::from(cycles) * u128::from(timer_hz) / u128::from(ticks)) as u64)
-        };
-        let pm_hz = match (self.pm, pm) {
-            (Some(start), Some(now)) => hz(start, now, now.ticks.wrapping_sub(start.ticks) & 0xff_ffff, PM_HZ),
-            _ => None,
-        };
-        let pit_ticks = self.pit.ticks.wrapping_sub(pit.ticks) & 0xffff;
-        let pit_hz = hz(self.pit, pit, pit_ticks, PIT_HZ);
-        // With the other timer at hand the PIT is used only where it cannot have wrapped.
-        let elapsed_us = pm_hz.map(|hz| pit.tsc.wrapping_sub(self.pit.tsc) * 1_000_000 / hz.max(1));
-        let pit_hz = pit_hz.filter(|_| elapsed_us.is_none_or(|us| us < PIT_LIMIT_US));
-        Calibration::decide(pm_hz, pit_hz, cpuid_hz(), emulated())
+            Some(hz)
+        });
+        Calibration::decide(pm_hz, self.pit_window(), cpuid_hz(), emulated())
     }
+
+    /// TSC frequency by the power-management timer; `None` when it stands still.
+    fn pm_window(&self, port: u16) -> Option<u64> {
+        let start = self.pm?;
+        for _ in 0..POLLS {
+            let now = read_pm(port);
+            let ticks = now.ticks.wrapping_sub(start.ticks) & 0xff_ffff;
+            if ticks * 1_000_000 / PM_HZ >= WINDOW_US {
+                return Some(frequency(start, now, ticks, PM_HZ));
+            }
+        }
+        None
+    }
+
+    /// TSC frequency by the PIT; `None` when it stands still. The window is over before the counter wraps.
+    fn pit_window(&self) -> Option<u64> {
+        let start = self.pit;
+        for _ in 0..POLLS {
+            let now = read_pit();
+            let ticks = start.ticks.wrapping_sub(now.ticks) & 0xffff;
+            if ticks * 1_000_000 / PIT_HZ >= PIT_WINDOW_US {
+                return Some(frequency(start, now, ticks, PIT_HZ));
+            }
+        }
+        None
+    }
+}
+
+fn clock_us(cycles: u64, hz: u64) -> u64 {
+    (u128::from(cycles) * 1_000_000 / u128::from(hz.max(1))) as u64
+}
+
+fn frequency(start: Reading, now: Reading, ticks: u64, timer_hz: u64) -> u64 {
+    (u128::from(now.tsc.wrapping_sub(start.tsc)) * u128::from(timer_hz) / u128::from(ticks.max(1))) as u64
 }
 
 impl Calibration {

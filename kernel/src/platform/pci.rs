@@ -7,11 +7,9 @@ use super::port;
 use crate::boot::fixed::FixedList;
 use crate::boot::info::{MapEntry, Range};
 use crate::boot::paging::PAGE_BYTES;
-use virtio_drivers::transport::DeviceType;
 use virtio_drivers::transport::pci::bus::{
-    BarInfo, Command, ConfigurationAccess, DeviceFunction, HeaderType, MemoryBarType, PciRoot,
+    BarInfo, Command, ConfigurationAccess, DeviceFunction, MemoryBarType, PciRoot,
 };
-use virtio_drivers::transport::pci::virtio_device_type;
 
 /// Most disks that are used.
 pub const MAX_DISKS: usize = 8;
@@ -19,6 +17,11 @@ pub const MAX_DISKS: usize = 8;
 const BARS: usize = 6;
 /// Largest BAR that is mapped; virtio registers need a few pages.
 const BAR_BYTES: u64 = 16 << 20;
+
+/// Vendor and device of virtio-blk (virtio 1.2, section 4.1.2.1).
+const VIRTIO_BLOCK: u32 = 0x1042_1af4;
+/// The same device with the legacy interface besides the modern one.
+const VIRTIO_BLOCK_TRANSITIONAL: u32 = 0x1001_1af4;
 
 /// Configuration mechanism 1.
 pub struct ConfigPorts;
@@ -128,6 +131,34 @@ fn memory_bars(root: &mut PciRoot<ConfigPorts>, function: DeviceFunction, window
     out
 }
 
+/// The part of a configuration header that says what a function is.
+struct Header {
+    identity: u32,
+    kind: u8,
+}
+
+impl Header {
+    /// `None` when there is no such function.
+    fn read(place: Place) -> Option<Header> {
+        let identity = ConfigPorts.read_word(place.into(), 0);
+        (identity & 0xffff != 0xffff)
+            .then(|| Header { identity, kind: (ConfigPorts.read_word(place.into(), 0x0c) >> 16) as u8 })
+    }
+
+    fn multifunction(&self) -> bool {
+        self.kind & 0x80 != 0
+    }
+
+    /// The secondary bus of a PCI-to-PCI bridge.
+    fn bus_behind(&self, place: Place) -> Option<u8> {
+        (self.kind & 0x7f == 1).then(|| (ConfigPorts.read_word(place.into(), 0x18) >> 8) as u8)
+    }
+
+    fn is_virtio_block(&self) -> bool {
+        self.identity == VIRTIO_BLOCK || self.identity == VIRTIO_BLOCK_TRANSITIONAL
+    }
+}
+
 /// Finds the virtio-blk disks on bus 0 and on the buses behind its bridges, and lets them decode memory and do DMA.
 pub fn find_disks(map: &[MapEntry]) -> FixedList<Disk, MAX_DISKS> {
     let mut window = Window { next: WINDOW.start, map };
@@ -137,19 +168,30 @@ pub fn find_disks(map: &[MapEntry]) -> FixedList<Disk, MAX_DISKS> {
     let mut next = 0;
     while let Some(&bus) = buses.as_slice().get(next) {
         next += 1;
-        let mut root = PciRoot::new(ConfigPorts);
-        for (function, info) in root.enumerate_bus(bus) {
-            if info.header_type == HeaderType::PciPciBridge {
-                // Secondary bus number; a bridge that leads back is not followed.
-                let behind = (ConfigPorts.read_word(function, 0x18) >> 8) as u8;
-                if behind != 0 && !buses.as_slice().contains(&behind) {
-                    let _ = buses.push(behind);
+        for device in 0..32 {
+            for function in 0..8 {
+                let place = Place { bus, device, function };
+                let Some(header) = Header::read(place) else {
+                    // Each configuration access is an exit under a hypervisor: no function 0, no device.
+                    if function == 0 {
+                        break;
+                    }
+                    continue;
+                };
+                if let Some(behind) = header.bus_behind(place) {
+                    // A bridge that leads back is not followed.
+                    if behind != 0 && !buses.as_slice().contains(&behind) {
+                        let _ = buses.push(behind);
+                    }
+                } else if header.is_virtio_block() {
+                    let mut root = PciRoot::new(ConfigPorts);
+                    let bars = memory_bars(&mut root, place.into(), &mut window);
+                    root.set_command(place.into(), Command::MEMORY_SPACE | Command::BUS_MASTER);
+                    let _ = disks.push(Disk { function: place, bars });
                 }
-            } else if virtio_device_type(&info) == Some(DeviceType::Block) {
-                let place = Place { bus, device: function.device, function: function.function };
-                let disk = Disk { function: place, bars: memory_bars(&mut root, function, &mut window) };
-                root.set_command(function, Command::MEMORY_SPACE | Command::BUS_MASTER);
-                let _ = disks.push(disk);
+                if function == 0 && !header.multifunction() {
+                    break;
+                }
             }
         }
     }
