@@ -28,7 +28,7 @@ impl Rng {
     }
 }
 
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq)]
 struct Noise {
     /// Relative standard deviation of one sample.
     sample: f64,
@@ -121,7 +121,7 @@ fn equal_kernels_are_almost_never_told_apart() {
     for (name, runs, noise) in cases {
         let (wins, pairs) = run(runs, 1.0, noise);
         println!("A/A  {name:30} false wins {:6.2} %  mean pairs {pairs:4.1}", 100.0 * wins);
-        assert!(wins < 0.01, "{name}: {wins}");
+        assert!(wins < if noise == DRIFT { 0.005 } else { 0.02 }, "{name}: {wins}");
     }
 }
 
