@@ -8,14 +8,14 @@ use std::path::PathBuf;
 #[derive(Debug, thiserror::Error)]
 pub enum ImageError {
     /// An input cannot be opened.
-    #[error("cannot read {what} at {}: {source}", path.display())]
+    #[error("cannot read {what} at {}: {reason}", path.display())]
     Input {
         /// Its role.
         what: String,
         /// Where it was expected.
         path: PathBuf,
         /// The system's reason.
-        source: io::Error,
+        reason: io::Error,
     },
     /// An input is a directory or a device.
     #[error("{what}: {} is not a regular file", path.display())]
@@ -89,28 +89,28 @@ pub enum ImageError {
         path: PathBuf,
     },
     /// The image cannot be written.
-    #[error("cannot write the image {}: {source}", path.display())]
+    #[error("cannot write the image {}: {reason}", path.display())]
     Write {
         /// The output.
         path: PathBuf,
         /// The system's or the FAT library's reason.
-        source: io::Error,
+        reason: io::Error,
     },
     /// The image cannot be read.
-    #[error("cannot read the image {}: {source}", path.display())]
+    #[error("cannot read the image {}: {reason}", path.display())]
     Read {
         /// The image.
         path: PathBuf,
         /// The system's or the FAT library's reason.
-        source: io::Error,
+        reason: io::Error,
     },
     /// The guest's own reader refuses the volume.
-    #[error("{} is not an image a guest can use: {source}", path.display())]
+    #[error("{} is not an image a guest can use: {reason}", path.display())]
     Volume {
         /// The image.
         path: PathBuf,
         /// The reader's reason.
-        source: storage::StorageError,
+        reason: storage::StorageError,
     },
     /// A slot has more than one piece: a bug here, caught before the image is handed over.
     #[error("snapshot slot {name} came out in {pieces} pieces instead of one; please report this")]

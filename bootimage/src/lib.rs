@@ -160,7 +160,7 @@ pub fn build(spec: &ImageSpec, out: &Path) -> Result<Vec<Entry>, ImageError> {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
     };
-    let writing = |source| ImageError::Write { path: out.to_owned(), source };
+    let writing = |reason| ImageError::Write { path: out.to_owned(), reason };
     let temporary = tempfile::NamedTempFile::new_in(directory).map_err(writing)?;
     let image = temporary.as_file();
     image.set_len(PARTITION_OFFSET_BYTES + volume_mib * MIB).map_err(writing)?;
@@ -183,7 +183,7 @@ pub fn build(spec: &ImageSpec, out: &Path) -> Result<Vec<Entry>, ImageError> {
 const RESERVED: [&str; 5] = ["KERNEL.ELF", "BAREFLOW.CFG", "REPORT.TXT", SLOT_NAMES[0], SLOT_NAMES[1]];
 
 fn open_input(path: &Path, what: &str) -> Result<(File, u64), ImageError> {
-    let failed = |source| ImageError::Input { what: what.to_owned(), path: path.to_owned(), source };
+    let failed = |reason| ImageError::Input { what: what.to_owned(), path: path.to_owned(), reason };
     let file = File::open(path).map_err(failed)?;
     let metadata = file.metadata().map_err(failed)?;
     if !metadata.is_file() {
@@ -246,7 +246,7 @@ fn write_volume(
     grub: Option<&grub::Grub>,
     out: &Path,
 ) -> Result<(), ImageError> {
-    let failed = |source| ImageError::Write { path: out.to_owned(), source };
+    let failed = |reason| ImageError::Write { path: out.to_owned(), reason };
     let options = FormatVolumeOptions::new()
         .fat_type(FatType::Fat16)
         .max_root_dir_entries(ROOT_ENTRIES)
@@ -294,7 +294,7 @@ fn persist(temporary: tempfile::NamedTempFile, out: &Path, overwrite: bool) -> R
         Err(e) if e.error.kind() == std::io::ErrorKind::AlreadyExists => {
             Err(ImageError::OutputExists { path: out.to_owned() })
         }
-        Err(e) => Err(ImageError::Write { path: out.to_owned(), source: e.error }),
+        Err(e) => Err(ImageError::Write { path: out.to_owned(), reason: e.error }),
     }
 }
 
@@ -310,7 +310,7 @@ fn set_default_permissions(file: &File) {
 fn set_default_permissions(_file: &File) {}
 
 fn open_image(path: &Path) -> Result<File, ImageError> {
-    File::open(path).map_err(|source| ImageError::Read { path: path.to_owned(), source })
+    File::open(path).map_err(|reason| ImageError::Read { path: path.to_owned(), reason })
 }
 
 /// Every file on the image's volume, by path.
@@ -322,11 +322,11 @@ pub fn list(image: &Path) -> Result<Vec<Entry>, ImageError> {
 }
 
 fn list_file(image: &File, path: &Path) -> Result<Vec<Entry>, ImageError> {
-    let mut device = ImageDevice::new(image).map_err(|source| ImageError::Read { path: path.to_owned(), source })?;
+    let mut device = ImageDevice::new(image).map_err(|reason| ImageError::Read { path: path.to_owned(), reason })?;
     let mut entries = Vec::new();
     FatVolume::open(&mut device)
         .and_then(|volume| walk(&volume, &mut device, "", 0, &mut entries))
-        .map_err(|source| ImageError::Volume { path: path.to_owned(), source })?;
+        .map_err(|reason| ImageError::Volume { path: path.to_owned(), reason })?;
     entries.sort_by(|a, b| a.path.cmp(&b.path));
     Ok(entries)
 }
@@ -369,7 +369,7 @@ pub fn read_file(image: &Path, name: &str) -> Result<Vec<u8>, ImageError> {
         let left = entry.len_bytes - bytes.len() as u64;
         file.seek(SeekFrom::Start(extent.lba * SECTOR_BYTES as u64))
             .and_then(|_| (&file).take(left.min(extent.sectors * SECTOR_BYTES as u64)).read_to_end(&mut bytes))
-            .map_err(|source| ImageError::Read { path: image.to_owned(), source })?;
+            .map_err(|reason| ImageError::Read { path: image.to_owned(), reason })?;
     }
     Ok(bytes)
 }

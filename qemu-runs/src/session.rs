@@ -118,7 +118,7 @@ impl Session {
             .and_then(|_| File::open(&console))
             .map_err(|e| BootError::host("the file for COM1", format!("{}: {e}", console.display())))?;
         let mut child = Command::new(qemu.program())
-            .args(machine.arguments(&console)?)
+            .args(machine.arguments(qemu, &console)?)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())

@@ -27,7 +27,7 @@ pub struct Transcript {
     pub end: Option<(ExitStatus, u32)>,
     /// Messages received before the end message.
     pub messages: u32,
-    /// The first broken frame, with the number of messages received before it.
+    /// The first broken frame after the guest's first message, with the number of messages received before it.
     pub broken_frame: Option<(WireError, u32)>,
 }
 
@@ -167,6 +167,8 @@ impl Transcript {
     pub fn accept(&mut self, item: Result<Message, WireError>) {
         let message = match item {
             Ok(message) => message,
+            // Firmware may write to this port before the guest does; a hello lost to it still shows.
+            Err(_) if self.hello.is_none() => return,
             Err(error) => {
                 self.broken_frame.get_or_insert((error, self.messages));
                 return;
@@ -224,8 +226,7 @@ impl Transcript {
         match self.hello {
             Some((PROTOCOL, ..)) => {}
             Some((guest, ..)) => return Err(BootFailure::Protocol { guest }),
-            None if self.broken_frame.is_none() => return Err(BootFailure::NoHello),
-            None => {}
+            None => return Err(BootFailure::NoHello),
         }
         if let Some((error, after_messages)) = self.broken_frame {
             return Err(BootFailure::BrokenFrame { error, after_messages });
@@ -342,6 +343,16 @@ mod tests {
             verdict(ProcessExit::NoCode("signal 9".into()), ""),
             BootFailure::Killed { how: "signal 9".into(), after }
         );
+    }
+
+    #[test]
+    fn what_firmware_writes_before_the_guest_is_no_failure() {
+        let mut decoder = report::wire::Decoder::default();
+        let mut bytes = b"UEFI\x1b[2J\0 console text".to_vec();
+        bytes.extend([hello(), end(ExitStatus::Pass, 1)].iter().flat_map(report::wire::encode));
+        let mut transcript = Transcript::default();
+        decoder.push(&bytes).into_iter().for_each(|item| transcript.accept(item));
+        assert_eq!(transcript.verdict(&ProcessExit::Code(33), decoder.pending_bytes(), ""), Ok(()));
     }
 
     #[test]

@@ -345,8 +345,10 @@ pub struct ModelFacts {
     pub architecture: String,
     /// File size.
     pub file_bytes: u64,
-    /// SHA-256 of the file, lower-case hex.
-    pub sha256: String,
+    /// SHA-256 over samples of the content, lower-case hex: tells models apart, does not prove integrity.
+    pub fingerprint: String,
+    /// SHA-256 of the whole file, lower-case hex; computed only when the configuration asks for it.
+    pub sha256: Option<String>,
     /// Layers.
     pub n_layers: u32,
     /// Embedding length.

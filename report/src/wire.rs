@@ -41,20 +41,26 @@ impl core::error::Error for WireError {}
 
 /// One message as the bytes to send, terminator included.
 ///
+/// A [`Message::Hello`] also begins with a terminator, which cuts off whatever firmware wrote to the port before.
+///
 /// # Panics
 /// Never in practice: every [`Message`] serialises.
 pub fn encode(message: &Message) -> Vec<u8> {
     let mut body = postcard::to_allocvec(message).expect("messages hold only serialisable types");
     let crc = crc32fast::hash(&body);
     body.extend_from_slice(&crc.to_le_bytes());
-    let mut out = cobs(&body);
+    let mut out = Vec::with_capacity(body.len() + body.len() / 254 + 3);
+    if matches!(message, Message::Hello { .. }) {
+        out.push(0);
+    }
+    cobs(&body, &mut out);
     out.push(0);
     out
 }
 
-fn cobs(data: &[u8]) -> Vec<u8> {
-    let mut out = Vec::with_capacity(data.len() + data.len() / 254 + 2);
-    let mut code_at = 0;
+/// Appends the encoding of `data` to `out`.
+fn cobs(data: &[u8], out: &mut Vec<u8>) {
+    let mut code_at = out.len();
     out.push(1);
     for &byte in data {
         if byte == 0 {
@@ -69,7 +75,6 @@ fn cobs(data: &[u8]) -> Vec<u8> {
             }
         }
     }
-    out
 }
 
 fn uncobs(frame: &[u8]) -> Option<Vec<u8>> {
@@ -156,6 +161,18 @@ mod tests {
             assert_eq!(got, messages.iter().cloned().map(Ok).collect::<Vec<_>>(), "chunks of {chunk}");
             assert_eq!(decoder.pending_bytes(), 0);
         }
+    }
+
+    #[test]
+    fn a_hello_survives_noise_before_it() {
+        let hello =
+            Message::Hello { protocol: crate::PROTOCOL, image: crate::ImageKind::Jit, build_id: String::from("b") };
+        let mut bytes = b"firmware \x1b[2J console".to_vec();
+        bytes.extend(encode(&hello));
+        let got = Decoder::default().push(&bytes);
+        assert_eq!(got.len(), 2);
+        assert!(got[0].is_err());
+        assert_eq!(got[1], Ok(hello));
     }
 
     #[test]
