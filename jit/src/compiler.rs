@@ -1,0 +1,200 @@
+//! Key and variant in, audited machine code out.
+
+use crate::audit;
+use crate::clif::Emit;
+use crate::error::{JitError, Refusals};
+use crate::nest;
+use crate::plan::Plan;
+use crate::widen::{WidenStats, widen};
+use alloc::string::{String, ToString};
+use alloc::vec::Vec;
+use cranelift_codegen::control::ControlPlane;
+use cranelift_codegen::ir::types::I64;
+use cranelift_codegen::ir::{AbiParam, Function, InstBuilder, Signature, UserFuncName};
+use cranelift_codegen::isa::{self, CallConv, OwnedTargetIsa};
+use cranelift_codegen::settings::{self, Configurable};
+use cranelift_codegen::{CodegenError, Context};
+use cranelift_frontend::{FunctionBuilder, FunctionBuilderContext};
+use model::kernel::{KernelKey, Variant, Width};
+use target_lexicon::{Architecture, BinaryFormat, Environment, OperatingSystem, Triple, Vendor};
+
+/// Instruction sets a kernel may use, with their operating-system state enabled.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct TargetIsa {
+    /// AVX2, FMA and F16C: the least any compiled kernel needs, at 128 bits too.
+    pub avx2: bool,
+    /// AVX-512 F, BW, DQ and VL.
+    pub avx512: bool,
+    /// AVX-512 VNNI.
+    pub avx512_vnni: bool,
+}
+
+impl TargetIsa {
+    /// The first instruction set `variant` needs and this machine lacks.
+    pub fn missing(&self, variant: &Variant) -> Option<&'static str> {
+        if !self.avx2 {
+            Some("AVX2, FMA and F16C")
+        } else if !self.avx512 && (variant.width == Width::Z512 || variant.vnni) {
+            Some("AVX-512 F, BW, DQ and VL")
+        } else if !self.avx512_vnni && variant.vnni {
+            Some("AVX-512 VNNI")
+        } else {
+            None
+        }
+    }
+}
+
+/// A finished kernel: position-independent bytes of one leaf function with the kernel ABI
+/// `extern "sysv64" fn(x: *const u8, w: *const u8, y: *mut f32, ldy_bytes: usize)`.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct CompiledKernel {
+    /// What it computes.
+    pub key: KernelKey,
+    /// How.
+    pub variant: Variant,
+    /// Machine code; the entry is the first byte.
+    pub code: Vec<u8>,
+    /// How it came about.
+    pub stats: CompileStats,
+}
+
+/// Counts of one compilation, the same on every machine.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct CompileStats {
+    /// CLIF instructions given to Cranelift.
+    pub clif_instructions: u32,
+    /// Bytes Cranelift produced.
+    pub narrow_bytes: u32,
+    /// What the widening pass did.
+    pub widen: WidenStats,
+    /// Stack bytes the kernel uses, its return address not counted.
+    pub stack_bytes: u32,
+}
+
+/// Compiles kernels. Keeps its buffers between kernels, so one compiler is cheaper than many.
+pub struct Compiler {
+    isa: TargetIsa,
+    cranelift: OwnedTargetIsa,
+    context: Context,
+    builder: FunctionBuilderContext,
+    refusals: Refusals,
+}
+
+impl Compiler {
+    /// A compiler for machines with `isa`.
+    ///
+    /// # Errors
+    /// [`JitError::Codegen`] when this build's Cranelift lacks x86-64.
+    pub fn new(isa: TargetIsa) -> Result<Compiler, JitError> {
+        Ok(Compiler {
+            isa,
+            cranelift: cranelift_isa().map_err(|message| JitError::Codegen { message })?,
+            context: Context::new(),
+            builder: FunctionBuilderContext::new(),
+            refusals: Refusals::default(),
+        })
+    }
+
+    /// Instruction sets this compiler may use.
+    pub fn isa(&self) -> TargetIsa {
+        self.isa
+    }
+
+    /// Kernels refused so far, by cause.
+    pub fn refusals(&self) -> &Refusals {
+        &self.refusals
+    }
+
+    /// Compiles `key` as `variant`.
+    ///
+    /// The code has passed [`audit::audit`]; that it computes the right numbers is for the caller to verify.
+    ///
+    /// # Errors
+    /// A [`JitError`], also counted in [`Self::refusals`]. Nothing else is ever compiled in its place.
+    pub fn compile(&mut self, key: &KernelKey, variant: &Variant) -> Result<CompiledKernel, JitError> {
+        let compiled = self.try_compile(key, variant);
+        if let Err(error) = &compiled {
+            self.refusals.count(error);
+        }
+        compiled
+    }
+
+    fn try_compile(&mut self, key: &KernelKey, variant: &Variant) -> Result<CompiledKernel, JitError> {
+        if let Some(needs) = self.isa.missing(variant) {
+            return Err(JitError::Isa { variant: *variant, needs });
+        }
+        let plan = Plan::new(key, variant)?;
+        let mut stats = CompileStats::default();
+        let narrow = self.narrow(&plan, &mut stats)?;
+        let (code, widen_stats) = widen(&narrow, variant.width)?;
+        stats.widen = widen_stats;
+        stats.stack_bytes = audit::audit(&code, variant.width)?.stack_bytes;
+        Ok(CompiledKernel { key: *key, variant: *variant, code, stats })
+    }
+
+    /// Cranelift's code for the plan: right at 128 bits but for the carriers.
+    fn narrow(&mut self, plan: &Plan, stats: &mut CompileStats) -> Result<Vec<u8>, JitError> {
+        self.context.clear();
+        let mut signature = Signature::new(CallConv::SystemV);
+        signature.params.extend([AbiParam::new(I64); 4]);
+        self.context.func = Function::with_name_signature(UserFuncName::user(0, 0), signature);
+        let mut builder = FunctionBuilder::new(&mut self.context.func, &mut self.builder);
+        let entry = builder.create_block();
+        builder.append_block_params_for_function_params(entry);
+        builder.switch_to_block(entry);
+        let mut args = [cranelift_codegen::ir::Value::from_u32(0); 4];
+        args.copy_from_slice(builder.block_params(entry));
+        nest::kernel(&mut Emit::new(&mut builder), plan, args);
+        builder.ins().return_(&[]);
+        builder.seal_all_blocks();
+        builder.finalize(self.cranelift.frontend_config());
+
+        stats.clif_instructions = self.context.func.dfg.num_insts() as u32;
+        let compiled = self
+            .context
+            .compile(&*self.cranelift, &mut ControlPlane::default())
+            .map_err(|error| JitError::Codegen { message: describe(&error.inner) })?;
+        let relocations = compiled.buffer.relocs().len();
+        if relocations > 0 {
+            return Err(JitError::Relocation { count: relocations });
+        }
+        let code = compiled.code_buffer().to_vec();
+        stats.narrow_bytes = code.len() as u32;
+        Ok(code)
+    }
+}
+
+fn describe(error: &CodegenError) -> String {
+    error.to_string()
+}
+
+/// Cranelift for x86-64 with VEX code and FMA, set up for speed of compilation and no surprises.
+fn cranelift_isa() -> Result<OwnedTargetIsa, String> {
+    // With `speed`, loads are hoisted out of loops and registers spill; with `none`, code comes in the order written.
+    const SETTINGS: [(&str, &str); 6] = [
+        ("opt_level", "none"),
+        ("enable_verifier", if cfg!(debug_assertions) { "true" } else { "false" }),
+        ("enable_alias_analysis", "false"),
+        ("is_pic", "false"),
+        ("enable_probestack", "false"),
+        ("unwind_info", "false"),
+    ];
+    const FEATURES: [&str; 9] =
+        ["has_sse3", "has_ssse3", "has_sse41", "has_sse42", "has_popcnt", "has_avx", "has_avx2", "has_fma", "has_bmi1"];
+    let mut flags = settings::builder();
+    for (name, value) in SETTINGS {
+        flags.set(name, value).map_err(|e| e.to_string())?;
+    }
+    let triple = Triple {
+        architecture: Architecture::X86_64,
+        vendor: Vendor::Unknown,
+        operating_system: OperatingSystem::None_,
+        environment: Environment::Unknown,
+        binary_format: BinaryFormat::Elf,
+    };
+    let mut builder = isa::lookup(triple).map_err(|e| e.to_string())?;
+    for feature in FEATURES {
+        builder.enable(feature).map_err(|e| e.to_string())?;
+    }
+    builder.finish(settings::Flags::new(flags)).map_err(|e| describe(&e))
+}

@@ -1,0 +1,149 @@
+//! What happens to finished sums: stored, added to the residual, or put through `silu(gate) * up`.
+
+use crate::clif::Emit;
+use crate::nest::{Fixed, Group, Tile, for_each};
+use crate::plan::{Home, Plan};
+use alloc::vec;
+use cranelift_codegen::ir::Value;
+use model::kernel::Op;
+use model::layout::PANEL;
+use model::numerics::{EXP_HI, EXP_LO, EXP_POLY, LN2_HI, LN2_LO, LOG2E, ROUND_MAGIC};
+
+/// Constants of `silu`, in the order of the frame's first words.
+const SILU: [f32; 13] = [
+    EXP_HI,
+    EXP_LO,
+    LOG2E,
+    ROUND_MAGIC,
+    -LN2_HI,
+    -LN2_LO,
+    1.0,
+    EXP_POLY[0],
+    EXP_POLY[1],
+    EXP_POLY[2],
+    EXP_POLY[3],
+    EXP_POLY[4],
+    EXP_POLY[5],
+];
+const HI: usize = 0;
+const LO: usize = 1;
+const LOG2: usize = 2;
+const MAGIC: usize = 3;
+const MINUS_LN2_HI: usize = 4;
+const MINUS_LN2_LO: usize = 5;
+const ONE: usize = 6;
+const POLY: usize = 7;
+
+/// Writes the constants of `silu` to the frame.
+pub(crate) fn store_silu_constants(e: &mut Emit<'_, '_>, frame: Value) {
+    for (i, constant) in SILU.iter().enumerate() {
+        e.store_constant(frame, 4 * i as i32, constant.to_bits());
+    }
+}
+
+/// Takes a tile's sums to `y`. `accumulators` are its registers, group by group, where they live there.
+pub(crate) fn finish(
+    e: &mut Emit<'_, '_>,
+    plan: &Plan,
+    fixed: Fixed,
+    tile: &Tile,
+    groups: &[Group],
+    accumulators: &[Value],
+) {
+    if plan.op == Op::GateUpSilu {
+        // silu needs registers of its own: its operands wait in the frame.
+        for (group, accumulators) in groups.iter().zip(accumulators.chunks(tile.rows * plan.vectors)) {
+            for_each(tile.rows, plan.vectors, |row, v| {
+                e.store(accumulators[row * plan.vectors + v], fixed.frame, tile.frame_offset(plan, *group, row, v));
+            });
+        }
+        gate_up(e, plan, fixed, tile);
+        return;
+    }
+    let mut y = tile.y;
+    for row in 0..tile.rows {
+        if row > 0 {
+            y = e.add_address(y, fixed.ldy);
+        }
+        for (g, group) in groups.iter().enumerate() {
+            for v in 0..plan.vectors {
+                let offset = (group.stream * tile.region.run * PANEL * 4 + v * plan.vector_bytes()) as i32;
+                let mut sum = match plan.home {
+                    Home::Registers => accumulators[(g * tile.rows + row) * plan.vectors + v],
+                    Home::Frame => e.load_back(fixed.frame, tile.frame_offset(plan, *group, row, v)),
+                };
+                if plan.op == Op::MatmulResidual {
+                    let old = e.load_back(y, offset);
+                    sum = e.add(old, sum);
+                }
+                e.store(sum, y, offset);
+            }
+        }
+    }
+}
+
+/// `y = silu(gate) * up` over the accumulators in the frame: loops over rows, streams and vectors.
+fn gate_up(e: &mut Emit<'_, '_>, plan: &Plan, fixed: Fixed, tile: &Tile) {
+    let streams = tile.region.streams;
+    let vector = plan.vector_bytes();
+    let stream_bytes = plan.vectors * vector;
+    let row_bytes = streams * stream_bytes;
+    let to_up = (tile.rows * row_bytes) as i32;
+    let first = tile.frame_offset(plan, Group { stream: 0, part: 0 }, 0, 0);
+    let gate = e.offset(fixed.frame, i64::from(first));
+    let end = e.offset(gate, (tile.rows * row_bytes) as i64);
+    e.repeat(tile.rows == 1, &[gate, tile.y], end, |e, row| {
+        let end = e.offset(row[0], row_bytes as i64);
+        e.repeat(streams == 1, &[row[0], row[1]], end, |e, stream| {
+            let end = e.offset(stream[0], stream_bytes as i64);
+            e.repeat(plan.vectors == 1, &[stream[0], stream[1]], end, |e, at| {
+                let gate = e.load_back(at[0], 0);
+                let silu = silu(e, fixed.frame, gate);
+                let up = e.load_back(at[0], to_up);
+                let out = e.mul(silu, up);
+                e.store(out, at[1], 0);
+                vec![e.offset(at[0], vector as i64), e.offset(at[1], vector as i64)]
+            });
+            let gate = e.offset(stream[0], stream_bytes as i64);
+            vec![gate, e.offset(stream[1], (tile.region.run * PANEL * 4) as i64)]
+        });
+        let gate = e.offset(row[0], row_bytes as i64);
+        vec![gate, e.add_address(row[1], fixed.ldy)]
+    });
+}
+
+/// `x / (1 + exp(0 - x))`, the sequence of [`model::numerics`].
+fn silu(e: &mut Emit<'_, '_>, frame: Value, x: Value) -> Value {
+    let constant = |e: &mut Emit<'_, '_>, i: usize| {
+        let v = e.constant(frame, 4 * i as i32);
+        e.as_f32(v)
+    };
+    let zero = e.zero_f32();
+    let z = e.sub(zero, x);
+    let lo = constant(e, LO);
+    let z = e.max(z, lo);
+    let hi = constant(e, HI);
+    let z = e.min(z, hi);
+    let log2e = constant(e, LOG2);
+    let magic = constant(e, MAGIC);
+    let t = e.fma(z, log2e, magic);
+    let n = e.sub(t, magic);
+    let ln2_hi = constant(e, MINUS_LN2_HI);
+    let r = e.fma(n, ln2_hi, z);
+    let ln2_lo = constant(e, MINUS_LN2_LO);
+    let r = e.fma(n, ln2_lo, r);
+    let mut p = constant(e, POLY);
+    for i in 1..model::numerics::EXP_POLY.len() {
+        let c = constant(e, POLY + i);
+        p = e.fma(p, r, c);
+    }
+    let one = constant(e, ONE);
+    let square = e.mul(r, r);
+    let linear = e.add(r, one);
+    let exp = e.fma(p, square, linear);
+    let power = e.shift_left_i32(t, 23);
+    let exp = e.add_i32(exp, power);
+    let exp = e.as_f32(exp);
+    let below = e.add(one, exp);
+    e.div(x, below)
+}

@@ -1,0 +1,46 @@
+//! One step of `k` for F32 and F16 weights: `acc = fma(f32(w[k]), x[k], acc)`.
+
+use crate::clif::Emit;
+use crate::nest::{Cursor, Tile};
+use crate::plan::Plan;
+use alloc::vec::Vec;
+use cranelift_codegen::ir::Value;
+use model::kernel::DType;
+
+/// Adds one `k` of one group to its accumulators (row-major, `rows x vectors`).
+///
+/// `shared_x` carries the broadcast `x[k]` of a single-row tile from group to group.
+pub(crate) fn step(
+    e: &mut Emit<'_, '_>,
+    plan: &Plan,
+    tile: &Tile,
+    at: Cursor,
+    shared_x: &mut Option<Value>,
+    accumulators: &mut [Value],
+) {
+    let weight_bytes = if plan.dtype == DType::F16 { 2 } else { 4 };
+    if plan.prefetch_bytes > 0 {
+        for line in (0..plan.columns * weight_bytes).step_by(64) {
+            e.prefetch(at.w, at.w_offset + line as i32 + plan.prefetch_bytes);
+        }
+    }
+    let weights = |e: &mut Emit<'_, '_>, v: usize| {
+        let offset = at.w_offset + (v * plan.width.lanes() * weight_bytes) as i32;
+        if plan.dtype == DType::F16 { e.load_f16(at.w, offset) } else { e.load_f32(at.w, offset) }
+    };
+    if tile.rows == 1 {
+        let x = *shared_x.get_or_insert_with(|| e.broadcast_f32(at.x, at.x_offset));
+        for (v, accumulator) in accumulators.iter_mut().enumerate() {
+            let w = weights(e, v);
+            *accumulator = e.accumulate(*accumulator, x, w);
+        }
+        return;
+    }
+    let held: Vec<Value> = (0..plan.vectors).map(|v| weights(e, v)).collect();
+    for (row, accumulators) in accumulators.chunks_mut(plan.vectors).enumerate() {
+        let x = e.broadcast_f32(at.x, at.x_offset + (row * plan.x_row_bytes) as i32);
+        for (w, accumulator) in held.iter().zip(accumulators) {
+            *accumulator = e.accumulate(*accumulator, *w, x);
+        }
+    }
+}

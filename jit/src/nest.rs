@@ -1,0 +1,277 @@
+//! The loops around a register tile: regions of panels -> panels -> column tiles -> row tiles -> steps of `k`.
+//!
+//! The order of sums is fixed by the innermost loop alone (`k` ascending into one accumulator per output), so every
+//! nest below gives the same bits.
+
+use crate::clif::Emit;
+use crate::fuse;
+use crate::plan::{Home, Plan, Region};
+use crate::{matmul_float, matmul_quant};
+use alloc::vec;
+use alloc::vec::Vec;
+use cranelift_codegen::ir::Value;
+use model::layout::{PANEL, scales_offset};
+
+/// Bytes at the start of the frame that hold 32-bit constants; accumulators follow.
+pub(crate) const CONSTANT_BYTES: usize = 64;
+
+/// Registers that stay the same for the whole kernel.
+#[derive(Clone, Copy)]
+pub(crate) struct Fixed {
+    /// Bytes between rows of `y`.
+    pub(crate) ldy: Value,
+    /// Constants, then accumulators. Only used where [`needs_frame`].
+    pub(crate) frame: Value,
+}
+
+/// One register tile: where its operands are and how large it is.
+#[derive(Clone, Copy)]
+pub(crate) struct Tile {
+    pub(crate) rows: usize,
+    pub(crate) region: Region,
+    /// First row of `x`.
+    pub(crate) x: Value,
+    /// First step of the first stream's panel, at the tile's first column.
+    pub(crate) w: Value,
+    /// The same for the f16 scales (quantised types).
+    pub(crate) scales: Value,
+    /// First output.
+    pub(crate) y: Value,
+}
+
+/// Pointers of one step of `k`.
+#[derive(Clone, Copy)]
+pub(crate) struct Cursor {
+    pub(crate) x: Value,
+    pub(crate) w: Value,
+    pub(crate) scales: Value,
+    /// Offset of the group's panel plus that of the step, in bytes.
+    pub(crate) w_offset: i32,
+    /// Offset of the step in a row of `x`, in bytes.
+    pub(crate) x_offset: i32,
+}
+
+/// A weight panel read by a tile: stream and part (gate, up).
+#[derive(Clone, Copy)]
+pub(crate) struct Group {
+    pub(crate) stream: usize,
+    pub(crate) part: usize,
+}
+
+impl Tile {
+    /// The tile's groups, in the order their steps run.
+    pub(crate) fn groups(&self, plan: &Plan) -> Vec<Group> {
+        (0..self.region.streams).flat_map(|stream| (0..plan.parts).map(move |part| Group { stream, part })).collect()
+    }
+
+    /// Bytes from the tile's `w` to `group`'s panel.
+    fn group_offset(&self, plan: &Plan, group: Group) -> usize {
+        group.stream * self.region.run * plan.unit_bytes() + group.part * plan.panel_bytes
+    }
+
+    /// Byte offset in the frame of the accumulator of `group`, `row`, vector `v`.
+    pub(crate) fn frame_offset(&self, plan: &Plan, group: Group, row: usize, v: usize) -> i32 {
+        let index = ((group.part * self.rows + row) * self.region.streams + group.stream) * plan.vectors + v;
+        (CONSTANT_BYTES + index * plan.vector_bytes()) as i32
+    }
+}
+
+/// True when the kernel keeps constants or accumulators in its frame.
+fn needs_frame(plan: &Plan) -> bool {
+    plan.home == Home::Frame || plan.dtype.is_quantised() || plan.parts == 2
+}
+
+/// Emits the whole kernel: `args` are `x`, `w`, `y` and `ldy` in bytes.
+pub(crate) fn kernel(e: &mut Emit<'_, '_>, plan: &Plan, args: [Value; 4]) {
+    let [x, w, y, ldy] = args;
+    let frame = if needs_frame(plan) {
+        let accumulators =
+            if plan.home == Home::Frame || plan.parts == 2 { plan.accumulators() * plan.vector_bytes() } else { 0 };
+        let frame = e.frame((CONSTANT_BYTES + accumulators) as u32);
+        if plan.parts == 2 {
+            fuse::store_silu_constants(e, frame);
+        }
+        if plan.dtype.is_quantised() {
+            matmul_quant::store_constants(e, frame, plan);
+        }
+        frame
+    } else {
+        ldy
+    };
+    let fixed = Fixed { ldy, frame };
+    for region in &plan.regions {
+        let w = e.offset(w, (region.first * plan.unit_bytes()) as i64);
+        let y = e.offset(y, (region.first * PANEL * 4) as i64);
+        let end = e.offset(y, (region.run * PANEL * 4) as i64);
+        e.repeat(region.run == 1, &[y, w], end, |e, at| {
+            panel(e, plan, fixed, *region, x, at[1], at[0]);
+            let y = e.offset(at[0], (PANEL * 4) as i64);
+            let w = e.offset(at[1], plan.unit_bytes() as i64);
+            vec![y, w]
+        });
+    }
+}
+
+/// One panel of every stream: its column tiles.
+fn panel(e: &mut Emit<'_, '_>, plan: &Plan, fixed: Fixed, region: Region, x: Value, w: Value, y: Value) {
+    // Bytes of one column in a step: quantised groups and f32 take 4, f16 takes 2.
+    let column_bytes = if plan.dtype == model::kernel::DType::F16 { 2 } else { 4 };
+    let scales = if plan.dtype.is_quantised() { e.offset(w, scales_offset(plan.dtype) as i64) } else { w };
+    let end = e.offset(y, (PANEL * 4) as i64);
+    e.repeat(plan.columns == PANEL, &[y, w, scales], end, |e, at| {
+        let tile = Tile { rows: plan.rows, region, x, w: at[1], scales: at[2], y: at[0] };
+        rows(e, plan, fixed, tile);
+        let y = e.offset(at[0], (plan.columns * 4) as i64);
+        let w = e.offset(at[1], (plan.columns * column_bytes) as i64);
+        let scales = if plan.dtype.is_quantised() { e.offset(at[2], (plan.columns * 2) as i64) } else { w };
+        vec![y, w, scales]
+    });
+}
+
+/// All rows of one column tile: full row tiles in a loop, then the rest.
+fn rows(e: &mut Emit<'_, '_>, plan: &Plan, fixed: Fixed, tile: Tile) {
+    let full = plan.m / plan.rows;
+    let rest = plan.m % plan.rows;
+    let end = e.offset(tile.x, (full * plan.rows * plan.x_row_bytes) as i64);
+    let after = e.repeat(full == 1, &[tile.x, tile.y], end, |e, at| {
+        one_tile(e, plan, fixed, Tile { x: at[0], y: at[1], ..tile });
+        if full == 1 && rest == 0 {
+            return at.to_vec();
+        }
+        let x = e.offset(at[0], (plan.rows * plan.x_row_bytes) as i64);
+        let step = e.times(fixed.ldy, plan.rows as i64);
+        let y = e.add_address(at[1], step);
+        vec![x, y]
+    });
+    if rest > 0 {
+        one_tile(e, plan, fixed, Tile { rows: rest, x: after[0], y: after[1], ..tile });
+    }
+}
+
+/// One register tile: zero, sum over `k`, fuse and store.
+fn one_tile(e: &mut Emit<'_, '_>, plan: &Plan, fixed: Fixed, tile: Tile) {
+    let groups = tile.groups(plan);
+    let per_group = tile.rows * plan.vectors;
+    let mut accumulators = Vec::new();
+    match plan.home {
+        Home::Registers => {
+            for _ in 0..groups.len() * per_group {
+                accumulators.push(e.zero_f32());
+            }
+        }
+        Home::Frame => {
+            let zero = e.zero_f32();
+            for group in &groups {
+                for_each(tile.rows, plan.vectors, |row, v| {
+                    e.store(zero, fixed.frame, tile.frame_offset(plan, *group, row, v));
+                });
+            }
+        }
+    }
+
+    let trips = plan.k_steps / plan.unroll;
+    let tail = plan.k_steps % plan.unroll;
+    let end = e.offset(tile.x, (trips * plan.unroll * plan.x_step_bytes) as i64);
+    let quantised = plan.dtype.is_quantised();
+    let mut init = vec![tile.x, tile.w];
+    if quantised {
+        init.push(tile.scales);
+    }
+    let pointers = init.len();
+    init.extend(&accumulators);
+    let after = e.repeat(trips == 1, &init, end, |e, at| {
+        let at_tile = Tile { x: at[0], w: at[1], scales: at[pointers - 1], ..tile };
+        let mut accumulators = at[pointers..].to_vec();
+        steps(e, plan, fixed, &at_tile, &groups, plan.unroll, &mut accumulators);
+        if trips == 1 && tail == 0 {
+            let mut next = at[..pointers].to_vec();
+            next.extend(accumulators);
+            return next;
+        }
+        let mut next = vec![e.offset(at[0], (plan.unroll * plan.x_step_bytes) as i64)];
+        for pointer in &at[1..pointers] {
+            next.push(e.offset(*pointer, (plan.unroll * plan.step_bytes) as i64));
+        }
+        next.extend(accumulators);
+        next
+    });
+    let mut accumulators = after[pointers..].to_vec();
+    if tail > 0 {
+        let at_tile = Tile { x: after[0], w: after[1], scales: after[pointers - 1], ..tile };
+        steps(e, plan, fixed, &at_tile, &groups, tail, &mut accumulators);
+    }
+    fuse::finish(e, plan, fixed, &tile, &groups, &accumulators);
+}
+
+/// `count` steps of `k` for every group.
+fn steps(
+    e: &mut Emit<'_, '_>,
+    plan: &Plan,
+    fixed: Fixed,
+    tile: &Tile,
+    groups: &[Group],
+    count: usize,
+    accumulators: &mut [Value],
+) {
+    let per_group = tile.rows * plan.vectors;
+    let cursor = |group: Group, step: usize| Cursor {
+        x: tile.x,
+        w: tile.w,
+        scales: tile.scales,
+        w_offset: (tile.group_offset(plan, group) + step * plan.step_bytes) as i32,
+        x_offset: (step * plan.x_step_bytes) as i32,
+    };
+    match plan.home {
+        // Steps outermost: groups share each x, and their loads alternate between the streams.
+        Home::Registers => {
+            for step in 0..count {
+                let mut shared_x = None;
+                for (group, accumulators) in groups.iter().zip(accumulators.chunks_mut(per_group)) {
+                    let at = cursor(*group, step);
+                    if plan.dtype.is_quantised() {
+                        matmul_quant::step(e, plan, fixed, tile, at, matmul_quant::Sums::Registers(accumulators));
+                    } else {
+                        matmul_float::step(e, plan, tile, at, &mut shared_x, accumulators);
+                    }
+                }
+            }
+        }
+        // Groups outermost: one group's accumulators are loaded once for all steps of the iteration.
+        Home::Frame => {
+            for group in groups {
+                if plan.dtype.is_quantised() {
+                    for step in 0..count {
+                        matmul_quant::step(
+                            e,
+                            plan,
+                            fixed,
+                            tile,
+                            cursor(*group, step),
+                            matmul_quant::Sums::Frame(*group),
+                        );
+                    }
+                    continue;
+                }
+                let mut held = Vec::with_capacity(per_group);
+                for_each(tile.rows, plan.vectors, |row, v| {
+                    held.push(e.load_back(fixed.frame, tile.frame_offset(plan, *group, row, v)));
+                });
+                for step in 0..count {
+                    matmul_float::step(e, plan, tile, cursor(*group, step), &mut None, &mut held);
+                }
+                for_each(tile.rows, plan.vectors, |row, v| {
+                    e.store(held[row * plan.vectors + v], fixed.frame, tile.frame_offset(plan, *group, row, v));
+                });
+            }
+        }
+    }
+}
+
+/// Calls `f(row, v)` for every vector of a group, rows outermost.
+pub(crate) fn for_each(rows: usize, vectors: usize, mut f: impl FnMut(usize, usize)) {
+    for row in 0..rows {
+        for v in 0..vectors {
+            f(row, v);
+        }
+    }
+}

@@ -1,0 +1,30 @@
+//! Turns the byte stores that stand for prefetches into prefetches.
+//!
+//! Kernels store vectors, and 32-bit constants in the frame, but no bytes. So [`crate::clif`] places a store of
+//! [`PREFETCH_MARK`] exactly where a prefetch belongs, and Cranelift folds its address arithmetic as for any store.
+
+use super::table::{PREFETCH, PREFETCH_CARRIER, PREFETCH_MARK};
+use iced_x86::{Instruction, MemoryOperand, OpKind, Register};
+
+/// The prefetch `store` stands for; `None` when it is not the carrier, to be refused.
+pub(super) fn prefetch(store: &Instruction) -> Option<Instruction> {
+    let marked = store.code() == PREFETCH_CARRIER
+        && store.op0_kind() == OpKind::Memory
+        && store.immediate8() == PREFETCH_MARK
+        && !matches!(store.memory_base(), Register::RSP | Register::RBP | Register::RIP | Register::None);
+    if !marked {
+        return None;
+    }
+    let address = MemoryOperand::new(
+        store.memory_base(),
+        store.memory_index(),
+        store.memory_index_scale(),
+        store.memory_displacement64() as i64,
+        u32::from(store.memory_displ_size() != 0),
+        false,
+        Register::None,
+    );
+    let mut prefetch = Instruction::with1(PREFETCH, address).ok()?;
+    prefetch.set_ip(store.ip());
+    Some(prefetch)
+}
