@@ -97,7 +97,7 @@ fn nothing_from_outside_becomes_markup() {
     for text in [&mut kernel.key, &mut kernel.variant, &mut trial.key, &mut trial.variant, &mut trial.incumbent] {
         *text = hostile.into();
     }
-    for text in [&mut model.name, &mut model.dtypes, &mut model.sha256, &mut model.architecture] {
+    for text in [&mut model.name, &mut model.dtypes, &mut model.fingerprint, &mut model.architecture] {
         *text = hostile.into();
     }
     for text in
@@ -105,6 +105,7 @@ fn nothing_from_outside_becomes_markup() {
     {
         *text = hostile.into();
     }
+    model.sha256 = Some(hostile.into());
     boot.stages[0].name = hostile.into();
     boot.memory[0].name = hostile.into();
     boot.convergence.reason = hostile.into();

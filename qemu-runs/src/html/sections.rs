@@ -464,7 +464,8 @@ pub(super) fn environment(run: &RunReport, out: &mut String) {
                 bytes_text(m.file_bytes)
             ),
         );
-        fact("model SHA-256", &m.sha256);
+        fact("model fingerprint", &m.fingerprint);
+        fact("model SHA-256", m.sha256.as_deref().unwrap_or("-"));
         fact("image", &format!("{}, build {}", image_name(b.image), b.build_id));
         if let Some(load) = &b.load {
             fact("model load", &format!("{} MB/s; raw disk {} MB/s", number(load.mb_s), number(load.raw_mb_s)));
