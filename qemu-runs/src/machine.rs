@@ -188,6 +188,12 @@ impl Qemu {
         self.kernel_firmware.as_deref()
     }
 
+    /// The same QEMU starting kernels through its whole SeaBIOS, as a disk boot does.
+    pub fn with_full_firmware(mut self) -> Self {
+        self.kernel_firmware = None;
+        self
+    }
+
     /// First line of `--version`.
     pub fn version(&self) -> &str {
         &self.version

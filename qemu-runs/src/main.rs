@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, bail};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use qemu_runs::accel::{AccelChoice, Probe, probe};
+use qemu_runs::accel::{AccelChoice, KVM_DISK_SMOKE_LIMIT, KVM_SMOKE_LIMIT, Probe, probe};
 use qemu_runs::runs::{NativeSpec, Phase, Progress, RunSpec, boot, converge};
 use qemu_runs::{
     Accel, BootFrom, BootRecord, Deadlines, Drive, Environment, Event, Firmware, Machine, Qemu, Session, html, text,
@@ -150,14 +150,15 @@ impl MachineArguments {
     /// The ELF file to probe with: the one given, or the one on the disk.
     fn probe(&self, qemu: &Qemu) -> Result<Probe> {
         if let Some(kernel) = &self.kernel {
-            return Ok(probe(qemu, kernel, self.accel, self.memory_mib, self.cpus)?);
+            return Ok(probe(qemu, kernel, self.accel, self.memory_mib, self.cpus, KVM_SMOKE_LIMIT)?);
         }
         let Some(disk) = &self.disk else { bail!("give --kernel ELF or --disk IMG: there is nothing to boot") };
         let bytes = bootimage::read_file(disk, "KERNEL.ELF")?;
         let directory = tempfile::tempdir().context("cannot make a temporary directory")?;
         let kernel = directory.path().join("kernel.elf");
         std::fs::write(&kernel, bytes).context("cannot unpack the kernel")?;
-        Ok(probe(qemu, &kernel, self.accel, self.memory_mib, self.cpus)?)
+        let qemu = qemu.clone().with_full_firmware();
+        Ok(probe(&qemu, &kernel, self.accel, self.memory_mib, self.cpus, KVM_DISK_SMOKE_LIMIT)?)
     }
 
     fn choose(&self, qemu: &Qemu) -> Result<Probe> {

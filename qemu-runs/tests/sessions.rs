@@ -198,20 +198,20 @@ const SMOKE: &str = "[ \"$append\" = mode=smoke ] || exit 39\n";
 fn the_probe_boots_the_kernel_and_says_why_it_falls_back() {
     let smoke = [hello(), Message::End { status: ExitStatus::Pass, messages: 1 }];
     let works = Guest::new(&format!("{SMOKE}cat \"$dir/f\"; exit 33")).frames("f", &smoke);
-    let found = probe(&fake_qemu(), &works.path("guest.sh"), AccelChoice::Tcg, 256, 1).unwrap();
+    let found = probe(&fake_qemu(), &works.path("guest.sh"), AccelChoice::Tcg, 256, 1, LONG.boot).unwrap();
     assert_eq!(found.accel, Accel::Tcg);
     assert!(found.reason().starts_with("tcg (tcg: smoke boot passed in"), "{}", found.reason());
 
     // Under KVM this guest resets; where there is no /dev/kvm, that is the reason instead.
     let only_tcg =
         Guest::new(&format!("{SMOKE}[ $accel = kvm ] && exit 0; cat \"$dir/f\"; exit 33")).frames("f", &smoke);
-    let found = probe(&fake_qemu(), &only_tcg.path("guest.sh"), AccelChoice::Auto, 256, 1).unwrap();
+    let found = probe(&fake_qemu(), &only_tcg.path("guest.sh"), AccelChoice::Auto, 256, 1, LONG.boot).unwrap();
     assert_eq!(found.accel, Accel::Tcg);
     let why = found.attempts[0].outcome.clone().unwrap_err();
     assert!(why.contains("triple fault") || why.contains("/dev/kvm cannot be opened"), "{why}");
 
     let never = Guest::new("exit 37");
-    let error = probe(&fake_qemu(), &never.path("guest.sh"), AccelChoice::Auto, 256, 1).unwrap_err();
+    let error = probe(&fake_qemu(), &never.path("guest.sh"), AccelChoice::Auto, 256, 1, LONG.boot).unwrap_err();
     assert_eq!(error.attempts.len(), 2);
     assert!(error.to_string().contains("tcg: smoke boot failed: the guest reports Panic"), "{error}");
 }
