@@ -45,6 +45,7 @@ pub const TESTS: &[Test] = &[
     ("heap_survives_fragmentation", heap_survives_fragmentation),
     ("memory_functions_agree_with_loops", memory_functions_agree_with_loops),
     ("workers_run_every_job_once", workers_run_every_job_once),
+    ("parked_workers_wake_up", parked_workers_wake_up),
     ("tsc_agrees_with_the_wall_clock", tsc_agrees_with_the_wall_clock),
     ("disk_reads_agree", disk_reads_agree),
     ("disk_range_is_checked", disk_range_is_checked),
@@ -359,6 +360,27 @@ fn workers_run_every_job_once(machine: &mut Machine) -> Result<(), Failure> {
         None => Ok(()),
         Some(i) => Err(format!("worker {i} ran {} of {ROUNDS} jobs", counts[i].load(Ordering::Relaxed))),
     }
+}
+
+fn parked_workers_wake_up(machine: &mut Machine) -> Result<(), Failure> {
+    let ms = machine.calibration().tsc_hz / 1000;
+    let workers = machine.cores();
+    for round in 0..100u64 {
+        // Gaps around the time after which a core parks, so that some jobs meet it just then.
+        let start = clock::tsc();
+        while clock::tsc() - start < ms * (round % 12) / 4 {
+            core::hint::spin_loop();
+        }
+        let ran = AtomicUsize::new(0);
+        workers.run(&|_| {
+            ran.fetch_add(1, Ordering::Relaxed);
+        });
+        let ran = ran.load(Ordering::Relaxed);
+        if ran != workers.count() {
+            return Err(format!("round {round}: {ran} of {} workers ran", workers.count()));
+        }
+    }
+    Ok(())
 }
 
 fn tsc_agrees_with_the_wall_clock(machine: &mut Machine) -> Result<(), Failure> {

@@ -91,7 +91,12 @@ fn memory_lines(machine: &Machine) {
     let facts = machine.boot_facts();
     for entry in facts.start.map.as_slice() {
         let kind = if entry.kind == 1 { "usable" } else { "reserved" };
-        crate::println!("{:#014x}..{:#014x} {:>10} KiB  {kind}", entry.range.start, entry.range.end, entry.range.len_bytes() >> 10);
+        crate::println!(
+            "{:#014x}..{:#014x} {:>10} KiB  {kind}",
+            entry.range.start,
+            entry.range.end,
+            entry.range.len_bytes() >> 10
+        );
     }
     let heap = memory::heap_use();
     crate::println!(

@@ -40,9 +40,9 @@ fn sums_to_zero(bytes: &[u8]) -> bool {
 
 /// Looks for the root pointer where a BIOS leaves it: 16-byte steps in `0xe0000..0x100000`.
 pub fn scan(memory: &dyn Physical) -> Option<u64> {
-    (0xe_0000..0x10_0000u64).step_by(16).find(|&at| {
-        memory.bytes(at, 20).is_some_and(|root| root.starts_with(b"RSD PTR ") && sums_to_zero(root))
-    })
+    (0xe_0000..0x10_0000u64)
+        .step_by(16)
+        .find(|&at| memory.bytes(at, 20).is_some_and(|root| root.starts_with(b"RSD PTR ") && sums_to_zero(root)))
 }
 
 fn table(memory: &dyn Physical, address: u64) -> Option<&[u8]> {

@@ -7,12 +7,13 @@
 //! +00_5000  IST2             supervisor   double fault
 //! +00_6000  IST3             supervisor   NMI
 //! +00_7000  IST4             supervisor   machine check
-//! +00_8000  guard            unmapped
-//! +00_9000  fault frame      ring 3       registers of the last fault, written by ring 0
-//! +00_a000  guard            unmapped
-//! +00_b000  fault stack      ring 3       64 KiB, grows down
-//! +01_b000  guard            unmapped
-//! +01_c000  main stack       ring 3       912 KiB, grows down
+//! +00_8000  IST5             supervisor   device interrupts
+//! +00_9000  guard            unmapped
+//! +00_a000  fault frame      ring 3       registers of the last fault, written by ring 0
+//! +00_b000  guard            unmapped
+//! +00_c000  fault stack      ring 3       64 KiB, grows down
+//! +01_c000  guard            unmapped
+//! +01_d000  main stack       ring 3       908 KiB, grows down
 //! +10_0000  end
 //! ```
 
@@ -22,20 +23,20 @@ pub const AREA_BYTES: u64 = 1 << AREA_SHIFT;
 pub const AREA_SHIFT: u32 = 20;
 /// The TSS.
 pub const AREA_TSS: u64 = 0x1000;
-/// IST1; IST2 to IST4 follow, one page each.
+/// IST1; IST2 to IST5 follow, one page each.
 pub const AREA_IST: u64 = 0x4000;
 /// End of the first IST page.
 pub const AREA_IST_END: u64 = AREA_IST + 0x1000;
 /// Interrupt stacks.
-pub const IST_COUNT: u64 = 4;
+pub const IST_COUNT: u64 = 5;
 /// Register frame of the last fault.
-pub const AREA_FRAME: u64 = 0x9000;
+pub const AREA_FRAME: u64 = 0xa000;
 /// Stack of the fault reporter.
-pub const AREA_FAULT_STACK: u64 = 0xb000;
+pub const AREA_FAULT_STACK: u64 = 0xc000;
 /// End of the stack of the fault reporter.
-pub const AREA_FAULT_STACK_END: u64 = 0x1_b000;
+pub const AREA_FAULT_STACK_END: u64 = 0x1_c000;
 /// Lowest byte of the main stack.
-pub const AREA_STACK: u64 = 0x1_c000;
+pub const AREA_STACK: u64 = 0x1_d000;
 
 /// Bytes of the TSS before the port bitmap.
 pub const TSS_BYTES: u64 = 104;

@@ -1,6 +1,7 @@
 //! Starts the other cores: INIT, start-up IPI, through one page of real-mode code into ring 3.
 //!
-//! Done before the seal, while the local APIC's registers are still mapped; afterwards no core can send an interrupt.
+//! Done before the seal, while ring 3 still sees the local APIC's registers; afterwards only ring 0 does, for waking a
+//! parked core.
 //!
 //! # Source
 //! Intel SDM volume 3A, section 8.4 (multiple-processor initialisation), 10.6 (interrupt command register).
@@ -33,6 +34,7 @@ pub(super) unsafe fn start(acpi: &AcpiFacts, plan: &Plan, wanted: usize) -> usiz
         core::ptr::copy_nonoverlapping(source, TRAMPOLINE as *mut u8, bytes);
         ((TRAMPOLINE + 8) as *mut u32).write_volatile((&raw const ring0_final_cr3).read() as u32);
         ((TRAMPOLINE + 12) as *mut u32).write_volatile((&raw const ring0_efer).read());
+        (&raw mut ring0_apic).write_volatile(apic);
         (&raw mut ring0_core_areas).write_volatile(plan.areas.start);
         (&raw mut ring0_core_count).write_volatile((1 + plan.areas.len_bytes() / AREA_BYTES).min(wanted as u64) as u32);
     }

@@ -19,8 +19,7 @@ use core::arch::asm;
 use report::{ExitStatus, Level, Message};
 
 /// Ports ring 3 may use besides serial lines and what ACPI names: PIT, speaker gate, RTC, debug exit, PCI configuration.
-const PORTS: [(u16, u16); 6] =
-    [(0x40, 0x43), (0x61, 0x61), (0x70, 0x71), (0xf4, 0xf4), (0xcf8, 0xcff), (0x80, 0x80)];
+const PORTS: [(u16, u16); 6] = [(0x40, 0x43), (0x61, 0x61), (0x70, 0x71), (0xf4, 0xf4), (0xcf8, 0xcff), (0x80, 0x80)];
 
 /// What the early boot found out, for [`Machine`].
 pub struct BootFacts {
@@ -136,7 +135,7 @@ fn prepare(eax: u32, ebx: u32, mut steps: FixedList<Step, 12>) -> Result<BootFac
     let wanted = if low_page_free { wanted } else { 1 };
     // SAFETY: the early boot runs alone, and the plan gave these pages to the page tables and CPU areas.
     let (table_frames, cores) = unsafe {
-        let frames = build_tables(&plan, wanted, disks.as_slice()).map_err(|e| e.to_string())?;
+        let frames = build_tables(&plan, wanted, acpi.local_apic, disks.as_slice()).map_err(|e| e.to_string())?;
         mark(&mut steps, "page tables");
         for core in 1..wanted {
             fill_area(core, area_of(core, plan.areas));
@@ -179,7 +178,8 @@ unsafe fn fill_exception_table() {
                 18 => gate(stubs + 16 * vector, 4, 0),
                 3 => gate(&raw const ring0_breakpoint as u64, 1, 3),
                 0..32 => gate(stubs + 16 * vector, 1, 0),
-                _ => gate(ignore, 1, 0),
+                WAKE_VECTOR => gate(&raw const ring0_woken as u64, 5, 0),
+                _ => gate(ignore, 5, 0),
             };
             (&raw mut (*table)[vector as usize]).write_volatile(entry);
         }
@@ -246,7 +246,7 @@ unsafe fn allow_ports(area: u64, acpi: &AcpiFacts) {
 ///
 /// # Safety
 /// Before the seal, once; the plan's table and area pages must be unused.
-unsafe fn build_tables(plan: &Plan, cores: usize, disks: &[pci::Disk]) -> Result<usize, MapError> {
+unsafe fn build_tables(plan: &Plan, cores: usize, apic: Option<u64>, disks: &[pci::Disk]) -> Result<usize, MapError> {
     // SAFETY: read once, written by entry.s.
     let no_execute = unsafe { (&raw const ring0_efer).read() } & 0x800 != 0;
     let frames = (plan.tables.len_bytes() / PAGE_BYTES) as usize;
@@ -268,7 +268,9 @@ unsafe fn build_tables(plan: &Plan, cores: usize, disks: &[pci::Disk]) -> Result
             same(&mut tables, area + part.start, area + part.end, access)?;
         }
     }
-    if cores > 1 {
+    if let (Some(apic), true) = (apic, cores > 1) {
+        let registers = Access { user: false, ..Access::DEVICE };
+        same(&mut tables, apic, apic + PAGE_BYTES, registers)?;
         same(&mut tables, TRAMPOLINE, TRAMPOLINE + PAGE_BYTES, Access::SUPERVISOR_EXECUTE)?;
     }
     same(&mut tables, plan.tables.start, plan.tables.end, Access::SUPERVISOR)?;

@@ -5,6 +5,8 @@
 #   stub table     CPU exceptions from ring 3 -> register frame in user memory -> ring 3 `fault_entry`
 #   gate_seal      ring 3 asks once: final page tables in, gate closed
 #   gate_freeze    ring 3 asks: write permission of 2 MiB pages out; there is no way back
+#   gate_park      ring 3 asks: this core sleeps until another one wakes it
+#   gate_wake      ring 3 asks: wake the core with this APIC id
 #
 # Ring 0 never calls Rust, never touches a vector register (hosts that emulate ring 0 cannot), and after `gate_seal`
 # nothing in ring 3 can write a page table, descriptor table, TSS or ring-0 stack.
@@ -214,6 +216,8 @@ ap_start64:
     mov rax, cr4
     or rax, qword ptr [ring0_sealed_cr4]
     mov cr4, rax
+    mov rax, qword ptr [ring0_apic]
+    mov dword ptr [rax + 0xf0], 0x1ff   # accept interrupts: gate_wake sends one
     mov r12d, offset core_main
     jmp enter_ring3
 7:  hlt                                 # a core nobody has an area for
@@ -280,9 +284,18 @@ fault:
     xor ebp, ebp
     iretq
 
-# Any vector from 32 on without a gate: stray interrupts of devices nobody enabled.
+# Vectors from 32 on: stray interrupts of devices nobody enabled.
     .globl ring0_ignore
 ring0_ignore:
+    iretq
+
+# Vector {WAKE_VECTOR}: ends the hlt of gate_park.
+    .globl ring0_woken
+ring0_woken:
+    push rax
+    mov rax, qword ptr [ring0_apic]
+    mov dword ptr [rax + 0xb0], 0       # end of interrupt
+    pop rax
     iretq
 
 # A fault inside ring 0 is a bug in this file. [rsp] = vector, error code, rip.
@@ -324,6 +337,10 @@ ring0_breakpoint:
     je gate_seal
     cmp eax, {REQUEST_FREEZE}
     je gate_freeze
+    cmp eax, {REQUEST_PARK}
+    je gate_park
+    cmp eax, {REQUEST_WAKE}
+    je gate_wake
     push 0
     push 3
     jmp fault
@@ -364,6 +381,25 @@ gate_freeze:
     jmp 7b
 3:  mov rax, cr3
     mov cr3, rax
+    xor eax, eax
+    iretq
+
+# A wake-up that came just before is still pending and ends the hlt at once: sti takes effect after it.
+gate_park:
+    sti
+    hlt
+    cli
+    xor eax, eax
+    iretq
+
+# rdi = APIC id. Changes rdi.
+gate_wake:
+    mov rax, qword ptr [ring0_apic]
+    test rax, rax
+    jz gate_refuse
+    shl edi, 24
+    mov dword ptr [rax + 0x310], edi
+    mov dword ptr [rax + 0x300], 0x4000 + {WAKE_VECTOR}
     xor eax, eax
     iretq
 
@@ -427,12 +463,14 @@ ring0_idtr:
     .globl ring0_core_areas
     .globl ring0_core_count
     .globl ring0_next_core
+    .globl ring0_apic
 ring0_entry_tsc:     .quad 0            # TSC at boot_start32
 ring0_final_cr3:     .quad 0            # what gate_seal installs
 ring0_sealed_cr4:    .quad 0            # CR4 bits it adds (SMEP, UMIP)
 ring0_ram_directory: .quad 0            # page directories of RAM, contiguous: entry n maps 2 MiB page n
 ring0_ram_end:       .quad 0            # first byte they do not map
 ring0_core_areas:    .quad 0            # area of core 1; the others follow
+ring0_apic:          .quad 0            # registers of the local APIC, the same address on every core
 ring0_core_count:    .long 0            # cores with an area, the boot CPU included
 ring0_next_core:     .long 1
 ring0_efer:          .long 0

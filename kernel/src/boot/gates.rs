@@ -9,6 +9,12 @@ use report::ExitStatus;
 const REQUEST_SEAL: u32 = 0x5ea1_0001;
 /// `eax` of a breakpoint that asks for `freeze`.
 const REQUEST_FREEZE: u32 = 0x5ea1_0002;
+/// `eax` of a breakpoint that parks the core.
+const REQUEST_PARK: u32 = 0x5ea1_0003;
+/// `eax` of a breakpoint that wakes another core.
+const REQUEST_WAKE: u32 = 0x5ea1_0004;
+/// Interrupt that wakes a parked core.
+pub(super) const WAKE_VECTOR: u64 = 0x40;
 
 global_asm!(
     include_str!("entry.s"),
@@ -23,6 +29,9 @@ global_asm!(
     TRAMPOLINE = const TRAMPOLINE,
     REQUEST_SEAL = const REQUEST_SEAL,
     REQUEST_FREEZE = const REQUEST_FREEZE,
+    REQUEST_PARK = const REQUEST_PARK,
+    REQUEST_WAKE = const REQUEST_WAKE,
+    WAKE_VECTOR = const WAKE_VECTOR,
     EXIT_PANIC = const ExitStatus::Panic.debug_exit_value(),
     EXIT_FATAL = const ExitStatus::Fatal.debug_exit_value(),
 );
@@ -31,6 +40,7 @@ unsafe extern "C" {
     /// 32 entry stubs, 16 bytes each.
     pub(super) static ring0_stubs: u8;
     pub(super) static ring0_ignore: u8;
+    pub(super) static ring0_woken: u8;
     pub(super) static ring0_breakpoint: u8;
     pub(super) static mut ring0_idt: [[u64; 2]; 256];
     pub(super) static mut ring0_gdt: [u64; GDT_BYTES as usize / 8];
@@ -42,6 +52,7 @@ unsafe extern "C" {
     pub(super) static mut ring0_ram_end: u64;
     pub(super) static mut ring0_core_areas: u64;
     pub(super) static mut ring0_core_count: u32;
+    pub(super) static mut ring0_apic: u64;
     pub(super) static trampoline_start: u8;
     pub(super) static trampoline_end: u8;
 }
@@ -114,5 +125,23 @@ pub unsafe fn freeze(range: Range) -> Result<(), Refused> {
             inout("rsi") range.end => _,
         )
     };
+    if answer == 0 { Ok(()) } else { Err(Refused) }
+}
+
+/// Lets this core sleep until [`wake`] names it; returns at once when that happened since it last slept, and may return
+/// for no reason. Only on cores that `boot::cores` started.
+pub fn park() {
+    // SAFETY: the gate halts and returns; it changes rax and flags only.
+    unsafe { asm!("int3", inout("rax") u64::from(REQUEST_PARK) => _) };
+}
+
+/// Wakes the core with this APIC id.
+///
+/// # Errors
+/// [`Refused`] when no other core was started.
+pub fn wake(apic_id: u8) -> Result<(), Refused> {
+    let answer: u64;
+    // SAFETY: the gate sends an interrupt whose only effect is to end a halt; it changes rax, rdi and flags only.
+    unsafe { asm!("int3", inout("rax") u64::from(REQUEST_WAKE) => answer, inout("rdi") u64::from(apic_id) => _) };
     if answer == 0 { Ok(()) } else { Err(Refused) }
 }

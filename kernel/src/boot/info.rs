@@ -40,7 +40,7 @@ impl Range {
 
     /// The largest range inside this one whose ends are multiples of `align` (a power of two).
     pub fn aligned_inward(&self, align: u64) -> Range {
-        let start = self.start.checked_next_multiple_of(align).unwrap_or(u64::MAX & !(align - 1));
+        let start = self.start.checked_next_multiple_of(align).unwrap_or(!(align - 1));
         Range { start, end: (self.end & !(align - 1)).max(start) }
     }
 }
@@ -90,7 +90,9 @@ pub struct StartInfo {
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum StartError {
     /// Neither protocol.
-    #[error("started by an unknown loader (eax {eax:#x}, first word at {address:#x} is {word:#x}); use qemu -kernel or GRUB's multiboot2")]
+    #[error(
+        "started by an unknown loader (eax {eax:#x}, first word at {address:#x} is {word:#x}); use qemu -kernel or GRUB's multiboot2"
+    )]
     UnknownLoader {
         /// `eax` at entry.
         eax: u32,
@@ -208,12 +210,8 @@ fn multiboot2(memory: &dyn Physical, address: u64) -> Result<StartInfo, StartErr
     const WHAT: &str = "Multiboot2 information";
     let total = u32_at(reach(memory, WHAT, address, 8)?, 0).unwrap_or(0) as usize;
     let bytes = reach(memory, WHAT, address, total)?;
-    let mut info = StartInfo {
-        loader: Loader::Multiboot2,
-        map: FixedList::new(),
-        command_line: FixedList::new(),
-        rsdp: None,
-    };
+    let mut info =
+        StartInfo { loader: Loader::Multiboot2, map: FixedList::new(), command_line: FixedList::new(), rsdp: None };
     let mut at = 8;
     while let (Some(kind), Some(size)) = (u32_at(bytes, at), u32_at(bytes, at.saturating_add(4))) {
         let size = size as usize;

@@ -53,7 +53,9 @@ impl Plan {
 
 /// Not enough memory to start.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
-#[error("no {need_bytes} bytes of memory below 4 GiB for {what}; give the machine more memory (64 MiB is enough to start)")]
+#[error(
+    "no {need_bytes} bytes of memory below 4 GiB for {what}; give the machine more memory (64 MiB is enough to start)"
+)]
 pub struct PlanError {
     /// What it was for.
     pub what: &'static str,
@@ -78,7 +80,8 @@ pub fn plan(usable: &[Range], image_end: u64, cores: usize) -> Result<Plan, Plan
     let total: u64 = ram.as_slice().iter().map(Range::len_bytes).sum();
     let mut take = |what, bytes: u64| {
         let need_bytes = bytes.next_multiple_of(LARGE_PAGE_BYTES);
-        let place = ram.as_mut_slice().iter_mut().find(|r| r.len_bytes() >= need_bytes && r.start + need_bytes <= 1 << 32);
+        let place =
+            ram.as_mut_slice().iter_mut().find(|r| r.len_bytes() >= need_bytes && r.start + need_bytes <= 1 << 32);
         let place = place.ok_or(PlanError { what, need_bytes })?;
         let start = place.start;
         place.start += need_bytes;
@@ -127,6 +130,8 @@ mod tests {
         let error = plan(&usable, 6 * MIB + 1, 1).unwrap_err();
         assert_eq!(error, PlanError { what: "page tables", need_bytes: 2 * MIB });
         let error = plan(&usable, 5 * MIB, 3).unwrap_err();
+        assert_eq!(error, PlanError { what: "core stacks", need_bytes: 2 * MIB });
+        let error = plan(&usable, 5 * MIB, 1).unwrap_err();
         assert_eq!(error, PlanError { what: "the code arena", need_bytes: 2 * MIB });
     }
 

@@ -1,9 +1,22 @@
-//! The other cores as [`Workers`]: each waits in ring 3 for a job, spinning, because a job comes every few microseconds
-//! and nothing in ring 3 may halt.
+//! The other cores as [`Workers`].
+//!
+//! Between jobs a core spins, because in a forward pass the next job comes within microseconds. After [`SPIN_CYCLES`]
+//! without one it asks ring 0 to park it: on a host with no more cores than the guest, a spinning core would otherwise take
+//! the time of the very thread that serves the disk.
 
+use super::clock;
+use crate::boot::area::MAX_CPUS;
+use crate::boot::gates;
 use core::cell::UnsafeCell;
-use core::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, AtomicUsize, Ordering};
 use engine::workers::Workers;
+
+/// TSC ticks without a job before a core parks: about a millisecond, longer than any gap inside a forward pass.
+const SPIN_CYCLES: u64 = 3_000_000;
+/// In [`Board::parked`]: this core is awake.
+const AWAKE: u16 = 0;
+/// Set beside the APIC id of a core that is parked or about to.
+const PARKED: u16 = 1 << 8;
 
 type Job = dyn Fn(usize) + Sync;
 
@@ -17,6 +30,8 @@ struct Board {
     arrived: AtomicUsize,
     busy: AtomicBool,
     areas: AtomicU64,
+    /// For each worker [`AWAKE`], or [`PARKED`] with its APIC id.
+    parked: [AtomicU16; MAX_CPUS],
 }
 
 #[repr(align(64))]
@@ -33,6 +48,7 @@ static BOARD: Board = Board {
     arrived: AtomicUsize::new(0),
     busy: AtomicBool::new(false),
     areas: AtomicU64::new(0),
+    parked: [const { AtomicU16::new(AWAKE) }; MAX_CPUS],
 };
 
 /// Notes where the other cores' areas start.
@@ -72,10 +88,21 @@ extern "sysv64" fn core_main() -> ! {
         }
     };
     let index = before + 1;
+    let apic_id = (core::arch::x86_64::__cpuid(1).ebx >> 24) as u16;
+    let mut idle_since = clock::tsc();
     loop {
         let round = BOARD.round.0.load(Ordering::Acquire);
         if round == seen {
             core::hint::spin_loop();
+            if clock::tsc().wrapping_sub(idle_since) > SPIN_CYCLES {
+                // Announced before the last look at the round; `run` raises the round before it looks here. So
+                // either this core sees the round or `run` sees the announcement and wakes it.
+                BOARD.parked[index].store(PARKED | apic_id, Ordering::SeqCst);
+                if BOARD.round.0.load(Ordering::SeqCst) == seen {
+                    gates::park();
+                }
+                BOARD.parked[index].store(AWAKE, Ordering::SeqCst);
+            }
             continue;
         }
         seen = round;
@@ -86,6 +113,7 @@ extern "sysv64" fn core_main() -> ! {
             unsafe { (*job)(index) };
         }
         BOARD.done.0.fetch_add(1, Ordering::AcqRel);
+        idle_since = clock::tsc();
     }
 }
 
@@ -126,7 +154,14 @@ impl Workers for Cores {
         BOARD.done.0.store(0, Ordering::Relaxed);
         // SAFETY: `busy` is ours and every other core waits for the next round.
         unsafe { *BOARD.job.get() = Some(job) };
-        BOARD.round.0.fetch_add(1, Ordering::Release);
+        BOARD.round.0.fetch_add(1, Ordering::SeqCst);
+        for place in BOARD.parked.get(1..=others).unwrap_or(&[]) {
+            let state = place.load(Ordering::SeqCst);
+            if state & PARKED != 0 && place.compare_exchange(state, AWAKE, Ordering::SeqCst, Ordering::SeqCst).is_ok() {
+                // Refused only where no core was started, and then there is nobody in this loop.
+                let _ = gates::wake(state as u8);
+            }
+        }
         job(0);
         while BOARD.done.0.load(Ordering::Acquire) != others {
             core::hint::spin_loop();

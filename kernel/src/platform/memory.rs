@@ -159,6 +159,7 @@ pub fn free_bytes() -> u64 {
 ///
 /// # Errors
 /// [`Exhausted`] when no piece is large enough.
+#[expect(clippy::mut_from_ref, reason = "the bytes are taken out of free RAM, not out of the name")]
 pub fn arena(name: &'static str, len_bytes: u64) -> Result<&'static mut [u8], Exhausted> {
     let range = take(name, len_bytes)?;
     // SAFETY: `take` removed the range from everything that is handed out; it is mapped read-write (boot/plan.rs).

@@ -110,7 +110,11 @@ impl Window<'_> {
 }
 
 /// The function's memory BARs, given addresses where the firmware did not.
-fn memory_bars(root: &mut PciRoot<ConfigPorts>, function: DeviceFunction, window: &mut Window<'_>) -> FixedList<Range, BARS> {
+fn memory_bars(
+    root: &mut PciRoot<ConfigPorts>,
+    function: DeviceFunction,
+    window: &mut Window<'_>,
+) -> FixedList<Range, BARS> {
     let mut out = FixedList::new();
     for (index, bar) in (0u8..).zip(root.bars(function).into_iter().flatten()) {
         let Some(BarInfo::Memory { address_type, address, size, .. }) = bar else { continue };
