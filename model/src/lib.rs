@@ -19,6 +19,7 @@ extern crate std;
 
 pub mod chat;
 pub mod config;
+pub mod convert;
 mod cursor;
 pub mod description;
 mod error;
@@ -31,6 +32,7 @@ pub mod llama2c;
 #[allow(clippy::excessive_precision)]
 pub mod numerics;
 pub mod quant;
+pub mod synthetic;
 pub mod tokenizer;
 
 pub use config::{Architecture, Config};

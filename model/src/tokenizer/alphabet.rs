@@ -43,22 +43,31 @@ const BYTES: [Option<u8>; 324] = {
 };
 
 /// The character that stands for `byte`.
-#[cfg(test)]
 pub(crate) const fn char_of(byte: u8) -> char {
     CHARS[byte as usize]
 }
 
-/// Appends the bytes that `text` stands for to `out`; on `None` (a character outside the alphabet) `out` is unchanged.
-pub(super) fn decode(text: &str, out: &mut Vec<u8>) -> Option<()> {
+/// Appends the bytes that `text` stands for to `out`; on `None` (something outside the alphabet) `out` is unchanged.
+pub(super) fn decode(text: &[u8], out: &mut Vec<u8>) -> Option<()> {
     let start = out.len();
-    for c in text.chars() {
-        match BYTES.get(c as usize).copied().flatten() {
+    let mut rest = text;
+    while let Some((&first, after)) = rest.split_first() {
+        // Every character of the alphabet is below U+0144, so one or two bytes of UTF-8.
+        let (code, after) = match (first, after) {
+            (0..0x80, after) => (usize::from(first), after),
+            (0xc2..=0xc5, [second @ 0x80..=0xbf, after @ ..]) => {
+                (usize::from(first & 0x1f) << 6 | usize::from(second & 0x3f), after)
+            }
+            _ => (usize::MAX, after),
+        };
+        match BYTES.get(code).copied().flatten() {
             Some(byte) => out.push(byte),
             None => {
                 out.truncate(start);
                 return None;
             }
         }
+        rest = after;
     }
     Some(())
 }
@@ -72,10 +81,13 @@ mod tests {
     fn the_alphabet_is_a_bijection_with_the_known_corners() {
         let all: String = (0..=255).map(char_of).collect();
         let mut bytes = Vec::new();
-        assert_eq!(decode(&all, &mut bytes), Some(()));
+        assert_eq!(decode(all.as_bytes(), &mut bytes), Some(()));
         assert_eq!(bytes, (0..=255).collect::<Vec<u8>>());
         assert_eq!([char_of(b' '), char_of(b'\n'), char_of(0), char_of(0xad)], ['Ġ', 'Ċ', 'Ā', '\u{143}']);
-        assert_eq!(decode("a b", &mut bytes), None);
+        for outside in ["a b", "ań", "你", "\u{144}"] {
+            assert_eq!(decode(outside.as_bytes(), &mut bytes), None, "{outside}");
+        }
+        assert_eq!(decode(b"\xc4", &mut bytes), None);
         assert_eq!(bytes.len(), 256);
     }
 }

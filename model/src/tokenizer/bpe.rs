@@ -44,27 +44,35 @@ impl Bpe {
         pretokenizer: Pretokenizer,
         merges: impl ExactSizeIterator<Item = &'a [u8]>,
     ) -> Result<Self, TokenizerError> {
-        let mut map = HashMap::with_capacity(merges.len().min(1 << 24));
+        let bytes: Box<[u32; 256]> = Box::new(core::array::from_fn(|byte| vocab.find(&[byte as u8]).unwrap_or(NONE)));
+        let find = |text: &[u8]| match text {
+            &[byte] => Some(bytes[usize::from(byte)]).filter(|&id| id != NONE),
+            _ => vocab.find(text),
+        };
+        let mut map = HashMap::with_capacity(merges.len());
         let mut scratch = Vec::new();
+        // Vocabularies list merged tokens in merge order: the token after the last one made is the likely next.
+        let mut likely = 0;
         for (index, rule) in merges.enumerate() {
             let error = |problem| {
                 let text: String = String::from_utf8_lossy(rule).chars().take(40).collect();
                 TokenizerError::Merge { index, text, problem }
             };
             scratch.clear();
-            let rule = core::str::from_utf8(rule).map_err(|_| error("is not UTF-8"))?;
-            let (left, right) = rule.split_once(' ').ok_or_else(|| error("is not two texts with a space between"))?;
+            let cut = rule.iter().position(|&byte| byte == b' ');
+            let cut = cut.ok_or_else(|| error("is not two texts with a space between"))?;
+            let (left, right) = (&rule[..cut], &rule[cut + 1..]);
             alphabet::decode(left, &mut scratch).ok_or_else(|| error("has a character outside the byte alphabet"))?;
-            let (cut, all) = (scratch.len(), &mut scratch);
-            alphabet::decode(right, all).ok_or_else(|| error("has a character outside the byte alphabet"))?;
-            let (left, right) = all.split_at(cut);
-            let find =
-                |bytes: &[u8]| vocab.find(bytes).ok_or_else(|| error("names a text that is not in the vocabulary"));
-            let merge = Merge { rank: index as u32, id: find(all)? };
+            let cut = scratch.len();
+            alphabet::decode(right, &mut scratch).ok_or_else(|| error("has a character outside the byte alphabet"))?;
+            let (left, right) = scratch.split_at(cut);
+            let missing = || error("names a text that is not in the vocabulary");
+            let pair = (find(left).ok_or_else(missing)?, find(right).ok_or_else(missing)?);
+            let id = if vocab.is_only(likely, &scratch) { likely } else { find(&scratch).ok_or_else(missing)? };
+            likely = id.saturating_add(1);
             // Of equal rules the first counts, as in the reference implementations.
-            map.entry((find(left)?, find(right)?)).or_insert(merge);
+            map.entry(pair).or_insert(Merge { rank: index as u32, id });
         }
-        let bytes = Box::new(core::array::from_fn(|byte| vocab.find(&[byte as u8]).unwrap_or(NONE)));
         Ok(Bpe { pretokenizer, merges: map, bytes })
     }
 

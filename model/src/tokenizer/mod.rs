@@ -14,6 +14,7 @@ mod stream;
 mod unicode;
 mod vocab;
 
+pub(crate) use alphabet::char_of;
 pub use bpe::Bpe;
 pub use pretokenize::Pretokenizer;
 pub use spm::Spm;
@@ -286,6 +287,3 @@ impl Tokenizer {
         out
     }
 }
-
-#[cfg(test)]
-mod tests;

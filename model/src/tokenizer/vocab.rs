@@ -75,6 +75,8 @@ pub struct Vocab {
     kinds: Vec<TokenKind>,
     /// Mergeable tokens by their bytes.
     by_bytes: HashTable<u32>,
+    /// Two mergeable tokens have the same bytes.
+    has_duplicates: bool,
     hasher: DefaultHashBuilder,
     /// Tokens of kind [`TokenKind::Byte`].
     byte_ids: Box<[Option<u32>; 256]>,
@@ -101,8 +103,7 @@ impl Vocab {
     ) -> Result<Self, TokenizerError> {
         Self::build(tokens, count, |text, kind, out| {
             let alphabetic = !kind.is_special() && kind != TokenKind::Byte;
-            let decoded = core::str::from_utf8(text).ok().filter(|_| alphabetic).and_then(|t| alphabet::decode(t, out));
-            if decoded.is_none() {
+            if !alphabetic || alphabet::decode(text, out).is_none() {
                 out.extend_from_slice(text);
             }
         })
@@ -153,6 +154,7 @@ impl Vocab {
             ends: Vec::with_capacity(count),
             kinds: Vec::with_capacity(count),
             by_bytes: HashTable::with_capacity(count),
+            has_duplicates: false,
             hasher: DefaultHashBuilder::default(),
             byte_ids: Box::new([None; 256]),
             special: Vec::new(),
@@ -173,7 +175,7 @@ impl Vocab {
     }
 
     fn index(&mut self, id: u32, kind: TokenKind) {
-        let Vocab { bytes, ends, by_bytes, hasher, byte_ids, special, special_first, .. } = self;
+        let Vocab { bytes, ends, by_bytes, has_duplicates, hasher, byte_ids, special, special_first, .. } = self;
         let piece_of = |id: u32| piece(bytes, ends, id);
         let text = piece_of(id);
         let Some(&first) = text.first() else { return };
@@ -188,7 +190,10 @@ impl Vocab {
             let hash = hasher.hash_one(text);
             // Of tokens with the same text the last one counts, as in llama.cpp.
             match by_bytes.find_mut(hash, |&other| piece_of(other) == text) {
-                Some(slot) => *slot = id,
+                Some(slot) => {
+                    *slot = id;
+                    *has_duplicates = true;
+                }
                 None => {
                     by_bytes.insert_unique(hash, id, |&other| hasher.hash_one(piece_of(other)));
                 }
@@ -219,6 +224,11 @@ impl Vocab {
     /// The mergeable token that stands for exactly `bytes`.
     pub fn find(&self, bytes: &[u8]) -> Option<u32> {
         self.by_bytes.find(self.hasher.hash_one(bytes), |&id| self.piece(id) == bytes).copied()
+    }
+
+    /// True when `find(bytes)` is known to be `id` without looking it up.
+    pub(super) fn is_only(&self, id: u32, bytes: &[u8]) -> bool {
+        !self.has_duplicates && self.kind(id).is_some_and(TokenKind::is_mergeable) && self.piece(id) == bytes
     }
 
     /// The byte-fallback token of `byte`.

@@ -1,0 +1,292 @@
+//! Tiny models made from a seed: test and demonstration data, not trained on anything.
+//!
+//! Input: a [`Spec`]. Output: the bytes of a complete model file, GGUF ([`gguf`]) or llama2.c ([`llama2c`]), the same on
+//! every machine. A weight depends on the seed, its role and its layer only, so the same spec in two formats or two
+//! storage types holds the same numbers. The text such a model writes is noise; what matters is that it is always the
+//! same noise, and that greedy decoding has margins far above rounding errors (`tests/synthetic.rs` checks them with an
+//! independent forward pass).
+
+mod vocabulary;
+
+pub use vocabulary::TokenizerKind;
+
+use crate::config::{Architecture, Config};
+use crate::description::Role;
+use crate::gguf::{Value, WriteError, Writer};
+use crate::quant::{QuantError, TensorType, quantise};
+use crate::{ModelError, llama2c as llama2c_format};
+use alloc::string::ToString;
+use alloc::vec::Vec;
+
+/// Of seeds 0 to 3999 the one whose default models decide most clearly (`search_seeds` in `tests/synthetic.rs`).
+const DEFAULT_SEED: u64 = 412;
+
+/// What to make. Every combination that [`Config::check`] accepts works; quantised types need rows of whole blocks.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Spec {
+    /// Embedding length.
+    pub dim: u32,
+    /// Inner length of the feed-forward block.
+    pub hidden_dim: u32,
+    /// Layers.
+    pub n_layers: u32,
+    /// Query heads.
+    pub n_heads: u32,
+    /// Key and value heads.
+    pub n_kv_heads: u32,
+    /// Length of a head; `n_heads * head_dim` may differ from `dim` (not in llama2.c files).
+    pub head_dim: u32,
+    /// Context length.
+    pub seq_len: u32,
+    /// Rotary base.
+    pub rope_base: f32,
+    /// The head is the embedding.
+    pub tied_head: bool,
+    /// Storage type of every matrix not listed in `overrides`.
+    pub matrices: TensorType,
+    /// Other storage types for some roles.
+    pub overrides: Vec<(Role, TensorType)>,
+    /// Vocabulary and tokenizer.
+    pub tokenizer: TokenizerKind,
+    /// Seed of the weights.
+    pub seed: u64,
+}
+
+impl Default for Spec {
+    /// 2 layers of dim 64, 4 heads on 2 kv heads, hidden 96, tied head, F32, byte-level BPE: 0.4 MB.
+    fn default() -> Self {
+        Spec {
+            dim: 64,
+            hidden_dim: 96,
+            n_layers: 2,
+            n_heads: 4,
+            n_kv_heads: 2,
+            head_dim: 16,
+            seq_len: 256,
+            rope_base: 10_000.0,
+            tied_head: true,
+            matrices: TensorType::F32,
+            overrides: Vec::new(),
+            tokenizer: TokenizerKind::ByteLevel,
+            seed: DEFAULT_SEED,
+        }
+    }
+}
+
+/// A spec that cannot be written.
+#[derive(Clone, PartialEq, Debug, thiserror::Error)]
+pub enum SyntheticError {
+    /// The numbers make no model.
+    #[error(transparent)]
+    Config(#[from] ModelError),
+    /// The storage type cannot be written, or the rows are not whole blocks.
+    #[error(transparent)]
+    Quant(#[from] QuantError),
+    /// The file cannot be laid out.
+    #[error(transparent)]
+    Write(#[from] WriteError),
+    /// llama2.c files cannot express the spec.
+    #[error("a llama2.c file needs {0}")]
+    NotLlama2c(&'static str),
+}
+
+impl Spec {
+    /// The configuration a reader will find.
+    pub fn config(&self) -> Config {
+        Config {
+            architecture: Architecture::Llama,
+            dim: self.dim,
+            hidden_dim: self.hidden_dim,
+            n_layers: self.n_layers,
+            n_heads: self.n_heads,
+            n_kv_heads: self.n_kv_heads,
+            head_dim: self.head_dim,
+            vocab_size: self.tokenizer.vocab_size(),
+            seq_len: self.seq_len,
+            rope_base: self.rope_base,
+            rope_dim: self.head_dim,
+            norm_eps: 1e-5,
+            tied_head: self.tied_head,
+        }
+    }
+
+    /// Storage type of a role.
+    pub fn type_of(&self, role: Role) -> TensorType {
+        if role.is_norm() {
+            return TensorType::F32;
+        }
+        self.overrides.iter().find(|(of, _)| *of == role).map_or(self.matrices, |&(_, ty)| ty)
+    }
+
+    /// The weights of one tensor before any quantisation, `(n, k)` row-major.
+    ///
+    /// Matrices are uniform with a variance that keeps activations near 1. Norm gains are near 1; those of the last norm
+    /// have random signs, without which a tied head would only ever repeat the token it was given.
+    pub fn weights(&self, role: Role, layer: Option<u32>) -> Vec<f32> {
+        let (n, k) = role.shape(&self.config());
+        let mut random = Random::new(self.seed, role, layer);
+        // A uniform number in -1..1 has variance 1/3.
+        let scale = match role {
+            Role::TokenEmbedding => 1.0,
+            Role::OutputNorm | Role::AttnNorm | Role::FfnNorm => 0.2,
+            Role::Q | Role::K => 1.5 * reciprocal_sqrt(k) * SQRT_3,
+            _ => reciprocal_sqrt(k) * SQRT_3,
+        };
+        let count = n as usize * k as usize;
+        let mut draw = || scale * random.uniform();
+        let mut weights: Vec<f32> = (0..count).map(|_| draw()).collect();
+        if role.is_norm() {
+            for gain in &mut weights {
+                let flip = role == Role::OutputNorm && gain.to_bits() & 1 == 1;
+                *gain = if flip { -1.0 - *gain } else { 1.0 + *gain };
+            }
+        }
+        weights
+    }
+}
+
+const SQRT_3: f32 = 1.732_050_8;
+
+fn reciprocal_sqrt(k: u32) -> f32 {
+    1.0 / libm::sqrtf(k as f32)
+}
+
+/// SplitMix64: every bit of the state reaches every bit of the output.
+///
+/// # Source
+/// G. Steele, D. Lea, C. Flood, "Fast splittable pseudorandom number generators", 2014.
+struct Random(u64);
+
+impl Random {
+    fn new(seed: u64, role: Role, layer: Option<u32>) -> Self {
+        // Distinct streams: role in the high bits, layer from 1 below it.
+        let stream = (role as u64) << 40 | layer.map_or(0, |layer| u64::from(layer) + 1);
+        let mut random = Random(seed);
+        Random(random.next() ^ stream.wrapping_mul(0xd1b5_4a32_d192_ed03))
+    }
+
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (self.0 ^ self.0 >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ z >> 31
+    }
+
+    /// In -1..1, a multiple of 2^-23: exact in f32 whatever the machine.
+    fn uniform(&mut self) -> f32 {
+        (self.next() >> 40) as f32 / 8_388_608.0 - 1.0
+    }
+}
+
+/// All tensors of a configuration in the order files list them.
+fn roles(config: &Config) -> Vec<(Role, Option<u32>)> {
+    let mut out = Vec::from([(Role::TokenEmbedding, None)]);
+    for layer in 0..config.n_layers {
+        out.extend(Role::LAYER.map(|role| (role, Some(layer))));
+    }
+    out.push((Role::OutputNorm, None));
+    if !config.tied_head {
+        out.push((Role::Output, None));
+    }
+    out
+}
+
+/// A complete GGUF version 3 file.
+///
+/// # Errors
+/// [`SyntheticError`] when the spec makes no model or a row is not whole blocks of its type.
+pub fn gguf(spec: &Spec) -> Result<Vec<u8>, SyntheticError> {
+    gguf_with(Writer::new(), spec)
+}
+
+/// A complete GGUF file begun by `writer`: another version or alignment, further metadata.
+///
+/// # Errors
+/// As [`gguf`].
+pub fn gguf_with(mut writer: Writer, spec: &Spec) -> Result<Vec<u8>, SyntheticError> {
+    let config = spec.config();
+    config.check()?;
+    writer.set("general.architecture", Value::String(config.architecture.name()))?;
+    writer.set("general.name", Value::String("synthetic"))?;
+    for (key, value) in [
+        ("llama.block_count", config.n_layers),
+        ("llama.context_length", config.seq_len),
+        ("llama.embedding_length", config.dim),
+        ("llama.feed_forward_length", config.hidden_dim),
+        ("llama.attention.head_count", config.n_heads),
+        ("llama.attention.head_count_kv", config.n_kv_heads),
+        ("llama.attention.key_length", config.head_dim),
+        ("llama.attention.value_length", config.head_dim),
+        ("llama.rope.dimension_count", config.rope_dim),
+        ("llama.vocab_size", config.vocab_size),
+    ] {
+        writer.set(key, Value::U32(value))?;
+    }
+    writer.set("llama.rope.freq_base", Value::F32(config.rope_base))?;
+    writer.set("llama.attention.layer_norm_rms_epsilon", Value::F32(config.norm_eps))?;
+    spec.tokenizer.write_gguf(&mut writer)?;
+
+    let mut data = Vec::new();
+    for (role, layer) in roles(&config) {
+        let (n, k) = role.shape(&config);
+        let dims = if role.is_norm() { Vec::from([u64::from(k)]) } else { Vec::from([k.into(), n.into()]) };
+        let ty = spec.type_of(role);
+        writer.tensor(&role.tensor_name(layer), &dims, ty)?;
+        let mut bytes = Vec::new();
+        quantise(ty, &spec.weights(role, layer), &mut bytes)?;
+        data.push(bytes);
+    }
+    Ok(writer.file(|index| &data[index])?)
+}
+
+/// The two files of a llama2.c model.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Llama2cFiles {
+    /// The `.bin` file, version 0.
+    pub model: Vec<u8>,
+    /// The `tokenizer.bin` file.
+    pub tokenizer: Vec<u8>,
+}
+
+/// A complete llama2.c model.
+///
+/// # Errors
+/// [`SyntheticError::NotLlama2c`] for what the format cannot express: other types than F32, another tokenizer than
+/// SentencePiece, another rotary base than 10000, heads that do not add up to `dim`.
+pub fn llama2c(spec: &Spec) -> Result<Llama2cFiles, SyntheticError> {
+    let config = spec.config();
+    config.check()?;
+    for (holds, need) in [
+        (spec.tokenizer == TokenizerKind::SentencePiece, "a SentencePiece tokenizer"),
+        (roles(&config).iter().all(|&(role, _)| spec.type_of(role) == TensorType::F32), "F32 weights"),
+        (config.q_dim() == config.dim, "n_heads * head_dim = dim"),
+        (config.rope_base == 10_000.0, "rope_base = 10000"),
+    ] {
+        if !holds {
+            return Err(SyntheticError::NotLlama2c(need));
+        }
+    }
+    let vocab = config.vocab_size.cast_signed();
+    let vocab = if config.tied_head { vocab } else { -vocab };
+    let mut model = Vec::new();
+    for value in [config.dim, config.hidden_dim, config.n_layers, config.n_heads, config.n_kv_heads] {
+        model.extend(value.to_le_bytes());
+    }
+    model.extend(vocab.to_le_bytes());
+    model.extend(config.seq_len.to_le_bytes());
+    let (tensors, file_bytes) = llama2c_format::Header { config }.tensors();
+    for tensor in tensors {
+        // The rotary tables before the classifier stay zero: nothing reads them.
+        model.resize(tensor.offset as usize, 0);
+        model.extend(spec.weights(tensor.role, tensor.layer).iter().flat_map(|weight| weight.to_le_bytes()));
+    }
+    model.resize(file_bytes as usize, 0);
+    Ok(Llama2cFiles { model, tokenizer: spec.tokenizer.llama2c_file() })
+}
+
+/// The spec's name for reports, such as `synthetic-d64-l2-q4_1`.
+impl core::fmt::Display for Spec {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        write!(f, "synthetic-d{}-l{}-{}", self.dim, self.n_layers, self.matrices.to_string().to_ascii_lowercase())
+    }
+}

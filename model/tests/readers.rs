@@ -1,0 +1,472 @@
+//! What the readers do with files that are cut, changed or wrong: a typed error, never a panic, never a wrong model.
+
+use model::description::Role;
+use model::gguf::{Header, Value, WriteError, Writer};
+use model::quant::TensorType;
+use model::synthetic::{self, Spec, TokenizerKind};
+use model::tokenizer::TokenizerError;
+use model::{ModelDescription, ModelError, formats, gguf, llama2c};
+use proptest::prelude::*;
+use std::sync::LazyLock;
+
+fn tiny() -> Spec {
+    Spec { n_layers: 1, ..Spec::default() }
+}
+
+fn tiny_file() -> Vec<u8> {
+    static FILE: LazyLock<Vec<u8>> = LazyLock::new(|| synthetic::gguf(&tiny()).unwrap());
+    FILE.clone()
+}
+
+fn read(file: &[u8]) -> Result<ModelDescription, ModelError> {
+    gguf::read(file, file.len() as u64)
+}
+
+/// A file like [`tiny_file`] whose metadata and tensors went through `metadata` and `tensor` on the way.
+/// `metadata` returns `None` to leave a key out; `tensor` may change name, dimensions and type.
+fn rewritten(
+    metadata: impl Fn(&str, Value<'static>) -> Option<Value<'static>>,
+    tensor: impl Fn(&str, &[u64], TensorType) -> Changed,
+    add: &[(&str, Value<'static>)],
+) -> Vec<u8> {
+    let source: &'static [u8] = tiny_file().leak();
+    let header = Header::parse(source, source.len() as u64).unwrap();
+    let mut writer = Writer::new();
+    for (key, value) in header.metadata.iter() {
+        if let Some(value) = metadata(key, value) {
+            writer.set(key, value).unwrap();
+        }
+    }
+    for &(key, value) in add {
+        writer.set(key, value).unwrap();
+    }
+    let mut sizes = Vec::new();
+    for info in &header.tensors {
+        if let Some((name, dims, ty)) = tensor(info.name, &info.dims[..info.n_dims], info.ty) {
+            let index = writer.tensor(&name, &dims, ty).unwrap();
+            sizes.push(vec![0; writer.tensor_bytes(index) as usize]);
+        }
+    }
+    writer.file(|index| &sizes[index]).unwrap()
+}
+
+/// Name, dimensions and type of a rewritten tensor; `None` leaves it out.
+type Changed = Option<(String, Vec<u64>, TensorType)>;
+
+fn same(name: &str, dims: &[u64], ty: TensorType) -> Changed {
+    Some((name.to_string(), dims.to_vec(), ty))
+}
+
+fn with_value(key: &'static str, value: Value<'static>) -> ModelError {
+    read(&rewritten(|k, v| Some(if k == key { value } else { v }), same, &[])).unwrap_err()
+}
+
+fn without(key: &'static str) -> Result<ModelDescription, ModelError> {
+    read(&rewritten(|k, v| (k != key).then_some(v), same, &[]))
+}
+
+fn with_extra(key: &'static str, value: Value<'static>) -> Result<ModelDescription, ModelError> {
+    read(&rewritten(|_, v| Some(v), same, &[(key, value)]))
+}
+
+#[test]
+fn every_truncated_header_asks_for_more_and_every_truncated_file_is_refused() {
+    let file = tiny_file();
+    let len = file.len() as u64;
+    let data_offset = Header::parse(&file, len).unwrap().data_offset;
+    let directory_end = (0..).find(|&cut| gguf::read(&file[..cut], len).is_ok()).unwrap();
+    assert!(data_offset - (directory_end as u64) < 32);
+    for cut in 0..directory_end {
+        match gguf::read(&file[..cut], len).unwrap_err() {
+            ModelError::Truncated { need_bytes, have_bytes, at_byte } => {
+                assert_eq!(have_bytes, cut as u64);
+                assert!(at_byte <= have_bytes && need_bytes > have_bytes && need_bytes <= directory_end as u64);
+            }
+            other => panic!("cut at {cut}: {other}"),
+        }
+        // The same bytes as a whole file.
+        match gguf::read(&file[..cut], cut as u64).unwrap_err() {
+            ModelError::FileEnds { need_bytes, file_bytes, .. } => {
+                assert!(need_bytes > file_bytes && file_bytes == cut as u64);
+            }
+            other => panic!("file of {cut} bytes: {other}"),
+        }
+    }
+    for cut in [data_offset, len - 1] {
+        let error = gguf::read(&file[..cut as usize], cut).unwrap_err();
+        assert!(matches!(error, ModelError::OutsideFile { file_bytes, .. } if file_bytes == cut), "{error}");
+    }
+}
+
+#[test]
+fn following_need_bytes_always_arrives() {
+    let file = tiny_file();
+    let mut have = 0;
+    for attempts in 0.. {
+        assert!(attempts < 5000);
+        match gguf::read(&file[..have], file.len() as u64) {
+            Ok(model) => {
+                assert_eq!(model.config, tiny().config());
+                break;
+            }
+            Err(ModelError::Truncated { need_bytes, .. }) => have = need_bytes as usize,
+            Err(other) => panic!("{other}"),
+        }
+    }
+}
+
+#[test]
+fn versions_and_alignments() {
+    let spec = tiny();
+    let v2 = synthetic::gguf_with(Writer::new().with_version_2(), &spec).unwrap();
+    assert_eq!(read(&v2).unwrap().format, model::Format::Gguf { version: 2 });
+    for alignment in [1, 64, 4096] {
+        let file = synthetic::gguf_with(Writer::new().with_alignment(alignment).unwrap(), &spec).unwrap();
+        let model = read(&file).unwrap();
+        assert!(model.tensors.iter().all(|t| t.offset.is_multiple_of(alignment.into())), "{alignment}");
+    }
+    for (bytes, version) in [([1, 0, 0, 0], 1), ([4, 0, 0, 0], 4), ([0, 0, 0, 3], 3)] {
+        let mut file = tiny_file();
+        file[4..8].copy_from_slice(&bytes);
+        let error = read(&file).unwrap_err();
+        assert!(
+            matches!(error, ModelError::UnsupportedVersion { format: "GGUF", found, .. } if found == version),
+            "{error}"
+        );
+    }
+    assert!(matches!(with_extra("general.alignment", Value::U32(24)), Err(ModelError::InvalidValue { .. })));
+}
+
+#[test]
+fn huge_counts_are_refused_before_any_allocation() {
+    let file = tiny_file();
+    for at in [8, 16] {
+        let mut file = file.clone();
+        file[at..at + 8].copy_from_slice(&u64::MAX.to_le_bytes());
+        assert!(matches!(read(&file), Err(ModelError::FileEnds { need_bytes: u64::MAX, .. })));
+    }
+    // The length of the token array: key, type, element type, then the count.
+    let key = b"tokenizer.ggml.tokens";
+    let at = file.windows(key.len()).position(|w| w == key).unwrap() + key.len() + 8;
+    for count in [u64::MAX, 1 << 61, file.len() as u64] {
+        let mut file = file.clone();
+        file[at..at + 8].copy_from_slice(&count.to_le_bytes());
+        assert!(matches!(read(&file), Err(ModelError::FileEnds { .. })), "{count}");
+    }
+}
+
+#[test]
+fn metadata_errors_name_the_key_and_what_was_expected() {
+    let missing = |key: &str| match without(Box::leak(key.to_string().into_boxed_str())).unwrap_err() {
+        ModelError::MissingKey { key, .. } => key,
+        other => panic!("{other}"),
+    };
+    for key in [
+        "general.architecture",
+        "llama.block_count",
+        "llama.context_length",
+        "llama.embedding_length",
+        "llama.feed_forward_length",
+        "llama.attention.head_count",
+        "llama.attention.layer_norm_rms_epsilon",
+        "tokenizer.ggml.model",
+        "tokenizer.ggml.tokens",
+        "tokenizer.ggml.merges",
+    ] {
+        assert_eq!(missing(key), key);
+    }
+    assert_eq!(
+        with_value("llama.block_count", Value::String("two")),
+        ModelError::WrongType {
+            key: "llama.block_count".into(),
+            expected: "an integer from 0 to 4294967295",
+            found: "a string (\"two\")".into()
+        }
+    );
+    assert!(matches!(with_value("llama.block_count", Value::I32(-1)), ModelError::WrongType { .. }));
+    assert_eq!(
+        with_value("general.architecture", Value::String("mamba")),
+        ModelError::UnsupportedArchitecture { found: "mamba".into(), supported: "llama" }
+    );
+    for (key, value) in [
+        ("llama.attention.head_count_kv", Value::U32(3)),
+        ("llama.attention.head_count", Value::U32(0)),
+        ("llama.rope.dimension_count", Value::U32(18)),
+        ("llama.rope.freq_base", Value::F32(f32::NAN)),
+        ("llama.attention.layer_norm_rms_epsilon", Value::F32(0.0)),
+        ("llama.vocab_size", Value::U32(301)),
+        ("llama.block_count", Value::U32(u32::MAX)),
+        ("llama.embedding_length", Value::U32(u32::MAX)),
+    ] {
+        let error = with_value(key, value);
+        assert!(matches!(error, ModelError::InvalidValue { .. }), "{key}: {error}");
+    }
+    assert!(matches!(with_value("llama.attention.value_length", Value::U32(8)), ModelError::UnsupportedFeature { .. }));
+}
+
+#[test]
+fn optional_keys_default_as_the_format_says() {
+    let model = without("llama.rope.freq_base").unwrap();
+    assert_eq!(model.config.rope_base, 10_000.0);
+    assert_eq!(without("llama.rope.dimension_count").unwrap().config.rope_dim, 16);
+    assert_eq!(without("llama.vocab_size").unwrap().config.vocab_size, 300);
+    // Integers of any width are integers.
+    let wide = rewritten(|k, v| Some(if k == "llama.block_count" { Value::U64(1) } else { v }), same, &[]);
+    assert_eq!(read(&wide).unwrap().config.n_layers, 1);
+    // No head_count_kv means as many as query heads, which these tensors do not have.
+    assert!(matches!(without("llama.attention.head_count_kv"), Err(ModelError::WrongShape { .. })));
+}
+
+#[test]
+fn features_that_would_change_results_are_refused() {
+    for (key, value) in [
+        ("llama.expert_count", Value::U32(8)),
+        ("llama.rope.scaling.type", Value::String("yarn")),
+        ("llama.rope.scale_linear", Value::F32(2.0)),
+    ] {
+        assert!(matches!(with_extra(key, value), Err(ModelError::UnsupportedFeature { .. })), "{key}");
+    }
+    assert!(with_extra("llama.rope.scaling.type", Value::String("none")).is_ok());
+    assert!(with_extra("some.other.key", Value::F64(1.0)).is_ok());
+}
+
+#[test]
+fn tensor_errors_name_the_tensor() {
+    let change =
+        |tensor: fn(&str, &[u64], TensorType) -> Changed| read(&rewritten(|_, v| Some(v), tensor, &[])).unwrap_err();
+    assert_eq!(
+        change(|n, d, t| same(n, d, t).filter(|_| !n.contains("attn_k") && n != "output_norm.weight")),
+        ModelError::MissingTensors { names: vec!["output_norm.weight".into(), "blk.0.attn_k.weight".into()], count: 2 }
+    );
+    assert_eq!(
+        change(|n, d, t| same(if n == "blk.0.ffn_up.weight" { "blk.0.ffn_up.bias" } else { n }, d, t)),
+        ModelError::UnexpectedTensor { tensor: "blk.0.ffn_up.bias".into(), architecture: "llama" }
+    );
+    assert_eq!(
+        change(|n, d, t| same(if n == "blk.0.ffn_up.weight" { "blk.1.ffn_up.weight" } else { n }, d, t)),
+        ModelError::UnexpectedTensor { tensor: "blk.1.ffn_up.weight".into(), architecture: "llama" }
+    );
+    assert_eq!(
+        change(|n, d, t| same(n, if n == "blk.0.attn_v.weight" { &[64, 64] } else { d }, t)),
+        ModelError::WrongShape { tensor: "blk.0.attn_v.weight".into(), expected: vec![64, 32], found: vec![64, 64] }
+    );
+    assert_eq!(
+        change(|n, d, t| same(n, d, if n == "blk.0.attn_v.weight" { TensorType::Q5_0 } else { t })),
+        ModelError::UnsupportedTensorType {
+            tensor: "blk.0.attn_v.weight".into(),
+            found: "Q5_0",
+            supported: "F32, F16, BF16, Q8_0, Q4_0, Q4_1"
+        }
+    );
+    assert!(matches!(
+        change(|n, d, t| same(n, d, if n == "output_norm.weight" { TensorType::F16 } else { t })),
+        ModelError::UnsupportedTensorType { found: "F16", .. }
+    ));
+}
+
+/// Edits of the directory line of `blk.0.attn_q.weight`: after its name come 4 bytes count, 2 x 8 dimensions, type, offset.
+#[test]
+fn directory_lines_that_lie_are_refused() {
+    let file = tiny_file();
+    let name = b"blk.0.attn_q.weight";
+    let at = file.windows(name.len()).position(|w| w == name).unwrap() + name.len();
+    let edit = |offset: usize, bytes: &[u8]| {
+        let mut file = file.clone();
+        file[at + offset..at + offset + bytes.len()].copy_from_slice(bytes);
+        read(&file).unwrap_err()
+    };
+    let offset = u64::from_le_bytes(file[at + 24..at + 32].try_into().unwrap());
+    assert!(matches!(edit(0, &[5]), ModelError::InvalidValue { .. }));
+    assert!(matches!(edit(4, &[0; 8]), ModelError::InvalidValue { .. }));
+    assert!(matches!(edit(4, &[0xff; 16]), ModelError::InvalidValue { .. }));
+    assert!(matches!(edit(20, &[200]), ModelError::UnknownTensorType { found: 200, .. }));
+    assert!(matches!(edit(24, &(offset + 1).to_le_bytes()), ModelError::Misaligned { alignment: 32, .. }));
+    assert!(matches!(edit(24, &(offset + 32).to_le_bytes()), ModelError::Overlap { .. }));
+    assert!(matches!(edit(24, &(1u64 << 40).to_le_bytes()), ModelError::OutsideFile { .. }));
+    assert!(matches!(edit(24, &(u64::MAX - 31).to_le_bytes()), ModelError::OutsideFile { .. }));
+    let mut twice = file.clone();
+    twice[at - name.len()..at].copy_from_slice(b"blk.0.attn_k.weight");
+    assert_eq!(read(&twice).unwrap_err(), ModelError::Duplicate { what: "tensor", name: "blk.0.attn_k.weight".into() });
+}
+
+#[test]
+fn tokenizer_errors_reach_the_caller() {
+    let unknown = with_value("tokenizer.ggml.pre", Value::String("qwen2"));
+    assert!(unknown.to_string().contains("`tokenizer.ggml.pre` is `qwen2`; supported: gpt-2, smollm"), "{unknown}");
+    let kind = |error| match error {
+        ModelError::Tokenizer(error) => *error,
+        other => panic!("{other}"),
+    };
+    assert_eq!(
+        kind(with_value("tokenizer.ggml.model", Value::String("t5"))),
+        TokenizerError::UnsupportedModel { found: "t5".into() }
+    );
+    assert_eq!(
+        kind(with_value("tokenizer.ggml.eos_token_id", Value::U32(300))),
+        TokenizerError::SpecialOutside { name: "eos", id: 300, tokens: 300 }
+    );
+    // 4294967295 is how converters write "none".
+    let none =
+        rewritten(|k, v| Some(if k == "tokenizer.ggml.bos_token_id" { Value::U32(u32::MAX) } else { v }), same, &[]);
+    assert_eq!(read(&none).unwrap().tokenizer.special().bos, None);
+}
+
+#[test]
+fn writer_refuses_what_cannot_be_read() {
+    let mut writer = Writer::new();
+    writer.set("a", Value::U8(1)).unwrap();
+    assert_eq!(writer.set("a", Value::U8(2)), Err(WriteError::Duplicate { what: "metadata key", name: "a".into() }));
+    for dims in [&[][..], &[0], &[33, 2], &[32, 1, 1, 1, 1], &[1 << 40, 1 << 40]] {
+        assert!(matches!(writer.tensor("t", dims, TensorType::Q8_0), Err(WriteError::Shape { .. })), "{dims:?}");
+    }
+    writer.tensor("t", &[32], TensorType::Q8_0).unwrap();
+    assert!(matches!(writer.tensor("t", &[32], TensorType::Q8_0), Err(WriteError::Duplicate { .. })));
+    assert!(matches!(writer.file(|_| &[0; 33]), Err(WriteError::Data { expected_bytes: 34, found_bytes: 33, .. })));
+}
+
+fn llama2c_files() -> synthetic::Llama2cFiles {
+    static FILES: LazyLock<synthetic::Llama2cFiles> =
+        LazyLock::new(|| synthetic::llama2c(&Spec { tokenizer: TokenizerKind::SentencePiece, ..tiny() }).unwrap());
+    FILES.clone()
+}
+
+#[test]
+fn llama2c_files_of_the_wrong_length_or_version_are_refused() {
+    let files = llama2c_files();
+    let len = files.model.len() as u64;
+    let read = |header: &[u8], len| llama2c::read(header, len, &files.tokenizer);
+    assert!(read(&files.model[..28], len).is_ok());
+    for cut in 0..28 {
+        let truncated = read(&files.model[..cut], len).unwrap_err();
+        assert!(matches!(truncated, ModelError::Truncated { have_bytes, .. } if have_bytes == cut as u64));
+    }
+    assert!(matches!(read(&files.model, len - 4), Err(ModelError::FileEnds { .. })));
+    assert!(matches!(read(&files.model, len + 4), Err(ModelError::TrailingBytes { .. })));
+    let mut versioned = files.model.clone();
+    versioned[..8].copy_from_slice(&[0x32, 0x34, 0x6b, 0x61, 1, 0, 0, 0]);
+    assert!(matches!(read(&versioned, len), Err(ModelError::UnsupportedVersion { format: "llama2.c", found: 1, .. })));
+    for cut in 0..files.tokenizer.len() {
+        let error = llama2c::read(&files.model, len, &files.tokenizer[..cut]).unwrap_err();
+        assert!(matches!(error, ModelError::FileEnds { .. }), "tokenizer cut at {cut}: {error}");
+    }
+    let mut longer = files.tokenizer.clone();
+    longer.push(0);
+    assert!(matches!(llama2c::read(&files.model, len, &longer), Err(ModelError::TrailingBytes { .. })));
+}
+
+#[test]
+fn formats_are_told_apart() {
+    use formats::FileFormat;
+    let gguf_file = tiny_file();
+    assert_eq!(formats::sniff(&gguf_file[..28], gguf_file.len() as u64), Ok(FileFormat::Gguf));
+    let bin = llama2c_files().model;
+    assert_eq!(formats::sniff(&bin[..28], bin.len() as u64), Ok(FileFormat::Llama2c));
+    for other in [&b"\x7fELF\x02\x01\x01\0"[..], b"PK\x03\x04aaaa", b"{\"model\":", &[0; 64], &[0xff; 64]] {
+        let mut file = other.to_vec();
+        file.resize(64, b' ');
+        let error = formats::sniff(&file, 64).unwrap_err();
+        assert_eq!(error, ModelError::UnknownFormat { first_bytes: file[..8].try_into().unwrap() });
+    }
+}
+
+#[test]
+fn names_map_to_roles_and_back() {
+    for role in Role::LAYER {
+        assert_eq!(Role::from_tensor_name(&role.tensor_name(Some(17))), Some((role, Some(17))));
+    }
+    for role in Role::GLOBAL {
+        assert_eq!(Role::from_tensor_name(&role.tensor_name(None)), Some((role, None)));
+    }
+    for name in [
+        "",
+        ".weight",
+        "output",
+        "blk.0.attn_q.bias",
+        "blk.00.attn_q.weight",
+        "blk.+1.attn_q.weight",
+        "blk.0.output.weight",
+        "blk.99999999999.attn_q.weight",
+        "attn_q.weight",
+    ] {
+        assert_eq!(Role::from_tensor_name(name), None, "{name}");
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(2000))]
+
+    /// Any damage to the header gives a description or an error; whatever is described lies inside the file.
+    #[test]
+    fn damaged_gguf_headers_never_panic(
+        damage in prop::collection::vec((0usize..16384, any::<u8>()), 1..6),
+        cut in prop::option::of(0usize..16384),
+    ) {
+        let mut file = tiny_file();
+        for (at, byte) in damage {
+            if let Some(target) = file.get_mut(at) {
+                *target = byte;
+            }
+        }
+        let len = file.len() as u64;
+        if let Ok(model) = gguf::read(&file[..cut.unwrap_or(file.len()).min(file.len())], len) {
+            prop_assert!(model.tensors.iter().all(|t| t.end() <= len));
+            model.tokenizer.encode("Once upon a time <|im_end|>", true);
+        }
+    }
+
+    #[test]
+    fn damaged_llama2c_files_never_panic(
+        damage in prop::collection::vec((0usize..28, any::<u8>()), 0..4),
+        tokenizer_damage in prop::collection::vec((0usize..6000, any::<u8>()), 0..6),
+    ) {
+        let mut files = llama2c_files();
+        for (at, byte) in damage {
+            files.model[at] = byte;
+        }
+        for (at, byte) in tokenizer_damage {
+            if let Some(target) = files.tokenizer.get_mut(at) {
+                *target = byte;
+            }
+        }
+        if let Ok(model) = llama2c::read(&files.model[..28], files.model.len() as u64, &files.tokenizer) {
+            model.tokenizer.encode("Once upon a time", true);
+        }
+    }
+
+    #[test]
+    fn random_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..200), gguf_magic: bool) {
+        let mut bytes = bytes;
+        if gguf_magic && bytes.len() >= 8 {
+            bytes[..8].copy_from_slice(b"GGUF\x03\0\0\0");
+        }
+        let len = bytes.len() as u64;
+        prop_assert!(gguf::read(&bytes, len).is_err());
+        let _ = formats::sniff(&bytes, len);
+        let _ = llama2c::read_tokenizer(&bytes, 4);
+    }
+
+    /// Whatever is written is read back.
+    #[test]
+    fn metadata_round_trips(
+        integer: i64, number: f32, flag: bool, text in "\\PC{0,20}",
+        strings in prop::collection::vec("\\PC{0,9}", 0..5), numbers in prop::collection::vec(any::<f32>(), 0..5),
+    ) {
+        let mut writer = Writer::new();
+        writer.set("i", Value::I64(integer)).unwrap();
+        writer.set("n", Value::F32(number)).unwrap();
+        writer.set("b", Value::Bool(flag)).unwrap();
+        writer.set("t", Value::String(&text)).unwrap();
+        writer.set_strings("s", &strings).unwrap();
+        writer.set_f32s("f", &numbers).unwrap();
+        let file = writer.header();
+        let header = Header::parse(&file, file.len() as u64).unwrap();
+        prop_assert_eq!(header.metadata.get("i"), Some(Value::I64(integer)));
+        prop_assert_eq!(header.metadata.f32("n").unwrap().unwrap().to_bits(), number.to_bits());
+        prop_assert_eq!(header.metadata.bool("b"), Ok(Some(flag)));
+        prop_assert_eq!(header.metadata.str("t"), Ok(Some(text.as_str())));
+        let read: Vec<&[u8]> = header.metadata.strings("s").unwrap().unwrap().collect();
+        prop_assert!(read.iter().zip(&strings).all(|(a, b)| *a == b.as_bytes()) && read.len() == strings.len());
+        let read: Vec<u32> = header.metadata.f32s("f").unwrap().unwrap().iter().map(|f| f.to_bits()).collect();
+        prop_assert_eq!(read, numbers.iter().map(|f| f.to_bits()).collect::<Vec<_>>());
+    }
+}
