@@ -282,6 +282,12 @@ mod tests {
         let mut trial = Trial::new(TrialConfig::default());
         let verdict = (0..64).find_map(|i| trial.push(100_000, 99_500 + i)).unwrap();
         assert!(verdict.p_value < 0.01 && !verdict.significant, "{verdict:?}");
+        // More pairs make it certain, not worth more.
+        (0..24).for_each(|i| {
+            trial.push(100_000, 99_500 + i);
+        });
+        let verdict = trial.verdict();
+        assert!(verdict.p_value < 1e-6 && !verdict.significant, "{verdict:?}");
     }
 
     #[test]
