@@ -17,17 +17,31 @@ extern crate std;
 pub mod attention;
 #[allow(unsafe_code)]
 pub mod dispatch;
+mod error;
+pub mod forward;
 mod isa;
+pub mod loader;
 pub mod math;
 pub mod operands;
 pub mod ops;
 pub mod pack;
 mod random;
 mod reference;
+pub mod replay;
+pub mod sampler;
 #[allow(unsafe_code)]
 pub mod simd;
+pub mod table;
+pub mod verify;
+pub mod weights;
 pub mod workers;
 
+pub use error::EngineError;
+pub use forward::{Engine, Session};
 pub use isa::Isa;
+pub use loader::{LoadedModel, Loader};
 pub use random::SplitMix64;
+pub use sampler::Sampler;
 pub use simd::cycles;
+pub use table::{KernelTable, Runs, Tier};
+pub use weights::Plan;

@@ -31,6 +31,21 @@ pub(crate) fn silu_with<F: ScalarArithmetic>(x: f32) -> f32 {
     x / (1.0 + exp_with::<F>(0.0 - x))
 }
 
+/// `gate = silu(gate) * up`: the fusion of `GateUpSilu` for models whose gate and up weights differ in type.
+///
+/// # Panics
+/// When the slices differ in length.
+pub fn silu_times(level: Level, gate: &mut [f32], up: &[f32]) {
+    assert_eq!(gate.len(), up.len(), "gate and up activations");
+    let done = match level {
+        Level::Portable => 0,
+        Level::Avx2(avx2) => simd::math::silu_times(avx2, gate, up),
+    };
+    for (gate, up) in gate[done..].iter_mut().zip(&up[done..]) {
+        *gate = silu_with::<Software>(*gate) * up;
+    }
+}
+
 /// Sums the lanes by folding halves.
 #[inline(always)]
 pub(crate) fn fold_halves(mut lanes: [f32; REDUCE_LANES]) -> f32 {
@@ -226,6 +241,23 @@ mod tests {
         assert_eq!(exp(f32::NEG_INFINITY), exp(-87.0));
         assert_eq!(exp(f32::INFINITY), exp(87.0));
         assert_eq!(exp(f32::NAN), exp(-87.0));
+    }
+
+    #[test]
+    fn silu_is_the_formula_and_the_same_at_every_level() {
+        let mut rng = SplitMix64::new(5);
+        for len in [1, 8, 13, 172] {
+            let (gate, up) = (random(&mut rng, len, 9.0), random(&mut rng, len, 2.0));
+            let (mut portable, mut fast) = (gate.clone(), gate.clone());
+            silu_times(Level::Portable, &mut portable, &up);
+            silu_times(Level::detect(), &mut fast, &up);
+            assert_eq!(bits(&portable), bits(&fast), "{len}");
+            for i in 0..len {
+                let x = f64::from(gate[i]);
+                let want = x / (1.0 + libm::exp(-x)) * f64::from(up[i]);
+                assert!((f64::from(fast[i]) - want).abs() < 1e-5 * (want.abs() + 1e-3), "{len} [{i}]");
+            }
+        }
     }
 
     #[test]

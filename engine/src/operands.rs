@@ -30,6 +30,13 @@ impl AlignedBytes {
         let start = bytes.as_ptr().align_offset(WEIGHT_ALIGN);
         Self { bytes, start, len }
     }
+
+    /// The same bytes at an aligned address.
+    pub fn copy_of(bytes: &[u8]) -> Self {
+        let mut copy = Self::zeroed(bytes.len());
+        copy.copy_from_slice(bytes);
+        copy
+    }
 }
 
 impl Deref for AlignedBytes {

@@ -6,7 +6,8 @@
 //! model whose head is its token embedding, so that no second copy of that matrix is kept.
 
 use crate::simd::Level;
-use half::{bf16, f16};
+use half::f16;
+use model::TensorType;
 use model::kernel::DType;
 use model::layout::{BLOCK, MINS_OFFSET, PANEL, panel_bytes, scales_offset, step_bytes};
 
@@ -31,6 +32,19 @@ pub enum RowFormat {
 }
 
 impl RowFormat {
+    /// The format of a file's tensor type; `None` when no op reads it.
+    pub fn of(ty: TensorType) -> Option<RowFormat> {
+        Some(match ty {
+            TensorType::F32 => RowFormat::F32,
+            TensorType::F16 => RowFormat::F16,
+            TensorType::BF16 => RowFormat::Bf16,
+            TensorType::Q8_0 => RowFormat::Q8_0,
+            TensorType::Q4_0 => RowFormat::Q4_0,
+            TensorType::Q4_1 => RowFormat::Q4_1,
+            _ => return None,
+        })
+    }
+
     /// Type of the packed matrix.
     pub fn dtype(self) -> DType {
         match self {
@@ -325,43 +339,6 @@ pub fn dequantise_column(dtype: DType, column: usize, packed: &[u8], out: &mut [
                             *high = d * f32::from(q >> 4) + m;
                         }
                     }
-                }
-            }
-        }
-    }
-}
-
-/// One file row as f32, with the same arithmetic as [`dequantise_column`].
-///
-/// # Panics
-/// When `row` is not the length of a file row of `out.len()` elements.
-pub fn dequantise_row(format: RowFormat, row: &[u8], out: &mut [f32]) {
-    assert_eq!(row.len(), format.row_bytes(out.len()), "bytes of a row of {} elements", out.len());
-    let (block_bytes, block_elements) = format.block();
-    for (block, out) in row.chunks_exact(block_bytes).zip(out.chunks_exact_mut(block_elements)) {
-        let d = || f16::from_le_bytes(field(block, 0)).to_f32_const();
-        match format {
-            RowFormat::F32 => out[0] = f32::from_le_bytes(field(block, 0)),
-            RowFormat::F16 => out[0] = d(),
-            RowFormat::Bf16 => out[0] = bf16::from_le_bytes(field(block, 0)).to_f32_const(),
-            RowFormat::Q8_0 => {
-                let d = d();
-                for (x, q) in out.iter_mut().zip(&block[2..]) {
-                    *x = d * f32::from(q.cast_signed());
-                }
-            }
-            RowFormat::Q4_0 => {
-                let d = d();
-                for (i, q) in block[2..].iter().enumerate() {
-                    out[i] = d * (f32::from(q & 15) - 8.0);
-                    out[i + BLOCK / 2] = d * (f32::from(q >> 4) - 8.0);
-                }
-            }
-            RowFormat::Q4_1 => {
-                let (d, m) = (d(), f16::from_le_bytes(field(block, 2)).to_f32_const());
-                for (i, q) in block[4..].iter().enumerate() {
-                    out[i] = d * f32::from(q & 15) + m;
-                    out[i + BLOCK / 2] = d * f32::from(q >> 4) + m;
                 }
             }
         }

@@ -1,7 +1,7 @@
 //! The hand-written AVX2, FMA and F16C ops: the baseline that compiled kernels are measured against.
 //!
 //! Good plain code with one weight stream and no software prefetch: for one row of `x` a whole panel (32 columns, four
-//! accumulators) per pass, for more rows a register tile of 4 rows x 16 columns. The order of operations is that of
+//! accumulators) per pass, for more rows a register tile of 6 (or 4) rows x 16 columns. The order of operations is that of
 //! `reference`, lane by lane, so the results are the same bits.
 //!
 //! The generic functions are `#[inline(always)]` without a target feature of their own, so that they compile inside
@@ -18,7 +18,7 @@ use model::layout::{
 };
 
 /// Rows of a register tile.
-const ROWS: usize = 4;
+const ROWS: usize = 6;
 /// Vectors of a register tile's row.
 const TILE: usize = 2;
 /// Vectors that cover a panel.
@@ -353,9 +353,14 @@ impl Operands<'_> {
                 for vector in (0..VECTORS).step_by(TILE) {
                     let mut row = 0;
                     while row < m {
-                        if m - row >= ROWS {
+                        let left = m - row;
+                        // Two tiles of 4 rather than one of 6 and a remainder.
+                        if left >= ROWS && left != 8 {
                             self.tile::<P, ROWS>(row, p, w, vector, steps, x_stride, panel_bytes);
                             row += ROWS;
+                        } else if left >= 4 {
+                            self.tile::<P, 4>(row, p, w, vector, steps, x_stride, panel_bytes);
+                            row += 4;
                         } else {
                             self.tile::<P, 1>(row, p, w, vector, steps, x_stride, panel_bytes);
                             row += 1;

@@ -4,10 +4,11 @@
 //! and does nothing else. Results are in units per TSC tick, which is what kernels are timed in.
 
 use super::{Level, cycles};
+use crate::forward::Engine;
 use crate::workers::Workers;
 use core::sync::atomic::{AtomicU64, Ordering};
 
-/// Measured limits of `workers.count()` cores together.
+/// Measured limits of some cores together.
 #[derive(Clone, Copy, PartialEq, Debug, Default)]
 pub struct Limits {
     /// Bytes read from memory per tick.
@@ -26,37 +27,58 @@ const READ_BYTES: usize = 64 << 20;
 const ARITHMETIC_PASSES: usize = 5;
 const ARITHMETIC_ITERATIONS: u64 = 4000;
 
-/// Measures all limits. `memory` should be larger than the last-level cache, best the weights themselves.
-pub fn measure(memory: &[u8], level: Level, workers: &dyn Workers) -> Limits {
+/// Measures all limits of the first `cores` workers. `memory` should be larger than the last-level cache, best the
+/// weights themselves.
+pub fn measure(memory: &[u8], level: Level, workers: &dyn Workers, cores: usize) -> Limits {
+    let cores = cores.clamp(1, workers.count());
     Limits {
-        read_bytes_per_cycle: read_bandwidth(memory, level, workers),
-        fma_flops_per_cycle: best_rate(workers, |level| fma_probe(level, ARITHMETIC_ITERATIONS), level),
-        int8_ops_per_cycle: best_rate(workers, |level| int8_probe(level, ARITHMETIC_ITERATIONS), level),
+        read_bytes_per_cycle: read_bandwidth(memory, level, workers, cores),
+        fma_flops_per_cycle: best_rate(workers, cores, || fma_probe(level, ARITHMETIC_ITERATIONS)),
+        int8_ops_per_cycle: best_rate(workers, cores, || int8_probe(level, ARITHMETIC_ITERATIONS)),
     }
 }
 
-/// Bytes per tick over all workers, each reading its own part of `memory`: the best of one stream and four streams
-/// with software prefetch.
-pub fn read_bandwidth(memory: &[u8], level: Level, workers: &dyn Workers) -> f64 {
+impl Engine<'_> {
+    /// The packed weights.
+    pub fn weights(&self) -> &[u8] {
+        self.weights
+    }
+
+    /// Reads `len_bytes` of the weights once, another stretch for each `turn`: a fixed piece of work whose time tells how
+    /// fast the machine's memory is at this moment.
+    pub fn read_weights(&self, len_bytes: usize, turn: usize) {
+        let windows = (self.weights.len() / len_bytes.max(1)).max(1);
+        let start = (turn % windows) * len_bytes;
+        let window = &self.weights[start.min(self.weights.len())..(start + len_bytes).min(self.weights.len())];
+        core::hint::black_box(read_once(window, true, self.table().level()));
+    }
+}
+
+/// Bytes per tick over the first `cores` workers, each reading its own part of `memory`: the best of one stream and
+/// four streams with software prefetch.
+fn read_bandwidth(memory: &[u8], level: Level, workers: &dyn Workers, cores: usize) -> f64 {
     let mut best = 0.0f64;
     for pass in 0..2 * READ_PASSES {
         // Each pass reads another stretch, so that a small last-level cache cannot serve it.
         let windows = (memory.len() / READ_BYTES).max(1);
         let start = (pass % windows) * READ_BYTES;
         let window = &memory[start.min(memory.len())..(start + READ_BYTES).min(memory.len())];
-        let part_bytes = window.len() / workers.count() / 4096 * 4096;
+        let part_bytes = window.len() / cores / 4096 * 4096;
         if part_bytes == 0 {
             return best;
         }
         let checksum = AtomicU64::new(0);
         let before = cycles();
         workers.run(&|i| {
+            if i >= cores {
+                return;
+            }
             let part = &window[i * part_bytes..(i + 1) * part_bytes];
             checksum.fetch_xor(read_once(part, pass % 2 == 1, level), Ordering::Relaxed);
         });
         let ticks = cycles().wrapping_sub(before).max(1);
         core::hint::black_box(checksum.load(Ordering::Relaxed));
-        best = best.max((part_bytes * workers.count()) as f64 / ticks as f64);
+        best = best.max((part_bytes * cores) as f64 / ticks as f64);
     }
     best
 }
@@ -64,22 +86,20 @@ pub fn read_bandwidth(memory: &[u8], level: Level, workers: &dyn Workers) -> f64
 fn read_once(part: &[u8], streams: bool, level: Level) -> u64 {
     match level {
         // SAFETY: the level proves AVX2.
-        Level::Avx2(_) => unsafe {
-            if streams { avx2::read_four_streams(part) } else { avx2::read_one_stream(part) }
-        },
-        Level::Portable => {
-            part.as_chunks::<8>().0.iter().fold(0, |x, chunk| x ^ u64::from_le_bytes(*chunk))
-        }
+        Level::Avx2(_) => unsafe { if streams { avx2::read_four_streams(part) } else { avx2::read_one_stream(part) } },
+        Level::Portable => part.as_chunks::<8>().0.iter().fold(0, |x, chunk| x ^ u64::from_le_bytes(*chunk)),
     }
 }
 
-fn best_rate(workers: &dyn Workers, probe: impl Fn(Level) -> u64 + Sync, level: Level) -> f64 {
+fn best_rate(workers: &dyn Workers, cores: usize, probe: impl Fn() -> u64 + Sync) -> f64 {
     let mut best = 0.0f64;
     for _ in 0..ARITHMETIC_PASSES {
         let operations = AtomicU64::new(0);
         let before = cycles();
-        workers.run(&|_| {
-            operations.fetch_add(probe(level), Ordering::Relaxed);
+        workers.run(&|i| {
+            if i < cores {
+                operations.fetch_add(probe(), Ordering::Relaxed);
+            }
         });
         let ticks = cycles().wrapping_sub(before).max(1);
         best = best.max(operations.load(Ordering::Relaxed) as f64 / ticks as f64);
@@ -208,7 +228,7 @@ mod tests {
     fn every_probe_measures_something() {
         let memory = vec![7u8; 1 << 20];
         for level in [Level::Portable, Level::detect()] {
-            let limits = measure(&memory, level, &Single);
+            let limits = measure(&memory, level, &Single, 1);
             assert!(limits.read_bytes_per_cycle > 0.0 && limits.read_bytes_per_cycle.is_finite());
             assert!(limits.fma_flops_per_cycle > 0.0 && limits.int8_ops_per_cycle > 0.0);
         }

@@ -5,6 +5,7 @@
 
 pub(crate) mod avx2;
 pub(crate) mod fma;
+pub mod limits;
 pub(crate) mod math;
 pub(crate) mod pack;
 

@@ -1,0 +1,554 @@
+//! The forward pass of a llama model: tokens in, logits of the last one out.
+//!
+//! Key types: [`Engine`] (weights, kernel table, rope angles) and [`Session`] (one context: KV cache, position, buffers).
+//! A prompt runs in chunks of up to 64 rows; a chunk runs in the smallest batch bucket that holds it, its spare rows
+//! zero. Every row is computed on its own, so neither the chunks nor the bucket show in the result.
+
+use crate::attention::{self, KvShape, Queries};
+use crate::dispatch::{ColumnsMut, Partition, SharedColumns};
+use crate::error::EngineError;
+use crate::isa::Isa;
+use crate::loader::LoadedModel;
+use crate::math::{RopeTable, quantise_activations, rmsnorm, rope, silu_times};
+use crate::operands::AlignedBytes;
+use crate::pack::dequantise_column;
+use crate::simd::Level;
+use crate::table::{KernelTable, OpCall, Tier};
+use crate::weights::{Embedding, GateUpWeights, Plan, QkvWeights};
+use crate::workers::Workers;
+use alloc::vec::Vec;
+use core::ops::Range;
+use model::Config;
+use model::kernel::{DType, M_BUCKETS};
+use model::layout::{PANEL, WEIGHT_ALIGN, padded, x_row_bytes};
+use zerocopy::{FromBytes, IntoBytes};
+
+/// Rows of the largest batch bucket.
+const MAX_ROWS: usize = M_BUCKETS[M_BUCKETS.len() - 1] as usize;
+
+/// Attention below this many multiply-adds is not worth waking the other workers.
+const PARALLEL_ATTENTION: usize = 1 << 15;
+
+/// A model ready to run.
+#[derive(Debug)]
+pub struct Engine<'w> {
+    pub(crate) plan: Plan,
+    /// The arena from its first aligned byte.
+    pub(crate) weights: &'w [u8],
+    norms: Vec<f32>,
+    pub(crate) table: KernelTable,
+    rope: RopeTable,
+    /// For each slot, the activations of the first op that ran in it: inputs to verify and time kernels on.
+    pub(crate) captured: Vec<Option<AlignedBytes>>,
+    pub(crate) replay: crate::replay::Scratch,
+    pub(crate) verify: crate::verify::Cases,
+}
+
+impl<'w> Engine<'w> {
+    /// Joins a loaded model with its arena. `isa` bounds what this crate's own ops use.
+    ///
+    /// # Errors
+    /// [`EngineError::ArenaMoved`] when `arena` is not the memory the model was loaded into.
+    pub fn new(loaded: LoadedModel, arena: &'w [u8], isa: Isa, tier: Tier) -> Result<Self, EngineError> {
+        let LoadedModel { mut plan, norms, base_address } = loaded;
+        let weights = &arena[plan.base(arena)?..];
+        if weights.as_ptr().addr() != base_address {
+            return Err(EngineError::ArenaMoved);
+        }
+        let mut table = KernelTable::new(Level::new(isa), tier);
+        plan.add_slots(&mut table);
+        let rope = RopeTable::new(plan.config.rope_base, plan.config.rope_dim as usize);
+        let captured = (0..table.len()).map(|_| None).collect();
+        Ok(Self { plan, weights, norms, table, rope, captured, replay: Default::default(), verify: Default::default() })
+    }
+
+    /// Hyperparameters.
+    pub fn config(&self) -> &Config {
+        &self.plan.config
+    }
+
+    /// What the model looks like in memory.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// The kernel table.
+    pub fn table(&self) -> &KernelTable {
+        &self.table
+    }
+
+    /// The kernel table, to install kernels and reset statistics.
+    pub fn table_mut(&mut self) -> &mut KernelTable {
+        &mut self.table
+    }
+
+    /// True when an op ran in `slot`, so that its activations are kept.
+    pub fn is_captured(&self, slot: usize) -> bool {
+        self.captured.get(slot).is_some_and(Option::is_some)
+    }
+
+    /// Weights of row `row` of the norm table.
+    fn norm(&self, row: usize) -> &[f32] {
+        let dim = self.plan.config.dim as usize;
+        &self.norms[row * dim..][..dim]
+    }
+
+    /// Writes the embedding of `token`, `(dim)`.
+    fn embed(&self, token: u32, out: &mut [f32]) {
+        match &self.plan.embedding {
+            Embedding::Head => {
+                let head = &self.plan.matrices[self.plan.head];
+                dequantise_column(head.dtype, token as usize, &self.weights[head.bytes.clone()], out);
+            }
+            Embedding::Rows { bytes, ty } => {
+                let rows = &self.weights[bytes.clone()];
+                let row_bytes = rows.len() / self.plan.config.vocab_size as usize;
+                let row = &rows[token as usize * row_bytes..][..row_bytes];
+                model::quant::dequantise(*ty, row, out).expect("the plan checked type and length of these rows");
+            }
+        }
+    }
+
+    /// `y = op(x, matrix)`, on all workers, through the kernel table.
+    fn run(&mut self, matrix: usize, bucket: usize, x: &[u8], y: ColumnsMut<'_>, workers: &dyn Workers) {
+        let matrix = &self.plan.matrices[matrix];
+        for slot in matrix.slots(bucket) {
+            if self.captured[slot].is_none() {
+                self.captured[slot] = Some(AlignedBytes::copy_of(x));
+            }
+        }
+        self.table.run(&OpCall { matrix, weights: self.weights, bucket, x }, y, workers);
+    }
+
+    fn dtype(&self, matrix: usize) -> DType {
+        self.plan.matrices[matrix].dtype
+    }
+}
+
+/// One context: what was said so far, and the memory to go on.
+#[derive(Debug)]
+pub struct Session<'m> {
+    sizes: Sizes,
+    /// Keys and values of every layer (`attention`).
+    kv: &'m mut [f32],
+    /// Tokens in the context.
+    pos: usize,
+    buffers: Buffers<'m>,
+    /// Columns of the attention output by worker: whole heads.
+    heads: Partition,
+    /// Scratch for attention scores by worker.
+    scores: Partition,
+}
+
+/// Activations of one chunk; `rows` is that of the bucket, at most 64. Each starts on a cache line.
+#[derive(Debug)]
+struct Buffers<'m> {
+    /// Residual stream, `(rows, dim)`, row stride `padded(dim)`.
+    x: &'m mut [f32],
+    /// Its norm, `(rows, dim)`.
+    normed: &'m mut [f32],
+    /// Quantised input of the next matmul, `(rows, k / 32)` blocks of 48 bytes.
+    quantised: &'m mut [f32],
+    /// Query, key and value, `(rows, q_dim + 2 kv_dim)`, row stride `Sizes::qkv_stride`.
+    qkv: &'m mut [f32],
+    /// Attention output, `(rows, q_dim)`.
+    attended: &'m mut [f32],
+    /// Inner activations of the feed-forward block, `(rows, hidden_dim)`, row stride `padded(hidden_dim)`.
+    hidden: &'m mut [f32],
+    /// The up half where it is not fused, as `hidden`.
+    up: &'m mut [f32],
+    /// `(workers, scores_len)`.
+    scores: &'m mut [f32],
+    /// `(padded(vocab_size))`.
+    logits: &'m mut [f32],
+}
+
+/// Every size a session depends on.
+#[derive(Clone, PartialEq, Eq, Debug)]
+struct Sizes {
+    context: usize,
+    threads: usize,
+    dim: usize,
+    q_dim: usize,
+    kv_dim: usize,
+    hidden_dim: usize,
+    vocab_size: usize,
+    kv: KvShape,
+}
+
+impl Sizes {
+    fn new(config: &Config, context: usize, threads: usize) -> Self {
+        let kv = KvShape {
+            n_layers: config.n_layers as usize,
+            n_heads: config.n_heads as usize,
+            n_kv_heads: config.n_kv_heads as usize,
+            head_dim: config.head_dim as usize,
+            positions: padded(context),
+        };
+        Self {
+            context,
+            threads,
+            dim: config.dim as usize,
+            q_dim: kv.n_heads * kv.head_dim,
+            kv_dim: kv.n_kv_heads * kv.head_dim,
+            hidden_dim: config.hidden_dim as usize,
+            vocab_size: config.vocab_size as usize,
+            kv,
+        }
+    }
+
+    /// Row stride of `qkv`: room for three matrices that each pad their columns.
+    fn qkv_stride(&self) -> usize {
+        padded(self.q_dim) + 2 * padded(self.kv_dim)
+    }
+
+    /// Elements of each buffer, KV cache first, in the order [`Session::new`] takes them.
+    fn lens(&self) -> [usize; 10] {
+        let longest_k = self.dim.max(self.q_dim).max(self.hidden_dim);
+        [
+            self.kv.len(),
+            MAX_ROWS * padded(self.dim),
+            MAX_ROWS * self.dim,
+            MAX_ROWS * x_row_bytes(DType::Q8_0, longest_k).div_ceil(size_of::<f32>()),
+            MAX_ROWS * self.qkv_stride(),
+            MAX_ROWS * self.q_dim,
+            MAX_ROWS * padded(self.hidden_dim),
+            MAX_ROWS * padded(self.hidden_dim),
+            self.threads * self.kv.scores_len(),
+            padded(self.vocab_size),
+        ]
+    }
+}
+
+impl<'m> Session<'m> {
+    /// Bytes of memory a session of `context` tokens on `threads` cores needs.
+    pub fn memory_bytes(config: &Config, context: usize, threads: usize) -> usize {
+        let lens = Sizes::new(config, context, threads).lens();
+        let cut = |len: usize| (len * size_of::<f32>()).next_multiple_of(WEIGHT_ALIGN);
+        WEIGHT_ALIGN + lens.into_iter().map(cut).sum::<usize>()
+    }
+
+    /// An empty context of `context` tokens in `memory` ([`Session::memory_bytes`], content arbitrary).
+    ///
+    /// # Errors
+    /// [`EngineError::SessionMemory`] when the memory is too small.
+    pub fn new(engine: &Engine<'_>, context: usize, memory: &'m mut [u8]) -> Result<Self, EngineError> {
+        let threads = engine.plan.threads;
+        let sizes = Sizes::new(engine.config(), context, threads);
+        let need_bytes = Self::memory_bytes(engine.config(), context, threads);
+        let have_bytes = memory.len();
+        let too_small = EngineError::SessionMemory { context, need_bytes, have_bytes };
+        if have_bytes < need_bytes {
+            return Err(too_small);
+        }
+        let mut rest = {
+            let start = memory.as_ptr().align_offset(WEIGHT_ALIGN);
+            let whole = (have_bytes - start) / WEIGHT_ALIGN * WEIGHT_ALIGN;
+            <[f32]>::mut_from_bytes(&mut memory[start..start + whole]).map_err(|_| too_small.clone())?
+        };
+        let mut buffers = sizes.lens().map(|len| {
+            let line = WEIGHT_ALIGN / size_of::<f32>();
+            let (buffer, after) = core::mem::take(&mut rest).split_at_mut(len.next_multiple_of(line));
+            rest = after;
+            let buffer = &mut buffer[..len];
+            // Spare rows, padding columns and masked positions are read: they must be finite.
+            buffer.fill(0.0);
+            Some(buffer)
+        });
+        let mut taken = buffers.iter_mut().map(|buffer| buffer.take().unwrap_or_default());
+        let mut next = || taken.next().unwrap_or_default();
+        let kv = next();
+        let buffers = Buffers {
+            x: next(),
+            normed: next(),
+            quantised: next(),
+            qkv: next(),
+            attended: next(),
+            hidden: next(),
+            up: next(),
+            scores: next(),
+            logits: next(),
+        };
+        let heads = Partition::even(sizes.kv.n_heads, sizes.kv.head_dim, threads);
+        let scores = Partition::even(threads, sizes.kv.scores_len(), threads);
+        Ok(Self { sizes, kv, pos: 0, buffers, heads, scores })
+    }
+
+    /// Tokens in the context.
+    pub fn pos(&self) -> usize {
+        self.pos
+    }
+
+    /// Most tokens the context holds.
+    pub fn context(&self) -> usize {
+        self.sizes.context
+    }
+
+    /// Forgets everything behind the first `pos` tokens; no effect when there are fewer.
+    pub fn truncate(&mut self, pos: usize) {
+        self.pos = self.pos.min(pos);
+    }
+
+    /// Appends `tokens` to the context and returns the logits after the last one, `(vocab_size)`.
+    ///
+    /// # Errors
+    /// No tokens, a token outside the vocabulary, a full context, a session of another engine. Nothing was appended then.
+    pub fn prefill(
+        &mut self,
+        engine: &mut Engine<'_>,
+        workers: &dyn Workers,
+        tokens: &[u32],
+    ) -> Result<&[f32], EngineError> {
+        self.check(engine, tokens)?;
+        engine.rope.extend_to(self.pos + tokens.len());
+        let mut rest = tokens;
+        while !rest.is_empty() {
+            let (rows, bucket) = next_chunk(rest.len());
+            let (chunk, after) = rest.split_at(rows);
+            self.chunk(engine, workers, chunk, bucket);
+            if after.is_empty() {
+                self.head(engine, workers, rows - 1);
+            }
+            rest = after;
+        }
+        Ok(&self.buffers.logits[..self.sizes.vocab_size])
+    }
+
+    /// Appends one token and returns the logits after it, `(vocab_size)`.
+    ///
+    /// # Errors
+    /// As [`Session::prefill`].
+    pub fn decode(
+        &mut self,
+        engine: &mut Engine<'_>,
+        workers: &dyn Workers,
+        token: u32,
+    ) -> Result<&[f32], EngineError> {
+        self.prefill(engine, workers, &[token])
+    }
+
+    fn check(&self, engine: &Engine<'_>, tokens: &[u32]) -> Result<(), EngineError> {
+        let (context, pos) = (self.sizes.context, self.pos);
+        if self.sizes != Sizes::new(engine.config(), context, engine.plan.threads) {
+            return Err(EngineError::ForeignSession);
+        }
+        if tokens.is_empty() {
+            return Err(EngineError::NoTokens);
+        }
+        if tokens.len() > context - pos {
+            return Err(EngineError::ContextFull { context, pos, tokens: tokens.len() });
+        }
+        let vocab_size = engine.config().vocab_size;
+        match tokens.iter().find(|&&token| token >= vocab_size) {
+            Some(&token) => Err(EngineError::Token { token, vocab_size }),
+            None => Ok(()),
+        }
+    }
+
+    /// Runs all layers on `tokens` (at most the bucket's rows) and advances the position.
+    fn chunk(&mut self, engine: &mut Engine<'_>, workers: &dyn Workers, tokens: &[u32], bucket: usize) {
+        let m = M_BUCKETS[bucket] as usize;
+        let (dim, stride) = (self.sizes.dim, padded(self.sizes.dim));
+        for (r, x) in self.buffers.x.chunks_exact_mut(stride).take(m).enumerate() {
+            match tokens.get(r) {
+                Some(&token) => engine.embed(token, &mut x[..dim]),
+                None => x.fill(0.0),
+            }
+        }
+        for layer in 0..engine.plan.layers.len() {
+            self.attention_block(engine, workers, layer, tokens.len(), bucket);
+            self.feed_forward_block(engine, workers, layer, bucket);
+        }
+        self.pos += tokens.len();
+    }
+
+    /// `x += attention(norm(x)) Wo`.
+    fn attention_block(
+        &mut self,
+        engine: &mut Engine<'_>,
+        workers: &dyn Workers,
+        layer: usize,
+        rows: usize,
+        bucket: usize,
+    ) {
+        let level = engine.table.level();
+        let weights = engine.plan.layers[layer];
+        let m = M_BUCKETS[bucket] as usize;
+        let Sizes { dim, q_dim, kv_dim, .. } = self.sizes;
+        let qkv_stride = self.sizes.qkv_stride();
+        self.norm_rows(engine, 2 * layer, 0..m);
+        let Buffers { x, normed, quantised, qkv, attended, scores, .. } = &mut self.buffers;
+        let normed = &normed[..m * dim];
+
+        // Where key and value columns start in a row of `qkv`.
+        let (k_at, v_at) = match weights.qkv {
+            QkvWeights::Fused(matrix) => {
+                let input = activations(level, engine.dtype(matrix), normed, dim, quantised);
+                engine.run(matrix, bucket, input, ColumnsMut::new(qkv, m, qkv_stride, qkv_stride), workers);
+                (q_dim, q_dim + kv_dim)
+            }
+            QkvWeights::Separate { q, k, v } => {
+                let (k_at, v_at) = (padded(q_dim), padded(q_dim) + padded(kv_dim));
+                for (matrix, at) in [(q, 0), (k, k_at), (v, v_at)] {
+                    let input = activations(level, engine.dtype(matrix), normed, dim, quantised);
+                    let y = ColumnsMut::new(&mut qkv[at..], m, qkv_stride - at, qkv_stride);
+                    engine.run(matrix, bucket, input, y, workers);
+                }
+                (k_at, v_at)
+            }
+        };
+
+        let kv = &self.sizes.kv;
+        for (r, row) in qkv.chunks_exact_mut(qkv_stride).take(rows).enumerate() {
+            let pos = self.pos + r;
+            let angles = engine.rope.row(pos);
+            rope(level, &mut row[..q_dim], kv.head_dim, angles);
+            rope(level, &mut row[k_at..k_at + kv_dim], kv.head_dim, angles);
+            attention::store(kv, self.kv, layer, pos, &row[k_at..k_at + kv_dim], &row[v_at..v_at + kv_dim]);
+        }
+
+        let queries = Queries { shape: kv, cache: self.kv, layer, q: qkv, q_stride: qkv_stride, rows, pos: self.pos };
+        attended[rows * q_dim..m * q_dim].fill(0.0);
+        let out = SharedColumns::new(ColumnsMut::new(attended, rows, q_dim, q_dim), &self.heads);
+        let scores_len = scores.len();
+        let scores = SharedColumns::new(ColumnsMut::new(scores, 1, scores_len, scores_len), &self.scores);
+        let parts = self.heads.parts();
+        let work = rows * (self.pos + rows) * 2 * q_dim;
+        let stride = if work < PARALLEL_ATTENTION { 1 } else { workers.count() };
+        let job = |worker: usize| {
+            for part in (worker..parts).step_by(stride) {
+                let (Some(out), Some(mut scores)) = (out.take(part), scores.take(part)) else { continue };
+                let columns = self.heads.range(part);
+                let heads = columns.start / kv.head_dim..columns.end / kv.head_dim;
+                attention::attend(level, &queries, heads, out, scores.row(0));
+            }
+        };
+        if stride == 1 {
+            job(0)
+        } else {
+            workers.run(&job)
+        }
+
+        let input = activations(level, engine.dtype(weights.attn_out), &attended[..m * q_dim], q_dim, quantised);
+        engine.run(weights.attn_out, bucket, input, ColumnsMut::new(x, m, padded(dim), padded(dim)), workers);
+    }
+
+    /// `x += down(silu(gate(norm(x))) * up(norm(x)))`.
+    fn feed_forward_block(&mut self, engine: &mut Engine<'_>, workers: &dyn Workers, layer: usize, bucket: usize) {
+        let level = engine.table.level();
+        let weights = engine.plan.layers[layer];
+        let m = M_BUCKETS[bucket] as usize;
+        let Sizes { dim, hidden_dim, .. } = self.sizes;
+        let stride = padded(hidden_dim);
+        self.norm_rows(engine, 2 * layer + 1, 0..m);
+        let Buffers { x, normed, quantised, hidden, up: up_rows, .. } = &mut self.buffers;
+        let normed = &normed[..m * dim];
+        match weights.gate_up {
+            GateUpWeights::Fused(matrix) => {
+                let input = activations(level, engine.dtype(matrix), normed, dim, quantised);
+                engine.run(matrix, bucket, input, ColumnsMut::new(hidden, m, stride, stride), workers);
+            }
+            GateUpWeights::Separate { gate, up } => {
+                for (matrix, out) in [(gate, &mut *hidden), (up, &mut *up_rows)] {
+                    let input = activations(level, engine.dtype(matrix), normed, dim, quantised);
+                    engine.run(matrix, bucket, input, ColumnsMut::new(out, m, stride, stride), workers);
+                }
+                silu_times(level, &mut hidden[..m * stride], &up_rows[..m * stride]);
+            }
+        }
+        if stride != hidden_dim {
+            // The next op reads rows without padding.
+            for r in 1..m {
+                hidden.copy_within(r * stride..r * stride + hidden_dim, r * hidden_dim);
+            }
+        }
+        let input = activations(level, engine.dtype(weights.down), &hidden[..m * hidden_dim], hidden_dim, quantised);
+        engine.run(weights.down, bucket, input, ColumnsMut::new(x, m, padded(dim), padded(dim)), workers);
+    }
+
+    /// Logits after row `row` of the chunk that just ran.
+    fn head(&mut self, engine: &mut Engine<'_>, workers: &dyn Workers, row: usize) {
+        let level = engine.table.level();
+        let (dim, head) = (self.sizes.dim, engine.plan.head);
+        self.norm_rows(engine, 2 * engine.plan.layers.len(), row..row + 1);
+        let Buffers { normed, quantised, logits, .. } = &mut self.buffers;
+        let input = activations(level, engine.dtype(head), &normed[..dim], dim, quantised);
+        let columns = logits.len();
+        engine.run(head, 0, input, ColumnsMut::new(logits, 1, columns, columns), workers);
+    }
+
+    /// `normed = rmsnorm(x)` with row `norm` of the norm table, for `rows` of `x`; the first goes to row 0.
+    fn norm_rows(&mut self, engine: &Engine<'_>, norm: usize, rows: Range<usize>) {
+        let (dim, stride) = (self.sizes.dim, padded(self.sizes.dim));
+        let (level, eps) = (engine.table.level(), engine.config().norm_eps);
+        let x = self.buffers.x.chunks_exact(stride).skip(rows.start).take(rows.len());
+        for (x, out) in x.zip(self.buffers.normed.chunks_exact_mut(dim)) {
+            rmsnorm(level, &x[..dim], engine.norm(norm), eps, out);
+        }
+    }
+}
+
+/// Rows of the next chunk and the index of its bucket, for a prompt of which `left` tokens are left.
+///
+/// A bucket that would be less than half full is not worth its spare rows: the next smaller one runs full first.
+fn next_chunk(left: usize) -> (usize, usize) {
+    for (bucket, &m) in M_BUCKETS.iter().enumerate().rev() {
+        let below = if bucket == 0 { 0 } else { M_BUCKETS[bucket - 1] as usize };
+        let m = m as usize;
+        if left >= m {
+            return (m, bucket);
+        }
+        if left > below && 2 * left >= m {
+            return (left, bucket);
+        }
+    }
+    (1, 0)
+}
+
+/// The rows of `x`, `(m, k)`, as matmuls with weights of type `dtype` read them.
+fn activations<'a>(level: Level, dtype: DType, x: &'a [f32], k: usize, quantised: &'a mut [f32]) -> &'a [u8] {
+    if !dtype.is_quantised() {
+        return x.as_bytes();
+    }
+    let row_bytes = x_row_bytes(dtype, k);
+    let quantised = &mut quantised.as_mut_bytes()[..x.len() / k * row_bytes];
+    for (x, out) in x.chunks_exact(k).zip(quantised.chunks_exact_mut(row_bytes)) {
+        quantise_activations(level, x, out);
+    }
+    quantised
+}
+
+const _: () = assert!(PANEL.is_multiple_of(WEIGHT_ALIGN / size_of::<f32>()));
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn prompts_are_cut_into_buckets_that_are_half_full_at_least() {
+        for prompt in 1..300 {
+            let mut left = prompt;
+            while left > 0 {
+                let (rows, bucket) = next_chunk(left);
+                let m = M_BUCKETS[bucket] as usize;
+                assert!(rows >= 1 && rows <= m.min(left) && 2 * rows >= m, "{prompt}: {rows} rows in a bucket of {m}");
+                left -= rows;
+            }
+        }
+        let chunks = |mut left: usize| -> Vec<usize> {
+            core::iter::from_fn(|| {
+                (left > 0).then(|| {
+                    let (rows, _) = next_chunk(left);
+                    left -= rows;
+                    rows
+                })
+            })
+            .collect()
+        };
+        assert_eq!(chunks(20), [16, 4]);
+        assert_eq!(chunks(40), [40]);
+        assert_eq!(chunks(2), [2]);
+        assert_eq!(chunks(100), [64, 36]);
+        assert_eq!(chunks(7), [4, 3]);
+    }
+}

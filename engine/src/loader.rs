@@ -1,0 +1,165 @@
+//! Streams a model file once, in order and in any chunking, and packs every weight straight into the arena.
+//!
+//! Input: chunks `(file offset, bytes)`. Output: a filled arena and a [`LoadedModel`] that `Engine::new` joins with it.
+//! Between chunks only the unfinished row of one tensor is kept aside; no weight is stored twice.
+
+use crate::error::EngineError;
+use crate::pack::{ColumnMap, pack_rows, zero_padding};
+use crate::simd::Level;
+use crate::weights::{Destination, Plan, PlannedTensor};
+use alloc::vec;
+use alloc::vec::Vec;
+use model::kernel::Op;
+
+/// A model whose weights are in an arena.
+#[derive(Clone, Debug)]
+pub struct LoadedModel {
+    pub(crate) plan: Plan,
+    /// `(2 n_layers + 1, dim)`: attention and feed-forward norm of each layer, then the output norm.
+    pub(crate) norms: Vec<f32>,
+    /// Address of the first aligned byte: the arena must stay where it is.
+    pub(crate) base_address: usize,
+}
+
+/// Takes in the file.
+#[derive(Debug)]
+pub struct Loader<'a> {
+    plan: Plan,
+    level: Level,
+    arena: &'a mut [u8],
+    norms: Vec<f32>,
+    /// Tensor that is being read.
+    tensor: usize,
+    /// Bytes of it that were taken in, `carry` included.
+    have_bytes: u64,
+    /// Start of a row whose end is in the next chunk.
+    carry: Vec<u8>,
+}
+
+impl<'a> Loader<'a> {
+    /// Starts to fill `arena` ([`Plan::arena_bytes`] bytes, content arbitrary).
+    ///
+    /// # Errors
+    /// [`EngineError::ArenaTooSmall`].
+    pub fn new(plan: Plan, level: Level, arena: &'a mut [u8]) -> Result<Self, EngineError> {
+        let base = plan.base(arena)?;
+        let norms = vec![0.0; (2 * plan.layers.len() + 1) * plan.config.dim as usize];
+        Ok(Self { plan, level, arena: &mut arena[base..], norms, tensor: 0, have_bytes: 0, carry: Vec::new() })
+    }
+
+    /// First byte of the file that is still needed; `None` when all weights are in.
+    pub fn next_offset(&self) -> Option<u64> {
+        self.plan.tensors.get(self.tensor).map(|planned| planned.tensor.offset + self.have_bytes)
+    }
+
+    /// Takes in the file's `bytes` from `offset` on. Bytes that are no weights, or were taken in before, are skipped.
+    ///
+    /// # Errors
+    /// [`EngineError::OutOfOrder`] when weights in front of `offset` are missing; nothing was taken in then.
+    pub fn feed(&mut self, offset: u64, bytes: &[u8]) -> Result<(), EngineError> {
+        let mut offset = offset;
+        let mut bytes = bytes;
+        while let Some(expected) = self.next_offset() {
+            if bytes.is_empty() {
+                break;
+            }
+            let Some(skip) = expected.checked_sub(offset) else {
+                return Err(EngineError::OutOfOrder { expected, found: offset });
+            };
+            if skip >= bytes.len() as u64 {
+                break;
+            }
+            let tensor_left = self.plan.tensors[self.tensor].tensor.len_bytes - self.have_bytes;
+            let from = skip as usize;
+            let len = tensor_left.min((bytes.len() - from) as u64) as usize;
+            self.take_in(&bytes[from..from + len]);
+            self.have_bytes += len as u64;
+            if len as u64 == tensor_left {
+                self.tensor += 1;
+                self.have_bytes = 0;
+            }
+            offset = expected + len as u64;
+            bytes = &bytes[from + len..];
+        }
+        Ok(())
+    }
+
+    /// Takes in the next bytes of the current tensor: whole rows directly, the rest through `carry`.
+    fn take_in(&mut self, bytes: &[u8]) {
+        let planned = &self.plan.tensors[self.tensor];
+        let row_bytes = planned.row_bytes;
+        let mut row = (self.have_bytes / row_bytes as u64) as usize;
+        let mut sink = Sink { plan: &self.plan, level: self.level, arena: self.arena, norms: &mut self.norms };
+        let mut bytes = bytes;
+        if !self.carry.is_empty() {
+            let missing = row_bytes - self.carry.len();
+            let (head, rest) = bytes.split_at(missing.min(bytes.len()));
+            self.carry.extend_from_slice(head);
+            bytes = rest;
+            if self.carry.len() < row_bytes {
+                return;
+            }
+            sink.rows(planned, row, &self.carry);
+            self.carry.clear();
+            row += 1;
+        }
+        let (rows, rest) = bytes.split_at(bytes.len() / row_bytes * row_bytes);
+        if !rows.is_empty() {
+            sink.rows(planned, row, rows);
+        }
+        self.carry.extend_from_slice(rest);
+    }
+
+    /// Ends the load: pads the last panels with zero weights.
+    ///
+    /// # Errors
+    /// [`EngineError::Incomplete`] when the file ended early.
+    pub fn finish(self) -> Result<LoadedModel, EngineError> {
+        if let Some(planned) = self.plan.tensors.get(self.tensor) {
+            return Err(EngineError::Incomplete {
+                name: planned.tensor.name(),
+                need_bytes: planned.tensor.len_bytes,
+                have_bytes: self.have_bytes,
+            });
+        }
+        for matrix in &self.plan.matrices {
+            let packed = &mut self.arena[matrix.bytes.clone()];
+            let maps: &[ColumnMap] =
+                if matrix.op == Op::GateUpSilu { &[ColumnMap::GATE, ColumnMap::UP] } else { &[ColumnMap::WHOLE] };
+            for &map in maps {
+                zero_padding(matrix.dtype, matrix.k, map, matrix.n, packed);
+            }
+        }
+        Ok(LoadedModel { base_address: self.arena.as_ptr().addr(), plan: self.plan, norms: self.norms })
+    }
+}
+
+/// Where rows go: everything of the loader but its position.
+struct Sink<'a> {
+    plan: &'a Plan,
+    level: Level,
+    arena: &'a mut [u8],
+    norms: &'a mut [f32],
+}
+
+impl Sink<'_> {
+    /// Stores whole rows from row `first` of the tensor on.
+    fn rows(&mut self, planned: &PlannedTensor, first: usize, rows: &[u8]) {
+        match &planned.destination {
+            Destination::Packed { matrix, map, format } => {
+                let matrix = &self.plan.matrices[*matrix];
+                let packed = &mut self.arena[matrix.bytes.clone()];
+                pack_rows(self.level, *format, matrix.k, *map, first, rows, packed);
+            }
+            Destination::Rows { bytes } => {
+                let at = bytes.start + first * planned.row_bytes;
+                self.arena[at..at + rows.len()].copy_from_slice(rows);
+            }
+            Destination::Norm { at } => {
+                for (norm, bytes) in self.norms[*at..].iter_mut().zip(rows.as_chunks().0) {
+                    *norm = f32::from_le_bytes(*bytes);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,199 @@
+//! Is a kernel right? Compares its output bit for bit with the reference before it may be installed.
+//!
+//! Cases: random weights with random activations (over the whole range of both), and real weights of the model with
+//! the activations captured from the forward pass. The output has random content before the call, spare columns in
+//! every row and a spare row at the end: a kernel that writes outside its columns differs there.
+
+use crate::dispatch::{ColumnsMut, Kernel, KernelArgs};
+use crate::error::EngineError;
+use crate::forward::Engine;
+use crate::operands::{AlignedBytes, random_activations, random_weights};
+use crate::ops::run_reference;
+use crate::random::SplitMix64;
+use crate::simd::Level;
+use alloc::vec::Vec;
+use core::fmt;
+use core::ops::Range;
+use model::kernel::KernelKey;
+use model::layout::padded;
+
+/// Random weights are made up to this size; above it only real weights are used.
+const RANDOM_WEIGHT_BYTES: u64 = 4 << 20;
+/// Columns behind a row, and elements behind the last row, that a kernel must leave alone.
+const SPARE: usize = 32;
+
+/// The first element that differs.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Mismatch {
+    /// `random` or `model`: where the operands came from.
+    pub case: &'static str,
+    /// Row of the output.
+    pub row: usize,
+    /// Column of the output; `padded(n)` and above are columns that must not be written.
+    pub column: usize,
+    /// Bits of the reference's f32.
+    pub want_bits: u32,
+    /// Bits the kernel left.
+    pub got_bits: u32,
+}
+
+impl fmt::Display for Mismatch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Mismatch { case, row, column, want_bits, got_bits } = *self;
+        let (want, got) = (f32::from_bits(want_bits), f32::from_bits(got_bits));
+        write!(f, "{case} operands: y[{row}][{column}] is {got:e} ({got_bits:08x}), not {want:e} ({want_bits:08x})")
+    }
+}
+
+/// Why a kernel is not trusted; `F` is the platform's fault.
+#[derive(Clone, PartialEq, Debug, thiserror::Error)]
+pub enum VerifyError<F> {
+    /// Output differs from the reference.
+    #[error("the kernel is wrong: {0}")]
+    Wrong(Mismatch),
+    /// The kernel raised a CPU fault.
+    #[error("the kernel faulted")]
+    Faulted(F),
+    /// There is nothing to compare it with.
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+}
+
+/// Expected outputs of one slot, kept while its variants are tried.
+#[derive(Debug, Default)]
+pub(crate) struct Cases {
+    slot: Option<usize>,
+    cases: Vec<Case>,
+}
+
+#[derive(Debug)]
+struct Case {
+    name: &'static str,
+    x: AlignedBytes,
+    w: Weights,
+    before: Vec<f32>,
+    want: Vec<f32>,
+}
+
+#[derive(Debug)]
+enum Weights {
+    Own(AlignedBytes),
+    /// Bytes of the arena.
+    Arena(Range<usize>),
+}
+
+impl Weights {
+    fn bytes<'a>(&'a self, arena: &'a [u8]) -> &'a [u8] {
+        match self {
+            Weights::Own(bytes) => bytes,
+            Weights::Arena(range) => &arena[range.clone()],
+        }
+    }
+}
+
+impl Case {
+    fn new(level: Level, key: &KernelKey, name: &'static str, x: AlignedBytes, w: Weights, arena: &[u8]) -> Self {
+        let (m, columns) = (key.m as usize, padded(key.n as usize));
+        let stride = columns + SPARE;
+        let mut rng = SplitMix64::new(m as u64);
+        let before: Vec<f32> = (0..m * stride + SPARE).map(|_| rng.next_bell()).collect();
+        let mut want = before.clone();
+        run_reference(level, key, &x, w.bytes(arena), ColumnsMut::new(&mut want, m, columns, stride));
+        Self { name, x, w, before, want }
+    }
+
+    /// Runs `kernel` through `call` and compares.
+    fn check<F>(
+        &self,
+        kernel: Kernel,
+        arena: &[u8],
+        got: &mut Vec<f32>,
+        call: &mut dyn FnMut(Kernel, KernelArgs<'_>) -> Result<(), F>,
+    ) -> Result<(), VerifyError<F>> {
+        got.clear();
+        got.extend_from_slice(&self.before);
+        let ldy = padded(kernel.key().n as usize) + SPARE;
+        let args = KernelArgs { x: &self.x, w: self.w.bytes(arena), y: got, ldy };
+        call(kernel, args).map_err(VerifyError::Faulted)?;
+        match self.want.iter().zip(&*got).position(|(want, got)| want.to_bits() != got.to_bits()) {
+            None => Ok(()),
+            Some(at) => Err(VerifyError::Wrong(Mismatch {
+                case: self.name,
+                row: at / ldy,
+                column: at % ldy,
+                want_bits: self.want[at].to_bits(),
+                got_bits: got[at].to_bits(),
+            })),
+        }
+    }
+}
+
+/// Compares `kernel` with the reference on random operands alone: for tests of a compiler without a model.
+///
+/// # Errors
+/// [`VerifyError::Wrong`] with the first difference, [`VerifyError::Faulted`] with what `call` reports.
+pub fn verify_random<F>(
+    level: Level,
+    kernel: Kernel,
+    seed: u64,
+    call: &mut dyn FnMut(Kernel, KernelArgs<'_>) -> Result<(), F>,
+) -> Result<(), VerifyError<F>> {
+    let key = kernel.key();
+    let mut rng = SplitMix64::new(seed);
+    let (x, w) = (random_activations(&key, &mut rng), random_weights(&key, &mut rng));
+    let case = Case::new(level, &key, "random", x, Weights::Own(w), &[]);
+    case.check(kernel, &[], &mut Vec::new(), call)
+}
+
+impl Engine<'_> {
+    /// Compares `kernel` with the reference on random operands and on this model's own, each call made through `call`
+    /// (which survives faults). What the reference gives is kept for the next kernel of the same slot.
+    ///
+    /// # Errors
+    /// [`VerifyError::Wrong`] with the first difference, [`VerifyError::Faulted`] with what `call` reports,
+    /// [`VerifyError::Engine`] for a slot that does not exist or a kernel for another key.
+    pub fn verify<F>(
+        &mut self,
+        slot: usize,
+        kernel: Kernel,
+        call: &mut dyn FnMut(Kernel, KernelArgs<'_>) -> Result<(), F>,
+    ) -> Result<(), VerifyError<F>> {
+        let slots = self.table.len();
+        let key = self.table.key(slot).ok_or(EngineError::NoSlot { slot, slots })?;
+        if kernel.key() != key {
+            return Err(EngineError::KeyMismatch { slot: key, kernel: kernel.key() }.into());
+        }
+        if self.verify.slot != Some(slot) {
+            let cases = self.cases(slot, &key);
+            self.verify = Cases { slot: Some(slot), cases };
+        }
+        let mut got = Vec::new();
+        for case in &self.verify.cases {
+            case.check(kernel, self.weights, &mut got, call)?;
+        }
+        Ok(())
+    }
+
+    fn cases(&self, slot: usize, key: &KernelKey) -> Vec<Case> {
+        let level = self.table.level();
+        let mut rng = SplitMix64::new(u64::from(key.n) << 32 | u64::from(key.k));
+        let mut cases = Vec::new();
+        if key.weight_bytes() <= RANDOM_WEIGHT_BYTES {
+            let (x, w) = (random_activations(key, &mut rng), random_weights(key, &mut rng));
+            cases.push(Case::new(level, key, "random", x, Weights::Own(w), self.weights));
+        }
+        // The last slice of the last matrix: the one with padding, where there is any.
+        if let Some((matrix, bucket)) = self.instances_of(slot).last() {
+            let mut parts = (0..matrix.partition.parts()).filter(|&part| matrix.slot(part, bucket) == Some(slot));
+            if let Some(part) = parts.next_back() {
+                let x = match &self.captured[slot] {
+                    Some(x) => AlignedBytes::copy_of(x),
+                    None => random_activations(key, &mut rng),
+                };
+                let w = Weights::Arena(matrix.part_bytes(part));
+                cases.push(Case::new(level, key, "model", x, w, self.weights));
+            }
+        }
+        cases
+    }
+}

@@ -1,0 +1,341 @@
+//! Which matrices a model has once packed: fusion, slices, where each lies in the weights arena, and its slots.
+//!
+//! Input: a `ModelDescription` and the number of cores. Output: a [`Plan`] with the arena's size and, for every tensor of
+//! the file, where its rows go. Fused where the types allow it: q, k, v side by side, gate and up by alternating panels.
+
+use crate::dispatch::{MAX_PARTS, Partition};
+use crate::error::EngineError;
+use crate::pack::{ColumnMap, RowFormat};
+use crate::table::KernelTable;
+use alloc::vec::Vec;
+use core::ops::Range;
+use model::kernel::{DType, KernelKey, M_BUCKETS, Op};
+use model::layout::{PANEL, WEIGHT_ALIGN, op_weight_bytes, panel_bytes, panels};
+use model::{Config, ModelDescription, Role, Tensor, TensorType};
+
+/// One packed matrix and how its op is shared between workers.
+#[derive(Clone, Debug)]
+pub struct Matrix {
+    /// The op it serves.
+    pub op: Op,
+    /// Type of its packed weights.
+    pub dtype: DType,
+    /// Output columns, without padding.
+    pub n: usize,
+    /// Length of the sum.
+    pub k: usize,
+    /// Output columns of each worker, whole panels.
+    pub partition: Partition,
+    /// Bytes of the arena, from its first aligned byte.
+    pub bytes: Range<usize>,
+    /// For each batch bucket, slots of the longer and of the shorter slices; set by [`Matrix::add_slots`].
+    slots: [[Option<usize>; 2]; M_BUCKETS.len()],
+}
+
+impl Matrix {
+    fn new(op: Op, dtype: DType, n: usize, k: usize, threads: usize, at: &mut usize) -> Self {
+        let start = *at;
+        *at += op_weight_bytes(op, dtype, n, k).next_multiple_of(WEIGHT_ALIGN);
+        let partition = Partition::even(panels(n), PANEL, threads);
+        let bytes = start..start + op_weight_bytes(op, dtype, n, k);
+        Self { op, dtype, n, k, partition, bytes, slots: [[None; 2]; M_BUCKETS.len()] }
+    }
+
+    /// Columns of the longer slices, which come first, and of the shorter ones (0 when there are none).
+    fn slice_columns(&self) -> [usize; 2] {
+        let longest = self.partition.range(0).len();
+        let shortest = self.partition.range(self.partition.parts() - 1).len();
+        if longest == shortest { [longest, 0] } else { [longest, shortest] }
+    }
+
+    /// Makes the slots of this matrix. A slice's key counts its padding columns: kernels compute them anyway, and so
+    /// the last slice has no key of its own.
+    fn add_slots(&mut self, table: &mut KernelTable) {
+        let buckets = if self.op == Op::LmHead { 1 } else { M_BUCKETS.len() };
+        for (bucket, &m) in M_BUCKETS.iter().enumerate().take(buckets) {
+            for (i, columns) in self.slice_columns().into_iter().enumerate() {
+                if columns > 0 {
+                    let slices = (0..self.partition.parts()).filter(|&p| self.partition.range(p).len() == columns);
+                    // Columns and depth come from 32-bit file fields.
+                    let key = KernelKey { op: self.op, dtype: self.dtype, m, n: columns as u32, k: self.k as u32 };
+                    self.slots[bucket][i] = Some(table.slot_for(key, slices.count()));
+                }
+            }
+        }
+    }
+
+    /// Slot of the slice `part`; `None` for an empty slice.
+    pub(crate) fn slot(&self, part: usize, bucket: usize) -> Option<usize> {
+        let columns = self.partition.range(part).len();
+        let [longer, _] = self.slice_columns();
+        if columns == 0 { None } else { self.slots[bucket][usize::from(columns != longer)] }
+    }
+
+    /// The different slots of this matrix's slices.
+    pub(crate) fn slots(&self, bucket: usize) -> impl Iterator<Item = usize> + use<> {
+        self.slots[bucket].into_iter().flatten()
+    }
+
+    /// Bytes of the arena that the slice `part` reads.
+    pub(crate) fn part_bytes(&self, part: usize) -> Range<usize> {
+        let panel = self.op.columns_per_output() * panel_bytes(self.dtype, self.k) / PANEL;
+        let columns = self.partition.range(part);
+        self.bytes.start + columns.start * panel..self.bytes.start + columns.end * panel
+    }
+
+    /// Bytes of the whole matrix with the arena's packing.
+    pub fn len_bytes(&self) -> usize {
+        self.bytes.len()
+    }
+}
+
+/// Query, key and value projection of one layer.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum QkvWeights {
+    /// One matrix.
+    Fused(usize),
+    /// Three, because their types differ.
+    Separate { q: usize, k: usize, v: usize },
+}
+
+/// Gate and up projection of one layer.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum GateUpWeights {
+    /// One matrix with alternating panels.
+    Fused(usize),
+    /// Two, because their types differ.
+    Separate { gate: usize, up: usize },
+}
+
+/// The matrices of one layer, as indices into [`Plan::matrices`].
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct LayerWeights {
+    pub qkv: QkvWeights,
+    pub attn_out: usize,
+    pub gate_up: GateUpWeights,
+    pub down: usize,
+}
+
+/// Where rows of the token embedding come from.
+#[derive(Clone, Debug)]
+pub(crate) enum Embedding {
+    /// Columns of the packed output head.
+    Head,
+    /// File rows kept as they are, at these bytes of the arena.
+    Rows { bytes: Range<usize>, ty: TensorType },
+}
+
+/// Where the rows of one tensor of the file go.
+#[derive(Clone, Debug)]
+pub(crate) enum Destination {
+    /// Into a packed matrix.
+    Packed { matrix: usize, map: ColumnMap, format: RowFormat },
+    /// Into the arena as they are.
+    Rows { bytes: Range<usize> },
+    /// Into the norm weights, from this element on.
+    Norm { at: usize },
+}
+
+/// One tensor of the file and its destination.
+#[derive(Clone, Debug)]
+pub(crate) struct PlannedTensor {
+    pub tensor: Tensor,
+    pub row_bytes: usize,
+    pub destination: Destination,
+}
+
+/// How a model will lie in memory.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    pub(crate) config: Config,
+    pub(crate) threads: usize,
+    pub(crate) matrices: Vec<Matrix>,
+    pub(crate) layers: Vec<LayerWeights>,
+    pub(crate) head: usize,
+    pub(crate) embedding: Embedding,
+    /// In file order.
+    pub(crate) tensors: Vec<PlannedTensor>,
+    arena_len: usize,
+}
+
+impl Plan {
+    /// Plans a model for `threads` cores.
+    ///
+    /// # Errors
+    /// Too many threads, a missing tensor, or a tensor that no op can read.
+    pub fn new(model: &ModelDescription, threads: usize) -> Result<Plan, EngineError> {
+        if !(1..=MAX_PARTS).contains(&threads) {
+            return Err(EngineError::Threads { threads, max: MAX_PARTS });
+        }
+        let config = model.config.clone();
+        let mut planner = Planner { model, threads, matrices: Vec::new(), tensors: Vec::new(), at: 0 };
+        let mut layers = Vec::with_capacity(config.n_layers as usize);
+        for layer in 0..config.n_layers {
+            layers.push(planner.layer(layer)?);
+        }
+        let head_role = if config.tied_head { Role::TokenEmbedding } else { Role::Output };
+        let head = planner.matrix(Op::LmHead, None, head_role, &[])?;
+        let embedding = if config.tied_head { Embedding::Head } else { planner.embedding_rows()? };
+        planner.norm(Role::OutputNorm, None, 2 * config.n_layers as usize)?;
+        let Planner { matrices, mut tensors, at, .. } = planner;
+        tensors.sort_by_key(|planned| planned.tensor.offset);
+        Ok(Plan { config, threads, matrices, layers, head, embedding, tensors, arena_len: at })
+    }
+
+    /// Bytes of the weights arena, with room to align its start.
+    pub fn arena_bytes(&self) -> usize {
+        self.arena_len + WEIGHT_ALIGN
+    }
+
+    /// Bytes of packed weights that one decoded token reads: all matrices once, embedding rows excepted.
+    pub fn token_bytes(&self) -> usize {
+        self.matrices.iter().map(Matrix::len_bytes).sum()
+    }
+
+    /// Cores the matrices are cut for.
+    pub fn threads(&self) -> usize {
+        self.threads
+    }
+
+    /// First aligned byte of `arena` and the bytes from there on.
+    pub(crate) fn base(&self, arena: &[u8]) -> Result<usize, EngineError> {
+        let base = arena.as_ptr().align_offset(WEIGHT_ALIGN);
+        let need_bytes = self.arena_len.saturating_add(base);
+        if arena.len() < need_bytes {
+            return Err(EngineError::ArenaTooSmall { need_bytes, have_bytes: arena.len() });
+        }
+        Ok(base)
+    }
+
+    /// Makes the kernel table's slots.
+    pub(crate) fn add_slots(&mut self, table: &mut KernelTable) {
+        for matrix in &mut self.matrices {
+            matrix.add_slots(table);
+        }
+    }
+}
+
+struct Planner<'a> {
+    model: &'a ModelDescription,
+    threads: usize,
+    matrices: Vec<Matrix>,
+    tensors: Vec<PlannedTensor>,
+    /// Bytes of the arena given away.
+    at: usize,
+}
+
+impl Planner<'_> {
+    fn tensor(&self, role: Role, layer: Option<u32>) -> Result<Tensor, EngineError> {
+        let missing = || EngineError::MissingTensor { name: role.tensor_name(layer) };
+        self.model.tensor(role, layer).copied().ok_or_else(missing)
+    }
+
+    /// Bytes of one file row, checked against the tensor's length.
+    fn row_bytes(tensor: &Tensor) -> Result<usize, EngineError> {
+        let Tensor { n, k, len_bytes, .. } = *tensor;
+        let shape = || EngineError::Shape { name: tensor.name(), n, k, len_bytes };
+        let row_bytes = tensor.ty.row_bytes(u64::from(k)).ok_or_else(shape)?;
+        let whole = row_bytes > 0 && row_bytes.checked_mul(u64::from(n)) == Some(len_bytes);
+        if whole { usize::try_from(row_bytes).map_err(|_| shape()) } else { Err(shape()) }
+    }
+
+    fn format(tensor: &Tensor) -> Result<RowFormat, EngineError> {
+        let unsupported = || EngineError::UnsupportedType { name: tensor.name(), found: tensor.ty.name() };
+        RowFormat::of(tensor.ty).ok_or_else(unsupported)
+    }
+
+    /// A matrix of the tensors `first` and `others` of a layer, side by side (`GateUpSilu`: in alternating panels).
+    fn matrix(&mut self, op: Op, layer: Option<u32>, first: Role, others: &[Role]) -> Result<usize, EngineError> {
+        let index = self.matrices.len();
+        let Tensor { n, k, ty, .. } = self.packed(index, first, layer, op, 0)?;
+        let mut columns = n as usize;
+        for &role in others {
+            let tensor = self.packed(index, role, layer, op, columns)?;
+            if op != Op::GateUpSilu {
+                columns += tensor.n as usize;
+            }
+        }
+        let dtype =
+            ty.dtype().ok_or(EngineError::UnsupportedType { name: first.tensor_name(layer), found: ty.name() })?;
+        self.matrices.push(Matrix::new(op, dtype, columns, k as usize, self.threads, &mut self.at));
+        Ok(index)
+    }
+
+    /// Plans one tensor of the matrix `matrix`, behind `columns` others.
+    fn packed(
+        &mut self,
+        matrix: usize,
+        role: Role,
+        layer: Option<u32>,
+        op: Op,
+        columns: usize,
+    ) -> Result<Tensor, EngineError> {
+        let tensor = self.tensor(role, layer)?;
+        let map = match (op, role) {
+            (Op::GateUpSilu, Role::Up) => ColumnMap::UP,
+            (Op::GateUpSilu, _) => ColumnMap::GATE,
+            _ => ColumnMap::after(columns),
+        };
+        let destination = Destination::Packed { matrix, map, format: Self::format(&tensor)? };
+        self.tensors.push(PlannedTensor { tensor, row_bytes: Self::row_bytes(&tensor)?, destination });
+        Ok(tensor)
+    }
+
+    fn same_type(&self, roles: &[Role], layer: Option<u32>) -> Result<bool, EngineError> {
+        let mut types = Vec::with_capacity(roles.len());
+        for &role in roles {
+            types.push(Self::format(&self.tensor(role, layer)?)?.dtype());
+        }
+        Ok(types.windows(2).all(|pair| pair[0] == pair[1]))
+    }
+
+    fn layer(&mut self, number: u32) -> Result<LayerWeights, EngineError> {
+        let layer = Some(number);
+        self.norm(Role::AttnNorm, layer, 2 * number as usize)?;
+        self.norm(Role::FfnNorm, layer, 2 * number as usize + 1)?;
+        let qkv = if self.same_type(&[Role::Q, Role::K, Role::V], layer)? {
+            QkvWeights::Fused(self.matrix(Op::Qkv, layer, Role::Q, &[Role::K, Role::V])?)
+        } else {
+            QkvWeights::Separate {
+                q: self.matrix(Op::Matmul, layer, Role::Q, &[])?,
+                k: self.matrix(Op::Matmul, layer, Role::K, &[])?,
+                v: self.matrix(Op::Matmul, layer, Role::V, &[])?,
+            }
+        };
+        let attn_out = self.matrix(Op::MatmulResidual, layer, Role::AttnOut, &[])?;
+        let gate_up = if self.same_type(&[Role::Gate, Role::Up], layer)? {
+            GateUpWeights::Fused(self.matrix(Op::GateUpSilu, layer, Role::Gate, &[Role::Up])?)
+        } else {
+            GateUpWeights::Separate {
+                gate: self.matrix(Op::Matmul, layer, Role::Gate, &[])?,
+                up: self.matrix(Op::Matmul, layer, Role::Up, &[])?,
+            }
+        };
+        let down = self.matrix(Op::MatmulResidual, layer, Role::Down, &[])?;
+        Ok(LayerWeights { qkv, attn_out, gate_up, down })
+    }
+
+    /// A norm's weights go to row `row` of the norm table.
+    fn norm(&mut self, role: Role, layer: Option<u32>, row: usize) -> Result<(), EngineError> {
+        let tensor = self.tensor(role, layer)?;
+        if tensor.ty != TensorType::F32 {
+            return Err(EngineError::UnsupportedType { name: tensor.name(), found: tensor.ty.name() });
+        }
+        let row_bytes = Self::row_bytes(&tensor)?;
+        let destination = Destination::Norm { at: row * self.model.config.dim as usize };
+        self.tensors.push(PlannedTensor { tensor, row_bytes, destination });
+        Ok(())
+    }
+
+    /// Keeps the token embedding as the file has it: its rows are read one at a time.
+    fn embedding_rows(&mut self) -> Result<Embedding, EngineError> {
+        let tensor = self.tensor(Role::TokenEmbedding, None)?;
+        Self::format(&tensor)?;
+        let row_bytes = Self::row_bytes(&tensor)?;
+        let bytes = self.at..self.at + row_bytes * tensor.n as usize;
+        self.at = bytes.end.next_multiple_of(WEIGHT_ALIGN);
+        let destination = Destination::Rows { bytes: bytes.clone() };
+        self.tensors.push(PlannedTensor { tensor, row_bytes, destination });
+        Ok(Embedding::Rows { bytes, ty: tensor.ty })
+    }
+}
