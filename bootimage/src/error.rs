@@ -7,6 +7,9 @@ use std::path::PathBuf;
 /// Why an image could not be built or read.
 #[derive(Debug, thiserror::Error)]
 pub enum ImageError {
+    /// A bootable image without a kernel.
+    #[error("a bootable image needs a kernel; give one or leave out --bootable")]
+    NothingToBoot,
     /// An input cannot be opened.
     #[error("cannot read {what} at {}: {reason}", path.display())]
     Input {

@@ -69,8 +69,8 @@ pub struct FileSpec {
 /// What goes into an image.
 #[derive(Clone, Debug)]
 pub struct ImageSpec {
-    /// The guest's ELF file.
-    pub kernel: PathBuf,
+    /// The guest's ELF file; `None` makes a volume that only holds data, such as `hosted`'s snapshot.
+    pub kernel: Option<PathBuf>,
     /// Text of BAREFLOW.CFG.
     pub config: String,
     /// Models and tokenizers.
@@ -88,8 +88,13 @@ pub struct ImageSpec {
 impl ImageSpec {
     /// An image of `kernel` alone, with default slots and an empty configuration.
     pub fn new(kernel: impl Into<PathBuf>) -> Self {
+        Self { kernel: Some(kernel.into()), ..Self::without_kernel() }
+    }
+
+    /// An image with slots and nothing to boot.
+    pub fn without_kernel() -> Self {
         Self {
-            kernel: kernel.into(),
+            kernel: None,
             config: String::new(),
             files: Vec::new(),
             slot_mib: DEFAULT_SLOT_MIB,
@@ -131,8 +136,16 @@ pub fn build(spec: &ImageSpec, out: &Path) -> Result<Vec<Entry>, ImageError> {
     if !spec.overwrite && out.exists() {
         return Err(ImageError::OutputExists { path: out.to_owned() });
     }
-    let (kernel, kernel_len) = open_input(&spec.kernel, "the kernel")?;
-    check_elf(kernel, &spec.kernel)?;
+    let mut lengths: Vec<(String, u64)> = Vec::new();
+    match &spec.kernel {
+        Some(path) => {
+            let (kernel, len_bytes) = open_input(path, "the kernel")?;
+            check_elf(kernel, path)?;
+            lengths.push(("KERNEL.ELF".into(), len_bytes));
+        }
+        None if spec.bootable => return Err(ImageError::NothingToBoot),
+        None => {}
+    }
     let mut inputs = Vec::new();
     for file in &spec.files {
         names::check(&file.name)?;
@@ -148,7 +161,6 @@ pub fn build(spec: &ImageSpec, out: &Path) -> Result<Vec<Entry>, ImageError> {
     }
     let grub = if spec.bootable { Some(grub::make()?) } else { None };
 
-    let mut lengths: Vec<(String, u64)> = vec![("KERNEL.ELF".into(), kernel_len)];
     lengths.extend(inputs.iter().map(|(file, len)| (file.name.clone(), *len)));
     lengths.extend(SLOT_NAMES.map(|name| (name.to_owned(), spec.slot_mib.saturating_mul(MIB))));
     lengths.push(("REPORT.TXT".into(), REPORT_LEN_BYTES as u64));
@@ -272,8 +284,10 @@ fn write_volume(
         report.resize(REPORT_LEN_BYTES, b'\n');
         put("REPORT.TXT", &mut report.as_slice()).map_err(failed)?;
         put("BAREFLOW.CFG", &mut spec.config.as_bytes()).map_err(failed)?;
-        let (mut kernel, _) = open_input(&spec.kernel, "the kernel")?;
-        put("KERNEL.ELF", &mut kernel).map_err(failed)?;
+        if let Some(path) = &spec.kernel {
+            let (mut kernel, _) = open_input(path, "the kernel")?;
+            put("KERNEL.ELF", &mut kernel).map_err(failed)?;
+        }
         if let Some(grub) = grub {
             root.create_dir("EFI").and_then(|efi| efi.create_dir("BOOT")).map_err(failed)?;
             put("EFI/BOOT/BOOTX64.EFI", &mut grub.efi.as_slice()).map_err(failed)?;
