@@ -181,6 +181,19 @@ fn every_refusal_has_its_reason_and_leaves_nothing_behind() {
 }
 
 #[test]
+fn an_image_without_a_kernel_holds_slots_and_cannot_be_bootable() {
+    let fixture = Fixture::new();
+    let out = fixture.path("disk.img");
+    let spec = ImageSpec { slot_mib: 1, ..ImageSpec::without_kernel() };
+    let error = build(&ImageSpec { bootable: true, ..spec.clone() }, &out).unwrap_err();
+    assert!(matches!(error, ImageError::NothingToBoot), "{error}");
+    assert!(!out.exists());
+    let entries = build(&spec, &out).unwrap();
+    let names: Vec<&str> = entries.iter().map(|e| e.path.as_str()).collect();
+    assert_eq!(names, ["BAREFLOW.CFG", "REPORT.TXT", "SNAPA.BIN", "SNAPB.BIN"]);
+}
+
+#[test]
 fn an_existing_image_is_kept_unless_told_otherwise() {
     let fixture = Fixture::new();
     let out = fixture.write("disk.img", b"a snapshot worth keeping");
