@@ -62,7 +62,8 @@ pub enum VerifyError<F> {
 /// Expected outputs of one slot, kept while its variants are tried.
 #[derive(Debug, Default)]
 pub(crate) struct Cases {
-    slot: Option<usize>,
+    /// The slot, and whether activations were captured for it when the cases were made.
+    of: Option<(usize, bool)>,
     cases: Vec<Case>,
 }
 
@@ -163,9 +164,10 @@ impl Engine<'_> {
         if kernel.key() != key {
             return Err(EngineError::KeyMismatch { slot: key, kernel: kernel.key() }.into());
         }
-        if self.verify.slot != Some(slot) {
+        let of = Some((slot, self.is_captured(slot)));
+        if self.verify.of != of {
             let cases = self.cases(slot, &key);
-            self.verify = Cases { slot: Some(slot), cases };
+            self.verify = Cases { of, cases };
         }
         let mut got = Vec::new();
         for case in &self.verify.cases {

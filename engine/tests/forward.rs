@@ -1,0 +1,290 @@
+//! The forward pass on synthetic models: equal to the formula in f64, and the same bits whatever computes it, on however
+//! many workers, in whatever chunks the file and the prompt come.
+
+mod support;
+
+use engine::operands::AlignedBytes;
+use engine::simd::Level;
+use engine::workers::Single;
+use engine::{Engine, EngineError, Isa, Loader, Plan, Session, Tier};
+use model::quant::{dequantise, quantise};
+use model::synthetic::{self, Spec, TokenizerKind};
+use model::{ModelDescription, Role, TensorType};
+use support::{Threads, forced_logits, generate, load, session_memory};
+
+fn gguf(spec: &Spec) -> (ModelDescription, Vec<u8>) {
+    let file = synthetic::gguf(spec).unwrap();
+    (model::gguf::read(&file, file.len() as u64).unwrap(), file)
+}
+
+/// Models that between them take every branch of planning and of the pass.
+fn specs() -> Vec<(&'static str, Spec)> {
+    let base = Spec::default();
+    let quantised = |ty| Spec { matrices: ty, ..Spec::default() };
+    vec![
+        ("f32", base.clone()),
+        ("f16", quantised(TensorType::F16)),
+        ("bf16", quantised(TensorType::BF16)),
+        ("q8_0", quantised(TensorType::Q8_0)),
+        ("q4_0", quantised(TensorType::Q4_0)),
+        ("q4_1", quantised(TensorType::Q4_1)),
+        (
+            "odd sizes",
+            Spec { dim: 40, hidden_dim: 52, n_heads: 5, n_kv_heads: 1, head_dim: 6, n_layers: 3, ..base.clone() },
+        ),
+        ("untied", Spec { tied_head: false, tokenizer: TokenizerKind::SentencePiece, ..base.clone() }),
+        (
+            "mixed",
+            Spec {
+                tied_head: false,
+                matrices: TensorType::Q4_1,
+                overrides: vec![
+                    (Role::TokenEmbedding, TensorType::Q8_0),
+                    (Role::Output, TensorType::F16),
+                    (Role::K, TensorType::F16),
+                    (Role::V, TensorType::Q8_0),
+                    (Role::Up, TensorType::F32),
+                    (Role::Down, TensorType::Q4_0),
+                ],
+                ..base
+            },
+        ),
+    ]
+}
+
+const PROMPT: [u32; 23] = [1, 7, 70, 200, 31, 3, 150, 99, 12, 45, 45, 45, 8, 250, 17, 101, 64, 33, 2, 299, 0, 77, 5];
+const FORCED: [u32; 3] = [19, 280, 4];
+
+fn bits(logits: &[Vec<f32>]) -> Vec<u32> {
+    logits.iter().flatten().map(|x| x.to_bits()).collect()
+}
+
+#[test]
+fn every_tier_thread_count_and_chunking_gives_the_same_logits() {
+    for (name, spec) in specs() {
+        let (model, file) = gguf(&spec);
+        let mut reference = load(&model, &file, 1, file.len(), Isa::PORTABLE, Tier::Reference);
+        let want = bits(&forced_logits(&mut reference, &Single, &PROMPT, &FORCED));
+        for (threads, chunk_bytes, isa, tier) in [
+            (1, 1 << 20, Isa::detect(), Tier::Reference),
+            (1, 1000, Isa::PORTABLE, Tier::Baseline),
+            (1, 4099, Isa::detect(), Tier::Baseline),
+            (2, 17, Isa::detect(), Tier::Baseline),
+            (3, 65_536, Isa::detect(), Tier::Baseline),
+            // More workers than panels: some have nothing to do.
+            (7, 512, Isa::detect(), Tier::Baseline),
+        ] {
+            let mut engine = load(&model, &file, threads, chunk_bytes, isa, tier);
+            let got = bits(&forced_logits(&mut engine, &Threads(threads), &PROMPT, &FORCED));
+            assert!(got == want, "{name}: {threads} threads, chunks of {chunk_bytes}, {isa:?}, {tier:?}");
+        }
+        // Fewer workers than the plan has parts: each takes several.
+        let mut engine = load(&model, &file, 3, 1 << 20, Isa::detect(), Tier::Baseline);
+        assert!(bits(&forced_logits(&mut engine, &Threads(2), &PROMPT, &FORCED)) == want, "{name}: 3 parts on 2");
+    }
+}
+
+#[test]
+fn a_prompt_in_any_pieces_is_the_same_context() {
+    let (model, file) = gguf(&Spec { matrices: TensorType::Q8_0, ..Spec::default() });
+    let mut engine = load(&model, &file, 2, 1 << 20, Isa::detect(), Tier::Baseline);
+    let prompt: Vec<u32> = (0..150).map(|i| i * 37 % 300).collect();
+    let mut memory = session_memory(&engine, 160);
+    let mut session = Session::new(&engine, 160, &mut memory).unwrap();
+    let whole = session.prefill(&mut engine, &Threads(2), &prompt).unwrap().to_vec();
+    assert_eq!(session.pos(), 150);
+    for piece in [1, 3, 5, 16, 40, 64, 100] {
+        session.truncate(0);
+        let mut last = Vec::new();
+        for tokens in prompt.chunks(piece) {
+            last = session.prefill(&mut engine, &Threads(2), tokens).unwrap().to_vec();
+        }
+        assert!(bits(&[last]) == bits(std::slice::from_ref(&whole)), "pieces of {piece}");
+    }
+    // Going back in the context and on again is the same as never having been further.
+    session.truncate(100);
+    let again = session.prefill(&mut engine, &Threads(2), &prompt[100..]).unwrap().to_vec();
+    assert!(bits(&[again]) == bits(&[whole]));
+}
+
+#[test]
+fn both_file_formats_give_the_same_tokens() {
+    let spec = Spec { tokenizer: TokenizerKind::SentencePiece, ..Spec::default() };
+    let (model, file) = gguf(&spec);
+    let files = synthetic::llama2c(&spec).unwrap();
+    let other = model::llama2c::read(&files.model, files.model.len() as u64, &files.tokenizer).unwrap();
+    let mut a = load(&model, &file, 2, 3000, Isa::detect(), Tier::Baseline);
+    let mut b = load(&other, &files.model, 1, 100, Isa::detect(), Tier::Reference);
+    let tokens = generate(&mut a, &Threads(2), &PROMPT, 100);
+    assert_eq!(tokens, generate(&mut b, &Single, &PROMPT, 100));
+}
+
+/// Activations as int8 blocks hold them.
+fn as_int8(x: &[f64]) -> Vec<f64> {
+    let block = |x: &[f64]| -> Vec<f64> {
+        let d = x.iter().fold(0.0f64, |max, x| max.max(x.abs())) / 127.0;
+        x.iter().map(|x| if d == 0.0 { 0.0 } else { (x / d).round_ties_even() * d }).collect()
+    };
+    x.chunks(32).flat_map(block).collect()
+}
+
+/// The whole model in f64, from the weights as the file stores them: every position's logits.
+fn naive_logits(spec: &Spec, tokens: &[u32]) -> Vec<Vec<f64>> {
+    let c = spec.config();
+    let (dim, head_dim) = (c.dim as usize, c.head_dim as usize);
+    let weights = |role: Role, layer| -> Vec<f64> {
+        let exact = spec.weights(role, layer);
+        let (mut stored, mut read) = (Vec::new(), vec![0.0f32; exact.len()]);
+        quantise(spec.type_of(role), &exact, &mut stored).unwrap();
+        dequantise(spec.type_of(role), &stored, &mut read).unwrap();
+        read.into_iter().map(f64::from).collect()
+    };
+    let matmul = |x: &[f64], w: &[f64], role: Role| -> Vec<f64> {
+        let quantised = spec.type_of(role).dtype().unwrap().is_quantised();
+        let x = if quantised { as_int8(x) } else { x.to_vec() };
+        w.chunks_exact(x.len()).map(|row| row.iter().zip(&x).map(|(a, b)| a * b).sum()).collect()
+    };
+    let norm = |x: &[f64], gain: &[f64]| -> Vec<f64> {
+        let scale = 1.0 / (x.iter().map(|x| x * x).sum::<f64>() / x.len() as f64 + f64::from(c.norm_eps)).sqrt();
+        x.iter().zip(gain).map(|(x, g)| x * scale * g).collect()
+    };
+    let rope = |x: &mut [f64], pos: usize| {
+        for head in x.chunks_exact_mut(head_dim) {
+            for (i, pair) in head.chunks_exact_mut(2).enumerate() {
+                let angle = pos as f64 * f64::from(c.rope_base).powf(-2.0 * i as f64 / head_dim as f64);
+                let (x0, x1) = (pair[0], pair[1]);
+                pair[0] = x0 * angle.cos() - x1 * angle.sin();
+                pair[1] = x0 * angle.sin() + x1 * angle.cos();
+            }
+        }
+    };
+    let embedding = weights(Role::TokenEmbedding, None);
+    let row = |&token: &u32| embedding[token as usize * dim..][..dim].to_vec();
+    let mut xs: Vec<Vec<f64>> = tokens.iter().map(row).collect();
+    for layer in 0..c.n_layers {
+        let w = |role| weights(role, Some(layer));
+        let (wq, wk, wv, wo) = (w(Role::Q), w(Role::K), w(Role::V), w(Role::AttnOut));
+        let (gate, up, down) = (w(Role::Gate), w(Role::Up), w(Role::Down));
+        let (attn_norm, ffn_norm) = (w(Role::AttnNorm), w(Role::FfnNorm));
+        let (mut keys, mut values) = (Vec::new(), Vec::new());
+        for (pos, x) in xs.iter_mut().enumerate() {
+            let h = norm(x, &attn_norm);
+            let (mut q, mut k) = (matmul(&h, &wq, Role::Q), matmul(&h, &wk, Role::K));
+            rope(&mut q, pos);
+            rope(&mut k, pos);
+            keys.push(k);
+            values.push(matmul(&h, &wv, Role::V));
+            let mut attended = Vec::new();
+            for (head, q) in q.chunks_exact(head_dim).enumerate() {
+                let kv = head / c.heads_per_kv() as usize * head_dim;
+                let score = |k: &Vec<f64>| {
+                    (q.iter().zip(&k[kv..]).map(|(a, b)| a * b).sum::<f64>() / (head_dim as f64).sqrt()).exp()
+                };
+                let scores: Vec<f64> = keys.iter().map(score).collect();
+                let sum: f64 = scores.iter().sum();
+                let out = |d| scores.iter().zip(&values).map(|(s, v)| s * v[kv + d]).sum::<f64>() / sum;
+                attended.extend((0..head_dim).map(out));
+            }
+            for (x, add) in x.iter_mut().zip(matmul(&attended, &wo, Role::AttnOut)) {
+                *x += add;
+            }
+            let h = norm(x, &ffn_norm);
+            let (gate, up) = (matmul(&h, &gate, Role::Gate), matmul(&h, &up, Role::Up));
+            let inner: Vec<f64> = gate.iter().zip(&up).map(|(g, u)| g / (1.0 + (-g).exp()) * u).collect();
+            for (x, add) in x.iter_mut().zip(matmul(&inner, &down, Role::Down)) {
+                *x += add;
+            }
+        }
+    }
+    let role = if c.tied_head { Role::TokenEmbedding } else { Role::Output };
+    let (head, gain) = (weights(role, None), weights(Role::OutputNorm, None));
+    xs.iter().map(|x| matmul(&norm(x, &gain), &head, role)).collect()
+}
+
+#[test]
+fn logits_are_those_of_the_formula() {
+    for (name, spec) in specs() {
+        // An activation at the edge between two int8 steps may round the other way in f64, and then moves everything
+        // behind it by a step's worth.
+        let int8 = Role::LAYER.into_iter().any(|role| spec.type_of(role).dtype().unwrap().is_quantised());
+        let tolerance = if int8 { 0.2 } else { 1e-4 };
+        let (model, file) = gguf(&spec);
+        let mut engine = load(&model, &file, 1, 1 << 20, Isa::detect(), Tier::Baseline);
+        let got = forced_logits(&mut engine, &Single, &PROMPT, &FORCED);
+        let tokens = [&PROMPT[..], &FORCED].concat();
+        let want = naive_logits(&spec, &tokens);
+        for (got, want) in got.iter().zip(&want[PROMPT.len() - 1..]) {
+            let error = got.iter().zip(want).map(|(a, b)| (f64::from(*a) - b).abs()).fold(0.0, f64::max);
+            let size = want.iter().fold(0.0f64, |max, x| max.max(x.abs()));
+            assert!(error < tolerance && size > 1.0, "{name}: logits up to {size}, error {error}");
+        }
+    }
+}
+
+#[test]
+fn sessions_refuse_what_they_cannot_do() {
+    let (model, file) = gguf(&Spec::default());
+    let mut engine = load(&model, &file, 1, 1 << 20, Isa::detect(), Tier::Baseline);
+    let mut memory = session_memory(&engine, 10);
+    let need_bytes = memory.len();
+    let short = Session::new(&engine, 10, &mut memory[1..]).err();
+    let have_bytes = need_bytes - 1;
+    assert_eq!(short, Some(EngineError::SessionMemory { context: 10, need_bytes, have_bytes }));
+    let mut session = Session::new(&engine, 10, &mut memory).unwrap();
+    assert_eq!(session.prefill(&mut engine, &Single, &[]).err(), Some(EngineError::NoTokens));
+    let outside = session.decode(&mut engine, &Single, 300).err();
+    assert_eq!(outside, Some(EngineError::Token { token: 300, vocab_size: 300 }));
+    session.prefill(&mut engine, &Single, &[1; 9]).unwrap();
+    let full = session.prefill(&mut engine, &Single, &[1; 2]).err();
+    assert_eq!(full, Some(EngineError::ContextFull { context: 10, pos: 9, tokens: 2 }));
+    assert_eq!(session.pos(), 9, "a refused call appends nothing");
+    session.decode(&mut engine, &Single, 1).unwrap();
+    assert!(session.decode(&mut engine, &Single, 1).is_err());
+    let mut other = load(&model, &file, 2, 1 << 20, Isa::detect(), Tier::Baseline);
+    session.truncate(0);
+    assert_eq!(session.decode(&mut other, &Threads(2), 1).err(), Some(EngineError::ForeignSession));
+}
+
+#[test]
+fn the_loader_refuses_gaps_truncation_and_small_arenas() {
+    let (model, file) = gguf(&Spec::default());
+    assert_eq!(Plan::new(&model, 0).err(), Some(EngineError::Threads { threads: 0, max: 64 }));
+    assert_eq!(Plan::new(&model, 65).err(), Some(EngineError::Threads { threads: 65, max: 64 }));
+    let plan = Plan::new(&model, 1).unwrap();
+    let (first, last) = (model.tensors[0], *model.tensors.last().unwrap());
+    let mut arena = AlignedBytes::zeroed(plan.arena_bytes());
+    let small = plan.arena_bytes() - 128;
+    let refused = Loader::new(plan.clone(), Level::Portable, &mut arena[..small]).err();
+    assert!(
+        matches!(refused, Some(EngineError::ArenaTooSmall { have_bytes, .. }) if have_bytes == small),
+        "{refused:?}"
+    );
+
+    let mut loader = Loader::new(plan.clone(), Level::Portable, &mut arena).unwrap();
+    loader.feed(0, &file[..first.offset as usize + 10]).unwrap();
+    let gap = loader.feed(first.offset + 11, &file[first.offset as usize + 11..]).err();
+    assert_eq!(gap, Some(EngineError::OutOfOrder { expected: first.offset + 10, found: first.offset + 11 }));
+    // Bytes that were seen before are skipped, so a caller may go back to a sector's start.
+    loader.feed(first.offset, &file[first.offset as usize..last.end() as usize - 1]).unwrap();
+    assert_eq!(loader.next_offset(), Some(last.end() - 1));
+    let incomplete =
+        EngineError::Incomplete { name: last.name(), need_bytes: last.len_bytes, have_bytes: last.len_bytes - 1 };
+    assert_eq!(loader.finish().err(), Some(incomplete));
+
+    let mut loader = Loader::new(plan, Level::Portable, &mut arena).unwrap();
+    loader.feed(0, &file).unwrap();
+    let loaded = loader.finish().unwrap();
+    let elsewhere = AlignedBytes::copy_of(&arena);
+    let moved = Engine::new(loaded, &elsewhere, Isa::PORTABLE, Tier::Baseline).err();
+    assert_eq!(moved, Some(EngineError::ArenaMoved));
+
+    let mut broken = model.clone();
+    broken.tensors.retain(|tensor| tensor.role != Role::Down || tensor.layer != Some(1));
+    let missing = EngineError::MissingTensor { name: "blk.1.ffn_down.weight".to_string() };
+    assert_eq!(Plan::new(&broken, 1).err(), Some(missing));
+    let mut broken = model;
+    let tensor = broken.tensors.iter_mut().find(|tensor| tensor.role == Role::Gate).unwrap();
+    tensor.ty = TensorType::Q6_K;
+    let name = tensor.name();
+    assert_eq!(Plan::new(&broken, 1).err(), Some(EngineError::UnsupportedType { name, found: "Q6_K" }));
+}
