@@ -5,7 +5,7 @@ use alloc::string::String;
 use alloc::vec::Vec;
 
 /// Names listed in [`ModelError::MissingTensors`] at most; the count is always exact.
-pub const MAX_NAMES_LISTED: usize = 24;
+pub(crate) const MAX_NAMES_LISTED: usize = 24;
 
 /// Why a model file cannot be used. Each message says what was expected, what was found and what to do.
 #[derive(Clone, PartialEq, Debug, thiserror::Error)]
@@ -183,7 +183,7 @@ pub enum ModelError {
     /// Tensors that the configuration calls for and the file lacks.
     #[error("{count} tensors are missing: {}{}; the file is incomplete", names.join(", "), if *count > names.len() as u64 { ", ..." } else { "" })]
     MissingTensors {
-        /// Their names, at most [`MAX_NAMES_LISTED`].
+        /// Their names, at most 24.
         names: Vec<String>,
         /// How many there are.
         count: u64,

@@ -354,6 +354,40 @@ fn llama2c_files_of_the_wrong_length_or_version_are_refused() {
     assert!(matches!(llama2c::read(&files.model, len, &longer), Err(ModelError::TrailingBytes { .. })));
 }
 
+/// The order of `export.py`, written out: the synthetic writer shares the reader's own table and cannot check it.
+#[test]
+fn llama2c_weights_lie_where_the_format_says() {
+    let spec = Spec { tied_head: false, tokenizer: TokenizerKind::SentencePiece, n_layers: 2, ..tiny() };
+    let files = synthetic::llama2c(&spec).unwrap();
+    let model = llama2c::read(&files.model, files.model.len() as u64, &files.tokenizer).unwrap();
+    let (dim, hidden, vocab, kv, seq_len, head_dim) = (64, 96, 332, 32, 256, 16);
+    let mut at = 28;
+    let mut expected = vec![(Role::TokenEmbedding, None, at)];
+    at += 4 * vocab * dim;
+    for (role, floats) in [
+        (Role::AttnNorm, dim),
+        (Role::Q, dim * dim),
+        (Role::K, kv * dim),
+        (Role::V, kv * dim),
+        (Role::AttnOut, dim * dim),
+        (Role::FfnNorm, dim),
+        (Role::Gate, hidden * dim),
+        (Role::Down, dim * hidden),
+        (Role::Up, hidden * dim),
+    ] {
+        for layer in 0..2 {
+            expected.push((role, Some(layer), at));
+            at += 4 * floats;
+        }
+    }
+    expected.push((Role::OutputNorm, None, at));
+    at += 4 * dim + 2 * 4 * seq_len * (head_dim / 2);
+    expected.push((Role::Output, None, at));
+    let found: Vec<_> = model.tensors.iter().map(|t| (t.role, t.layer, t.offset)).collect();
+    assert_eq!(found, expected);
+    assert_eq!(model.file_bytes, at + 4 * vocab * dim);
+}
+
 #[test]
 fn formats_are_told_apart() {
     use formats::FileFormat;
@@ -371,6 +405,23 @@ fn formats_are_told_apart() {
 
 #[test]
 fn names_map_to_roles_and_back() {
+    // As in files by other programs.
+    for (name, role, layer) in [
+        ("token_embd.weight", Role::TokenEmbedding, None),
+        ("output_norm.weight", Role::OutputNorm, None),
+        ("output.weight", Role::Output, None),
+        ("blk.0.attn_norm.weight", Role::AttnNorm, Some(0)),
+        ("blk.1.attn_q.weight", Role::Q, Some(1)),
+        ("blk.2.attn_k.weight", Role::K, Some(2)),
+        ("blk.3.attn_v.weight", Role::V, Some(3)),
+        ("blk.4.attn_output.weight", Role::AttnOut, Some(4)),
+        ("blk.5.ffn_norm.weight", Role::FfnNorm, Some(5)),
+        ("blk.6.ffn_gate.weight", Role::Gate, Some(6)),
+        ("blk.7.ffn_up.weight", Role::Up, Some(7)),
+        ("blk.29.ffn_down.weight", Role::Down, Some(29)),
+    ] {
+        assert_eq!(Role::from_tensor_name(name), Some((role, layer)), "{name}");
+    }
     for role in Role::LAYER {
         assert_eq!(Role::from_tensor_name(&role.tensor_name(Some(17))), Some((role, Some(17))));
     }

@@ -2,7 +2,7 @@
 //!
 //! Input -> output: bytes of whole blocks -> `f32` values ([`dequantise`]); `f32` values -> bytes ([`quantise`]).
 //! The quantisers give the same bytes as ggml's `quantize_row_*_ref`. Each format is one file that implements
-//! [`BlockFormat`]; a further format is one more file and one arm in [`with_format`].
+//! `BlockFormat`; a further format is one more file and one arm in `with_format!`.
 //! Not here: packed kernel layouts ([`crate::layout`]) and anything fast; `engine` packs, this defines.
 
 mod plain;

@@ -63,8 +63,8 @@ impl Merger {
         }
         while let Some(Reverse(Candidate { left, right, len, id, .. })) = self.heap.pop() {
             let (l, r) = (self.symbols[left as usize], self.symbols[right as usize]);
-            // A symbol's start never changes, so equal neighbours and total length mean the same pair as when proposed.
-            if l.len == 0 || l.next != right || l.len + r.len != len {
+            // Symbols only grow or vanish: two that are alive with the same total length are as they were when proposed.
+            if l.len == 0 || r.len == 0 || l.len + r.len != len {
                 continue;
             }
             self.symbols[right as usize].len = 0;
