@@ -1,2 +1,239 @@
-//! BareFlow as a Linux process: generate, bench, info.
-fn main() {}
+//! `bareflow`: the same runtime as the guest's, as a Linux process.
+//!
+//! Data path: flags -> [`runtime::Options`] -> [`platform::Process`] -> [`runtime::run`] -> text or JSON.
+#![deny(unsafe_code)]
+
+mod info;
+#[allow(unsafe_code)]
+mod platform;
+
+use anyhow::{Context, Result};
+use bootimage::ImageSpec;
+use clap::{Args, Parser, Subcommand};
+use platform::{FileDisk, Process};
+use report::{BootReport, ExitStatus, ImageKind};
+use runtime::boot::{Request, Settings};
+use runtime::options::Tier;
+use runtime::{Options, run};
+use serde_json::json;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+#[derive(Parser)]
+#[command(name = "bareflow", version, about = "Runs language models and tunes itself, as a Linux process")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Generate text from a prompt.
+    Generate(GenerateArgs),
+    /// Generate several times in one process image each, tuning in between, and print tokens per second of every round.
+    Bench {
+        #[command(flatten)]
+        generate: GenerateArgs,
+        /// Rounds.
+        #[arg(long, default_value_t = 3)]
+        rounds: u32,
+    },
+    /// Say what a model file is: architecture, sizes, tensor types, tokenizer, memory needed.
+    Info {
+        /// GGUF file, or llama2.c .bin with --tokenizer.
+        file: PathBuf,
+        /// Tokenizer file of a llama2.c model.
+        #[arg(long)]
+        tokenizer: Option<PathBuf>,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+#[derive(Args, Clone)]
+struct GenerateArgs {
+    /// GGUF file, or llama2.c .bin with --tokenizer.
+    #[arg(long)]
+    model: PathBuf,
+    /// Tokenizer file of a llama2.c model.
+    #[arg(long)]
+    tokenizer: Option<PathBuf>,
+    /// The prompt.
+    #[arg(long, default_value = "Once upon a time")]
+    prompt: String,
+    /// Wrap the prompt in the model's chat template.
+    #[arg(long)]
+    chat: bool,
+    /// Tokens to generate at most.
+    #[arg(long, default_value_t = 64)]
+    max_tokens: u32,
+    /// Go on after an end-of-generation token.
+    #[arg(long)]
+    ignore_eos: bool,
+    /// Threads; 0 is one per core.
+    #[arg(long, default_value_t = 0)]
+    threads: u32,
+    /// Seed of the sampler.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Sampling temperature; 0 is greedy.
+    #[arg(long, default_value_t = 0.0)]
+    temp: f32,
+    /// Longest context in tokens; 0 takes the model's, at most 4096.
+    #[arg(long, default_value_t = 0)]
+    context: u32,
+    /// Disk image that keeps kernels and profile from run to run; made when missing. A guest's disk works too.
+    #[arg(long)]
+    snapshot: Option<PathBuf>,
+    /// Time for trying kernel variants after the generation, ms; needs --snapshot to be of use later.
+    #[arg(long, default_value_t = 0)]
+    tune_ms: u64,
+    /// Which kernels may run: compiled, baseline (hand-written AVX2) or reference.
+    #[arg(long, default_value = "compiled")]
+    tier: String,
+    /// Highest instruction set: auto, avx512, avx2 or portable.
+    #[arg(long, default_value = "auto")]
+    isa: String,
+    /// Any further option in the guest's form, such as tune.pairs=32; may be repeated.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    settings: Vec<String>,
+    /// Print one JSON object: token ids, text, rates, memory, and the whole report.
+    #[arg(long)]
+    json: bool,
+    /// Print the report screen too.
+    #[arg(long)]
+    report: bool,
+}
+
+fn main() -> ExitCode {
+    let entry_tsc = engine::cycles();
+    let result = match Cli::parse().command {
+        Command::Generate(args) => generate(&args, entry_tsc),
+        Command::Bench { generate, rounds } => bench(&generate, rounds),
+        Command::Info { file, tokenizer, json } => info::print(&file, tokenizer.as_deref(), json),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn options(args: &GenerateArgs) -> Result<Options> {
+    let mut options = Options {
+        prompt: args.prompt.clone(),
+        chat: args.chat,
+        max_tokens: args.max_tokens,
+        ignore_eos: args.ignore_eos,
+        threads: args.threads,
+        seed: args.seed,
+        context: args.context,
+        snapshot: args.snapshot.is_some(),
+        tune_budget_ms: args.tune_ms,
+        report: args.report,
+        ..Options::default()
+    };
+    options.set("temp", &args.temp.to_string())?;
+    options.set("tier", &args.tier)?;
+    options.set("isa", &args.isa)?;
+    for setting in &args.settings {
+        options.apply(setting)?;
+    }
+    Ok(options)
+}
+
+fn run_once(args: &GenerateArgs, entry_tsc: u64) -> Result<BootReport> {
+    let options = options(args)?;
+    let model = FileDisk::open(&args.model, false).with_context(|| format!("opening {}", args.model.display()))?;
+    let snapshot = match &args.snapshot {
+        Some(path) => Some(open_snapshot(path)?),
+        None => None,
+    };
+    let tokenizer = match &args.tokenizer {
+        Some(path) => Some(std::fs::read(path).with_context(|| format!("reading {}", path.display()))?),
+        None => None,
+    };
+    let quiet = args.json;
+    let mut process = Process::start(entry_tsc, options.threads as usize, Some(model), snapshot, quiet)?;
+    let request = Request { image: ImageKind::Hosted, settings: Settings::Given(options), linked: &[], tokenizer };
+    let outcome = run(&mut process, request);
+    match (outcome.status, outcome.report, outcome.error) {
+        (ExitStatus::Pass, Some(report), _) => Ok(report),
+        (_, _, Some(error)) => Err(error.into()),
+        (status, ..) => anyhow::bail!("the run ended as {status:?} without a report"),
+    }
+}
+
+/// Opens the image at `path`, making an empty one first if there is none.
+fn open_snapshot(path: &Path) -> Result<FileDisk> {
+    if !path.exists() {
+        bootimage::build(&ImageSpec::without_kernel(), path)
+            .with_context(|| format!("making the snapshot image {}", path.display()))?;
+    }
+    let writable = std::fs::metadata(path).is_ok_and(|m| !m.permissions().readonly());
+    FileDisk::open(path, writable).with_context(|| format!("opening {}", path.display()))
+}
+
+fn generate(args: &GenerateArgs, entry_tsc: u64) -> Result<()> {
+    let report = run_once(args, entry_tsc)?;
+    if args.json {
+        let peak = report.memory.iter().find(|m| m.name == "process").map(|m| m.used_bytes);
+        let summary = json!({
+            "token_ids": report.token_ids,
+            "text": report.text,
+            "prefill_tok_s": report.prefill_tok_s,
+            "decode_tok_s": report.decode_tok_s,
+            "ttft_ms": report.ttft_ms,
+            "peak_memory_bytes": peak,
+            "threads": report.threads,
+            "report": report,
+        });
+        println!("{}", serde_json::to_string_pretty(&summary)?);
+    } else {
+        // The text went to standard error as it came; standard output gets it whole, for pipes.
+        std::io::stdout().write_all(report.text.as_bytes())?;
+        println!();
+        eprintln!(
+            "{} tokens, prefill {:.1} tok/s, decode {:.1} tok/s, first token after {:.0} ms, {} threads",
+            report.token_ids.len(),
+            report.prefill_tok_s,
+            report.decode_tok_s,
+            report.ttft_ms,
+            report.threads
+        );
+    }
+    Ok(())
+}
+
+fn bench(args: &GenerateArgs, rounds: u32) -> Result<()> {
+    let mut rows = Vec::new();
+    for round in 1..=rounds {
+        for tier in [Tier::Baseline, Tier::Compiled] {
+            let name = if tier == Tier::Baseline { "baseline" } else { "compiled" };
+            let args = GenerateArgs { tier: name.to_owned(), json: true, ..args.clone() };
+            let report = run_once(&args, engine::cycles())?;
+            eprintln!(
+                "round {round} {name:<9} prefill {:>8.1} tok/s  decode {:>7.1} tok/s  ttft {:>7.1} ms",
+                report.prefill_tok_s, report.decode_tok_s, report.ttft_ms
+            );
+            rows.push(json!({
+                "round": round,
+                "tier": name,
+                "prefill_tok_s": report.prefill_tok_s,
+                "decode_tok_s": report.decode_tok_s,
+                "ttft_ms": report.ttft_ms,
+                "kernels_loaded": report.kernels_loaded,
+                "kernels_compiled": report.kernels_compiled,
+                "token_ids": report.token_ids,
+            }));
+        }
+    }
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&rows)?);
+    }
+    Ok(())
+}

@@ -1,5 +1,34 @@
-//! The boot-to-report loop, generic over a Platform.
+//! The boot-to-report loop, generic over a [`platform::Platform`]: the only place where all parts meet.
+//!
+//! Data path: [`boot::run`] -> [`options`] -> [`load`] (model into the weights arena) -> [`kernels`] (restore and verify
+//! machine code) -> [`generate`] -> `tune` (compile and try variants) -> snapshot -> report.
+//!
+//! What it does not do: touch hardware, run unchecked machine code, or parse anything by itself.
+//!
+//! Architecture invariant: without the feature `jit` no compiler is linked: that is the native image.
+//! Architecture invariant: every compiled kernel is verified against the reference in this boot before it serves.
 #![no_std]
 #![forbid(unsafe_code)]
 
 extern crate alloc;
+#[cfg(test)]
+extern crate std;
+
+pub mod boot;
+pub mod error;
+pub mod generate;
+pub mod identity;
+pub mod kernels;
+pub mod load;
+pub mod options;
+pub mod platform;
+pub mod prompt;
+pub mod reporter;
+mod rows;
+#[cfg(feature = "jit")]
+pub mod tune;
+
+pub use boot::{Outcome, run};
+pub use error::RunError;
+pub use identity::BUILD_ID;
+pub use options::Options;

@@ -4,6 +4,7 @@ use alloc::string::String;
 use alloc::vec::Vec;
 use engine::dispatch::{Kernel, KernelArgs};
 use engine::workers::Workers;
+use model::kernel::KernelKey;
 use storage::BlockDevice;
 
 /// CPU facts that decide which kernels can run and that name the machine in a snapshot.
@@ -52,7 +53,9 @@ pub struct MemoryUse {
 
 /// An arena could not be set aside.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
-#[error("not enough memory for {name}: {need_bytes} bytes needed, {have_bytes} free; give the machine more memory or use a smaller model or context")]
+#[error(
+    "not enough memory for {name}: {need_bytes} bytes needed, {have_bytes} free; give the machine more memory or use a smaller model or context"
+)]
 pub struct OutOfMemory {
     /// What it was for.
     pub name: &'static str,
@@ -85,11 +88,11 @@ pub trait Platform {
     fn arena(&mut self, name: &'static str, len_bytes: usize) -> Result<&'static mut [u8], OutOfMemory>;
     /// Gives up `weights` for writing: from here on it is mapped read-only.
     fn freeze(&mut self, weights: &'static mut [u8]) -> &'static [u8];
-    /// Copies verified machine code into executable memory.
+    /// Copies machine code for `key` into executable memory.
     ///
     /// # Errors
     /// [`OutOfMemory`] when the code arena is full.
-    fn publish(&mut self, code: &[u8]) -> Result<Kernel, OutOfMemory>;
+    fn publish(&mut self, key: KernelKey, code: &[u8]) -> Result<Kernel, OutOfMemory>;
     /// Runs `kernel` once, surviving a fault inside it.
     ///
     /// # Errors
@@ -99,4 +102,10 @@ pub trait Platform {
     fn workers(&self) -> &dyn Workers;
     /// Memory use for the report.
     fn memory(&self) -> Vec<MemoryUse>;
+}
+
+/// The text that names a CPU in snapshots: machine code made on one CPU runs on every other with the same text.
+/// Family, model, stepping and instruction sets decide what may run and how fast it is; core counts and clocks do not.
+pub fn cpu_fingerprint(vendor: &str, signature: u32, isa: engine::Isa) -> String {
+    alloc::format!("{vendor} {signature:08x} {isa:?}")
 }

@@ -16,6 +16,7 @@ extern crate alloc;
 
 mod commit;
 mod disk;
+pub mod frozen;
 pub mod header;
 mod reason;
 mod schema;

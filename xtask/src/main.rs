@@ -1,2 +1,59 @@
-//! Build, test, demo and bench entry points.
-fn main() {}
+//! `cargo xtask`: the two commands of the README, and their parts.
+#![forbid(unsafe_code)]
+
+mod demo;
+mod demo_model;
+mod kernel_build;
+mod packages;
+mod scenarios;
+mod test;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", about = "Builds, tests and demonstrates BareFlow")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Boot a real model under QEMU until it converges, export the native image, boot that too, write a report.
+    Demo(demo::DemoArgs),
+    /// Run every test: formatting, lints, host tests, fuzz targets, guest self-tests and scenarios.
+    Test,
+    /// Build the self-optimising image and print its path.
+    JitImage,
+    /// Build the compiler-free kernel library for export-tool and print its path.
+    NativeLibrary,
+}
+
+fn main() -> ExitCode {
+    let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).parent().map_or_else(PathBuf::new, Path::to_owned);
+    match run(&workspace, Cli::parse().command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(workspace: &Path, command: Command) -> Result<()> {
+    match command {
+        Command::Demo(args) => demo::run(workspace, &args),
+        Command::Test => test::run(workspace),
+        Command::JitImage => {
+            println!("{}", kernel_build::jit_image(workspace)?.display());
+            Ok(())
+        }
+        Command::NativeLibrary => {
+            println!("{}", kernel_build::native_library(workspace)?.display());
+            Ok(())
+        }
+    }
+}

@@ -1,0 +1,144 @@
+//! Links converged kernels into a JIT-free native image and audits it.
+//!
+//! Data path: disk image -> newest snapshot slot -> kernels -> [`object_file`] -> the linker, with the compiler-free kernel
+//! library -> native ELF -> [`audit`](mod@audit) -> stripped ELF and, on request, a bootable disk image.
+//!
+//! What it does not do: compile anything. The kernels are the snapshot's bytes, unchanged, and the kernel library was
+//! built without the `jit` feature.
+//!
+//! Architecture invariant: an image that fails its audit is not left behind.
+#![forbid(unsafe_code)]
+
+pub mod audit;
+mod link;
+mod object_file;
+
+pub use audit::{Audit, Sizes};
+pub use link::find_linker;
+
+use anyhow::{Context, Result, bail};
+use model::kernel::KernelKey;
+use serde::Serialize;
+use snapshot_format::header::{HEADER_BYTES, Header};
+use snapshot_format::{DiskMedium, Medium, Slot, Snapshot, StoredKernel};
+use std::path::{Path, PathBuf};
+use storage::MemoryDisk;
+
+/// What to export.
+#[derive(Clone, Debug)]
+pub struct ExportSpec {
+    /// Disk image with the snapshot.
+    pub disk: PathBuf,
+    /// The kernel as a static library, built without the compiler.
+    pub kernel_library: PathBuf,
+    /// The kernel's linker script.
+    pub linker_script: PathBuf,
+    /// Model file to put into the image.
+    pub embed_model: Option<PathBuf>,
+    /// The native ELF to write (stripped).
+    pub out: PathBuf,
+    /// Keep the unstripped ELF beside it, as `OUT.debug`.
+    pub keep_debug: bool,
+    /// Export a snapshot that does not say it has converged.
+    pub allow_unconverged: bool,
+}
+
+/// What was exported.
+#[derive(Clone, Debug, Serialize)]
+pub struct Exported {
+    /// The native ELF.
+    pub elf: PathBuf,
+    /// Its sizes; with an embedded model these include it.
+    pub sizes: Sizes,
+    /// Bytes of the embedded model, 0 without one.
+    pub embedded_model_bytes: u64,
+    /// Kernels linked in, by name.
+    pub kernels: Vec<String>,
+    /// Bytes of their machine code.
+    pub kernel_bytes: u64,
+    /// Snapshot generation they come from.
+    pub generation: u64,
+    /// The audit.
+    pub audit: Audit,
+}
+
+/// Exports.
+///
+/// # Errors
+/// No usable snapshot, nothing to link, a linker error, or a failed audit; each says what to do.
+pub fn export(spec: &ExportSpec) -> Result<Exported> {
+    let (generation, snapshot) = read_snapshot(&spec.disk)?;
+    let kernels = kernels(&snapshot);
+    if kernels.is_empty() {
+        bail!(
+            "the snapshot on {} (generation {generation}) holds no compiled kernel; boot the JIT image until it has tuned",
+            spec.disk.display()
+        );
+    }
+    if !spec.allow_unconverged && snapshot.boots.last().is_none_or(|b| b.kernels_changed > 0) {
+        bail!(
+            "the snapshot on {} has not settled: kernels changed in its last boot; boot again, or pass --allow-unconverged",
+            spec.disk.display()
+        );
+    }
+    let model = match &spec.embed_model {
+        Some(path) => Some(std::fs::read(path).with_context(|| format!("reading {}", path.display()))?),
+        None => None,
+    };
+    let object = object_file::build(&kernels, model.as_deref())?;
+    let linked = link::link(spec, &object)?;
+    let audit = audit::audit(&linked.unstripped)?;
+    if !audit.passed {
+        bail!("the native image failed its audit and was not written:\n  {}", audit.findings.join("\n  "));
+    }
+    if audit.kernels != kernels.len() {
+        bail!("{} kernels were exported but {} are in the linked image", kernels.len(), audit.kernels);
+    }
+    std::fs::write(&spec.out, &linked.stripped).with_context(|| format!("writing {}", spec.out.display()))?;
+    if spec.keep_debug {
+        let mut name = spec.out.clone().into_os_string();
+        name.push(".debug");
+        std::fs::write(&name, &linked.unstripped).with_context(|| format!("writing {}", Path::new(&name).display()))?;
+    }
+    Ok(Exported {
+        elf: spec.out.clone(),
+        sizes: audit::sizes(&linked.unstripped).map(|s| Sizes { elf_bytes: linked.stripped.len() as u64, ..s })?,
+        embedded_model_bytes: model.map_or(0, |m| m.len() as u64),
+        kernels: kernels.iter().map(|(key, kernel)| format!("{key} {}", kernel.variant)).collect(),
+        kernel_bytes: kernels.iter().map(|(_, k)| k.code.len() as u64).sum(),
+        generation,
+        audit,
+    })
+}
+
+/// The newest whole snapshot on a disk image, whichever build, CPU and model it belongs to.
+fn read_snapshot(disk: &Path) -> Result<(u64, Snapshot)> {
+    let image = std::fs::read(disk).with_context(|| format!("reading {}", disk.display()))?;
+    let mut device = MemoryDisk::new(image).with_read_only(true);
+    let mut medium = DiskMedium::open(&mut device).with_context(|| format!("no boot volume on {}", disk.display()))?;
+    let mut newest: Option<Header> = None;
+    for slot in Slot::ALL {
+        let mut sector = [0; HEADER_BYTES];
+        // A slot that cannot be read is reported by `open` below, if no other can be.
+        let header = medium.read(slot, 0, &mut sector).ok().and_then(|()| Header::decode(&sector).ok());
+        newest = newest.into_iter().chain(header).max_by_key(|h| (h.committed, h.generation));
+    }
+    let Some(newest) = newest else {
+        bail!("no snapshot on {}; boot the JIT image with it first", disk.display());
+    };
+    match snapshot_format::open(&mut medium, &newest.identity) {
+        Ok(opened) => Ok((opened.generation, opened.snapshot)),
+        Err(cold) => bail!("no usable snapshot on {}: {cold}", disk.display()),
+    }
+}
+
+fn kernels(snapshot: &Snapshot) -> Vec<(KernelKey, StoredKernel)> {
+    let mut out: Vec<_> = snapshot
+        .entries
+        .iter()
+        .filter_map(|record| Some((record.key, record.incumbent.clone()?)))
+        .filter(|(_, kernel)| kernel.is_intact())
+        .collect();
+    out.sort_by_key(|(key, _)| *key);
+    out
+}

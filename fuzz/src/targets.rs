@@ -1,0 +1,117 @@
+//! The targets: any bytes in, must return.
+
+use model::{gguf, llama2c, synthetic};
+use report::wire;
+use runtime::Options;
+use snapshot_format::{DiskMedium, Identity, frozen, open};
+use storage::{BlockDevice, FatVolume, MemoryDisk};
+
+/// One target.
+pub struct Target {
+    /// Name, as in `cargo fuzz run NAME`.
+    pub name: &'static str,
+    /// What is run.
+    pub run: fn(&[u8]),
+    /// Good inputs to damage.
+    pub seeds: fn() -> Vec<Vec<u8>>,
+}
+
+/// Every target.
+pub const TARGETS: &[Target] = &[
+    Target { name: "gguf", run: gguf_header, seeds: || vec![synthetic::Llama::tiny().gguf()] },
+    Target { name: "llama2c", run: llama2c_header, seeds: || vec![synthetic::Llama::tiny().llama2c()] },
+    Target { name: "tokenize", run: tokenize, seeds: texts },
+    Target { name: "wire", run: wire_frames, seeds: frames },
+    Target { name: "options", run: options, seeds: texts },
+    Target { name: "volume", run: volume, seeds: || vec![vec![0; 64 << 10]] },
+    Target { name: "frozen_table", run: frozen_table, seeds: || vec![frozen::encode(&[])] },
+];
+
+fn texts() -> Vec<Vec<u8>> {
+    [
+        "Once upon a time",
+        "prompt=\"a \\\"b\\\" c\" max_tokens=12 # comment\nisa=avx2",
+        "naïve 東京 🦀 \u{200d} 1234 don't  ",
+        "<|im_start|>user\nhi<|im_end|>",
+    ]
+    .iter()
+    .map(|s| s.as_bytes().to_vec())
+    .collect()
+}
+
+fn gguf_header(data: &[u8]) {
+    // The file may claim to be longer than what was read of it.
+    for file_bytes in [data.len() as u64, data.len() as u64 * 3] {
+        if let Ok(description) = gguf::read(data, file_bytes) {
+            assert!(description.tensors.iter().all(|t| t.end() <= file_bytes), "a tensor ends outside the file");
+        }
+    }
+}
+
+fn llama2c_header(data: &[u8]) {
+    let tokenizer = synthetic::Llama::tiny().llama2c_tokenizer();
+    if let Ok(description) = llama2c::read(data, data.len() as u64, &tokenizer) {
+        assert!(description.tensors.iter().all(|t| t.end() <= data.len() as u64), "a tensor ends outside the file");
+    }
+    let model = synthetic::Llama::tiny().llama2c();
+    // The other way round: a damaged tokenizer beside a good model.
+    drop(llama2c::read(&model, model.len() as u64, data));
+}
+
+fn tokenize(data: &[u8]) {
+    thread_local! {
+        static MODELS: Vec<model::ModelDescription> = {
+            let file = synthetic::Llama::tiny().gguf();
+            vec![gguf::read(&file, file.len() as u64).expect("a synthetic model is whole")]
+        };
+    }
+    MODELS.with(|models| {
+        for model in models {
+            let ids = model.tokenizer.encode(data, false);
+            assert!(ids.iter().all(|&id| (id as usize) < model.tokenizer.vocab_size()), "an id outside the vocabulary");
+            assert_eq!(model.tokenizer.decode(&ids), data, "bytes changed on the way through the tokenizer");
+        }
+    });
+}
+
+fn frames() -> Vec<Vec<u8>> {
+    use report::{ExitStatus, Message};
+    vec![
+        wire::encode(&Message::Token { id: 7, bytes: vec![0, 1, 2] }),
+        wire::encode(&Message::End { status: ExitStatus::Pass, messages: 1 }),
+    ]
+}
+
+fn wire_frames(data: &[u8]) {
+    let mut decoder = wire::Decoder::default();
+    let whole = decoder.push(data);
+    let mut decoder = wire::Decoder::default();
+    let parts: Vec<_> = data.chunks(3).flat_map(|chunk| decoder.push(chunk)).collect();
+    assert_eq!(whole, parts, "chunking changed the messages");
+}
+
+fn options(data: &[u8]) {
+    if let Ok(text) = core::str::from_utf8(data) {
+        drop(Options::default().apply(text));
+    }
+}
+
+fn volume(data: &[u8]) {
+    let mut disk = MemoryDisk::new(data.to_vec());
+    if let Ok(volume) = FatVolume::open(&mut disk) {
+        for entry in volume.list(&mut disk, "").unwrap_or_default().iter().take(8) {
+            drop(volume.find(&mut disk, &entry.name));
+        }
+    }
+    let _ = disk.len_bytes();
+    let identity = Identity { build_id: [0; 32], model_id: [0; 32], machine: [0; 32] };
+    if let Ok(mut medium) = DiskMedium::open(&mut disk) {
+        drop(open(&mut medium, &identity));
+    }
+}
+
+fn frozen_table(data: &[u8]) {
+    if let Ok(table) = frozen::decode(data) {
+        assert!(table.len() <= data.len(), "more entries than bytes");
+    }
+}

@@ -1,0 +1,23 @@
+//! Every target, a second each.
+
+use fuzz::{Mutator, TARGETS};
+use std::time::{Duration, Instant};
+
+#[test]
+fn every_target_survives_a_second_of_damage() {
+    for target in TARGETS {
+        let seeds = (target.seeds)();
+        assert!(!seeds.is_empty(), "{}: no seeds", target.name);
+        for seed in &seeds {
+            (target.run)(seed);
+        }
+        let mut mutator = Mutator::new(0x5eed);
+        let (start, mut cases) = (Instant::now(), 0u64);
+        while start.elapsed() < Duration::from_secs(1) {
+            (target.run)(&mutator.mutate(&seeds));
+            cases += 1;
+        }
+        println!("{}: {cases} cases", target.name);
+        assert!(cases > 0);
+    }
+}

@@ -1,0 +1,171 @@
+//! [`runtime::platform::Platform`] on Linux. With `fault`, `memory` and `threads` the only unsafe code of this crate.
+
+mod fault;
+mod file_disk;
+mod memory;
+mod threads;
+
+pub use file_disk::FileDisk;
+
+use engine::dispatch::{Kernel, KernelArgs, guard};
+use engine::workers::Workers;
+use model::kernel::KernelKey;
+use runtime::platform::{Clock, CpuFacts, KernelFault, MemoryUse, OutOfMemory, Platform};
+use std::time::{Duration, Instant, SystemTime};
+use storage::BlockDevice;
+
+/// A Linux process as a machine.
+pub struct Process {
+    clock: Clock,
+    cpu: CpuFacts,
+    snapshot: Option<FileDisk>,
+    model: Option<FileDisk>,
+    code: memory::CodePages,
+    arenas: Vec<MemoryUse>,
+    threads: threads::Threads,
+    quiet: bool,
+}
+
+impl Process {
+    /// Takes over the process: fault handlers, code pages, `threads` threads (0: one per available core).
+    ///
+    /// # Errors
+    /// When the operating system refuses memory or threads.
+    pub fn start(
+        entry_tsc: u64,
+        threads: usize,
+        model: Option<FileDisk>,
+        snapshot: Option<FileDisk>,
+        quiet: bool,
+    ) -> anyhow::Result<Self> {
+        fault::install();
+        let threads = match threads {
+            0 => std::thread::available_parallelism().map_or(1, |n| n.get()),
+            n => n,
+        };
+        Ok(Self {
+            clock: Clock { tsc_hz: tsc_hz(), trusted: true, entry_tsc },
+            cpu: cpu_facts(),
+            snapshot,
+            model,
+            code: memory::CodePages::reserve()
+                .map_err(|e| anyhow::anyhow!("no address space for compiled code: {e}"))?,
+            arenas: Vec::new(),
+            threads: threads::Threads::start(threads)?,
+            quiet,
+        })
+    }
+}
+
+/// TSC frequency: CPUID where it says, else timed against the monotonic clock.
+fn tsc_hz() -> u64 {
+    let cpuid = raw_cpuid::CpuId::new();
+    if let Some(hz) = cpuid.get_tsc_info().and_then(|info| info.tsc_frequency()) {
+        return hz;
+    }
+    let (start, start_tsc) = (Instant::now(), engine::cycles());
+    std::thread::sleep(Duration::from_millis(20));
+    let (ticks, time) = (engine::cycles() - start_tsc, start.elapsed());
+    (ticks as f64 / time.as_secs_f64()) as u64
+}
+
+fn cpu_facts() -> CpuFacts {
+    let cpuid = raw_cpuid::CpuId::new();
+    let vendor = cpuid.get_vendor_info().map_or_else(String::new, |v| v.as_str().to_owned());
+    let brand = cpuid.get_processor_brand_string().map_or_else(|| vendor.clone(), |b| b.as_str().trim().to_owned());
+    let hypervisor = cpuid.get_hypervisor_info().map(|h| format!("{:?}", h.identify()));
+    let isa = engine::Isa::detect();
+    let signature = raw_cpuid::cpuid!(1).eax;
+    CpuFacts { fingerprint: runtime::platform::cpu_fingerprint(&vendor, signature, isa), brand, hypervisor, isa }
+}
+
+impl Platform for Process {
+    fn clock(&self) -> Clock {
+        self.clock
+    }
+
+    fn cpu(&self) -> &CpuFacts {
+        &self.cpu
+    }
+
+    fn unix_time(&self) -> Option<u64> {
+        SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).ok().map(|d| d.as_secs())
+    }
+
+    fn print(&mut self, text: &str) {
+        if !self.quiet {
+            eprint!("{text}");
+        }
+    }
+
+    fn send(&mut self, _frame: &[u8]) {}
+
+    fn boot_disk(&mut self) -> Option<&mut dyn BlockDevice> {
+        self.snapshot.as_mut().map(|d| d as &mut dyn BlockDevice)
+    }
+
+    fn model_disk(&mut self) -> Option<&mut dyn BlockDevice> {
+        self.model.as_mut().map(|d| d as &mut dyn BlockDevice)
+    }
+
+    fn arena(&mut self, name: &'static str, len_bytes: usize) -> Result<&'static mut [u8], OutOfMemory> {
+        let have_bytes = available_bytes();
+        let need_bytes = len_bytes as u64;
+        let error = OutOfMemory { name, need_bytes, have_bytes };
+        if need_bytes > have_bytes {
+            return Err(error);
+        }
+        let arena = memory::map_arena(len_bytes).ok_or(error)?;
+        self.arenas.push(MemoryUse { name, used_bytes: need_bytes, capacity_bytes: need_bytes });
+        Ok(arena)
+    }
+
+    fn freeze(&mut self, weights: &'static mut [u8]) -> &'static [u8] {
+        memory::freeze(weights)
+    }
+
+    fn publish(&mut self, key: KernelKey, code: &[u8]) -> Result<Kernel, OutOfMemory> {
+        let have_bytes = (memory::CODE_ARENA_BYTES - self.code.used_bytes()) as u64;
+        let entry =
+            self.code.publish(code).ok_or(OutOfMemory { name: "code", need_bytes: code.len() as u64, have_bytes })?;
+        // SAFETY: the pages are never unmapped or rewritten; the runtime publishes only the compiler's output and
+        // hash-checked snapshot code, and verifies each kernel before its first use.
+        Ok(unsafe { Kernel::from_entry(key, entry.as_ptr()) })
+    }
+
+    fn call_guarded(&mut self, kernel: Kernel, args: KernelArgs<'_>) -> Result<(), KernelFault> {
+        guard::call(kernel, args).map_err(|fault| KernelFault {
+            vector: fault.vector,
+            offset: fault.rip.checked_sub(kernel.entry_address() as u64).and_then(|offset| u32::try_from(offset).ok()),
+        })
+    }
+
+    fn workers(&self) -> &dyn Workers {
+        &self.threads
+    }
+
+    fn memory(&self) -> Vec<MemoryUse> {
+        let mut out = self.arenas.clone();
+        out.push(MemoryUse {
+            name: "code",
+            used_bytes: self.code.used_bytes() as u64,
+            capacity_bytes: memory::CODE_ARENA_BYTES as u64,
+        });
+        if let Some(peak) = proc_field("/proc/self/status", "VmHWM:") {
+            out.push(MemoryUse { name: "process", used_bytes: peak, capacity_bytes: available_bytes().max(peak) });
+        }
+        out
+    }
+}
+
+/// Bytes the system can give without swapping; unlimited when it does not say.
+fn available_bytes() -> u64 {
+    proc_field("/proc/meminfo", "MemAvailable:").unwrap_or(u64::MAX)
+}
+
+/// A `NAME: N kB` field of a proc file, in bytes.
+fn proc_field(file: &str, name: &str) -> Option<u64> {
+    let text = std::fs::read_to_string(file).ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix(name))?;
+    Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
+}

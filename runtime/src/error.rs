@@ -1,0 +1,87 @@
+//! Why a run ended without doing its work. Each message says what was expected, what was found and what to do.
+
+use crate::options::OptionError;
+use crate::platform::OutOfMemory;
+use alloc::string::String;
+use alloc::vec::Vec;
+
+/// A run that could not be done.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// A setting is wrong.
+    #[error(transparent)]
+    Option(#[from] OptionError),
+    /// No model, or several and none named.
+    #[error("{}", no_model(.looked_for, .found))]
+    NoModel {
+        /// The name asked for, empty when none was.
+        looked_for: String,
+        /// Candidate files on the boot volume.
+        found: Vec<String>,
+    },
+    /// The boot volume or a file on it cannot be read.
+    #[error(transparent)]
+    Storage(#[from] storage::StorageError),
+    /// The model file is not one we can run.
+    #[error(transparent)]
+    Model(#[from] model::ModelError),
+    /// The file's SHA-256 is not the configured one.
+    #[error(
+        "the model's SHA-256 is {found}, but model.sha256 says {expected}; the file is damaged or another one: not running it"
+    )]
+    WrongModelHash {
+        /// Configured, lower-case hex.
+        expected: String,
+        /// Computed, lower-case hex.
+        found: String,
+    },
+    /// The engine refuses the model or the request.
+    #[error(transparent)]
+    Engine(#[from] engine::EngineError),
+    /// Memory is too small.
+    #[error(transparent)]
+    Memory(#[from] OutOfMemory),
+    /// Nothing to feed the model.
+    #[error(
+        "the prompt is empty and the model has no begin-of-text token to start from; give a prompt with at least one character"
+    )]
+    EmptyPrompt,
+    /// `chat=true`, but the file has no template.
+    #[error("chat=true, but the model file has no chat template; leave chat off to give the prompt as it is")]
+    NoChatTemplate,
+    /// `chat=true`, but the template cannot be used.
+    #[error(transparent)]
+    Chat(#[from] model::chat::ChatError),
+    /// The prompt does not fit the context.
+    #[error(
+        "the prompt has {prompt_tokens} tokens but the context has room for {context}, one of them for the answer; shorten the prompt or raise context= (the model allows {model_context})"
+    )]
+    PromptTooLong {
+        /// Tokens in the prompt.
+        prompt_tokens: usize,
+        /// Positions in the context.
+        context: usize,
+        /// The model's own limit.
+        model_context: usize,
+    },
+    /// An image without a compiler whose linked kernels do not fit the model.
+    #[error(
+        "this native image holds no kernel for this model ({model}); it was exported for another model, thread count or batch: export again or boot the JIT image"
+    )]
+    NoLinkedKernel {
+        /// Model name.
+        model: String,
+    },
+}
+
+fn no_model(looked_for: &str, found: &[String]) -> String {
+    if !looked_for.is_empty() {
+        return alloc::format!(
+            "no model file `{looked_for}`: there is no boot volume to look on; attach one, or attach the model as a raw disk"
+        );
+    }
+    if found.is_empty() {
+        return "no model: attach a GGUF file as a raw disk (-drive file=model.gguf,format=raw,if=virtio,readonly=on), or put it on the boot volume".into();
+    }
+    alloc::format!("several model files on the boot volume ({}); name one with model=NAME", found.join(" "))
+}

@@ -1,0 +1,104 @@
+//! Prompt in, tokens out, timed.
+
+use crate::error::RunError;
+use crate::options::Options;
+use crate::platform::Platform;
+use crate::reporter::Reporter;
+use alloc::string::String;
+use alloc::vec::Vec;
+use engine::sampler::Sampler;
+use engine::{Engine, Session};
+use model::ModelDescription;
+use model::tokenizer::TextStream;
+use report::{Level, Message};
+
+/// Bytes of weights read between two tokens to see how fast the machine is at that moment.
+const REFERENCE_BYTES: usize = 1 << 20;
+
+/// What a generation gave.
+pub struct Generated {
+    /// New tokens.
+    pub tokens: Vec<u32>,
+    /// Their text.
+    pub text: String,
+    /// Ticks of the prefill, up to the first logits.
+    pub prefill_ticks: u64,
+    /// TSC when the first token was known.
+    pub first_token_tsc: u64,
+    /// Ticks of each decode step.
+    pub decode_ticks: Vec<u64>,
+    /// Ticks of a fixed read of memory beside each decode step: what the machine, not the kernels, cost.
+    pub reference_ticks: Vec<u64>,
+}
+
+/// Runs `prompt` and generates up to the configured number of tokens.
+///
+/// # Errors
+/// [`RunError::Engine`].
+pub fn generate(
+    platform: &mut dyn Platform,
+    reporter: &mut Reporter,
+    engine: &mut Engine<'static>,
+    session: &mut Session<'_>,
+    description: &ModelDescription,
+    options: &Options,
+    prompt: &[u32],
+) -> Result<Generated, RunError> {
+    let level = engine.table().level();
+    let mut sampler = Sampler::new(level, options.temperature, options.seed);
+    let mut stream = TextStream::default();
+    let mut out = Generated {
+        tokens: Vec::new(),
+        text: String::new(),
+        prefill_ticks: 0,
+        first_token_tsc: 0,
+        decode_ticks: Vec::new(),
+        reference_ticks: Vec::new(),
+    };
+    let start = engine::cycles();
+    let logits = session.prefill(engine, platform.workers(), prompt)?;
+    let mut token = sampler.sample(logits);
+    out.first_token_tsc = engine::cycles();
+    out.prefill_ticks = out.first_token_tsc.saturating_sub(start);
+    reporter.stage(platform, "prefill");
+    loop {
+        let ends = !options.ignore_eos && description.tokenizer.is_eog(token);
+        if ends || out.tokens.len() >= options.max_tokens as usize {
+            break;
+        }
+        out.tokens.push(token);
+        let bytes = description.tokenizer.decode_bytes(token);
+        let text = stream.push(bytes);
+        platform.print(&text);
+        out.text.push_str(&text);
+        reporter.send(platform, &Message::Token { id: token, bytes: bytes.into() });
+        if out.tokens.len() >= options.max_tokens as usize {
+            break;
+        }
+        if session.pos() >= session.context() {
+            let text = alloc::format!("the context of {} tokens is full; stopping here", session.context());
+            reporter.note(platform, Level::Warning, text);
+            break;
+        }
+        let start = engine::cycles();
+        let logits = session.decode(engine, platform.workers(), token)?;
+        token = sampler.sample(logits);
+        let decoded = engine::cycles();
+        out.decode_ticks.push(decoded.saturating_sub(start));
+        engine.read_weights(REFERENCE_BYTES, out.decode_ticks.len());
+        out.reference_ticks.push(engine::cycles().saturating_sub(decoded));
+    }
+    let rest = stream.finish();
+    platform.print(&rest);
+    platform.print("\n");
+    out.text.push_str(&rest);
+    reporter.stage(platform, "decode");
+    Ok(out)
+}
+
+/// Median of ticks; `None` of none.
+pub fn median(ticks: &[u64]) -> Option<u64> {
+    let mut sorted = ticks.to_vec();
+    sorted.sort_unstable();
+    sorted.get(sorted.len() / 2).copied()
+}

@@ -1,0 +1,173 @@
+//! Machine code that is already there: from the snapshot, or linked into a native image. All of it is checked against
+//! the reference before its first use in this boot.
+
+use crate::platform::{KernelFault, Platform};
+use crate::reporter::Reporter;
+use alloc::vec;
+use alloc::vec::Vec;
+use core::fmt;
+use engine::dispatch::Kernel;
+use engine::verify::{Mismatch, VerifyError};
+use engine::{Engine, EngineError};
+use model::kernel::Variant;
+use report::Level;
+use snapshot_format::{KeyRecord, Snapshot, StoredKernel, TrialOutcome};
+
+/// A kernel that was linked into the image.
+#[derive(Clone, Copy, Debug)]
+pub struct LinkedKernel {
+    /// How it was built.
+    pub variant: Variant,
+    /// The code.
+    pub kernel: Kernel,
+}
+
+/// Which variant runs in each slot.
+#[derive(Clone)]
+pub struct RunningKernels(Vec<Option<Variant>>);
+
+impl RunningKernels {
+    /// Nothing compiled runs yet.
+    pub fn none(slots: usize) -> Self {
+        Self(vec![None; slots])
+    }
+
+    /// Variant in `slot`; `None` while the engine's own op runs there.
+    pub fn variant(&self, slot: usize) -> Option<Variant> {
+        self.0.get(slot).copied().flatten()
+    }
+
+    /// Notes what was installed.
+    pub fn set(&mut self, slot: usize, variant: Variant) {
+        if let Some(entry) = self.0.get_mut(slot) {
+            *entry = Some(variant);
+        }
+    }
+
+    /// Compiled kernels in use.
+    pub fn count(&self) -> usize {
+        self.0.iter().flatten().count()
+    }
+}
+
+/// Why a kernel may not be used.
+#[derive(Clone, Debug)]
+pub enum Rejected {
+    /// It raised a CPU exception.
+    Faulted(KernelFault),
+    /// Its output differs from the reference.
+    Wrong(Mismatch),
+    /// It is not for this model.
+    Unusable(EngineError),
+}
+
+impl Rejected {
+    /// What the snapshot's history says of it.
+    pub fn outcome(&self) -> TrialOutcome {
+        match self {
+            Rejected::Faulted(_) => TrialOutcome::Faulted,
+            Rejected::Wrong(_) | Rejected::Unusable(_) => TrialOutcome::Wrong,
+        }
+    }
+}
+
+impl fmt::Display for Rejected {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Rejected::Faulted(KernelFault { vector, offset: Some(offset) }) => {
+                write!(f, "raised CPU exception {vector} at byte {offset} of its code")
+            }
+            Rejected::Faulted(KernelFault { vector, offset: None }) => {
+                write!(f, "raised CPU exception {vector} outside its code")
+            }
+            Rejected::Wrong(mismatch) => write!(f, "differs from the reference: {mismatch}"),
+            Rejected::Unusable(error) => write!(f, "{error}"),
+        }
+    }
+}
+
+/// Checks `kernel` bit for bit against the reference on random and on captured input.
+///
+/// # Errors
+/// [`Rejected`].
+pub fn verify(
+    platform: &mut dyn Platform,
+    engine: &mut Engine<'_>,
+    slot: usize,
+    kernel: Kernel,
+) -> Result<(), Rejected> {
+    engine.verify(slot, kernel, &mut |kernel, args| platform.call_guarded(kernel, args)).map_err(|error| match error {
+        VerifyError::Wrong(mismatch) => Rejected::Wrong(mismatch),
+        VerifyError::Faulted(fault) => Rejected::Faulted(fault),
+        VerifyError::Engine(error) => Rejected::Unusable(error),
+    })
+}
+
+/// Verifies and installs the kernels linked into a native image; returns those in use.
+pub fn install_linked(
+    platform: &mut dyn Platform,
+    reporter: &mut Reporter,
+    engine: &mut Engine<'_>,
+    linked: &[LinkedKernel],
+) -> RunningKernels {
+    let mut running = RunningKernels::none(engine.table().len());
+    for LinkedKernel { variant, kernel } in linked {
+        let key = kernel.key();
+        let Some(slot) = engine.table().find(&key) else { continue };
+        match verify(platform, engine, slot, *kernel) {
+            Ok(()) if engine.table_mut().install(slot, *kernel).is_ok() => running.set(slot, *variant),
+            Ok(()) => {}
+            Err(rejected) => {
+                let text = alloc::format!("linked kernel {key} {variant} {rejected}; not used");
+                reporter.note(platform, Level::Warning, text);
+            }
+        }
+    }
+    running
+}
+
+/// Publishes, verifies and installs the snapshot's kernels; returns those in use. `rebuild` compiles a kernel again whose
+/// code belongs to another build or CPU. A kernel that is refused here is quarantined.
+pub fn restore(
+    platform: &mut dyn Platform,
+    reporter: &mut Reporter,
+    engine: &mut Engine<'_>,
+    snapshot: &mut Snapshot,
+    rebuild: &mut dyn FnMut(&KeyRecord) -> Option<StoredKernel>,
+) -> RunningKernels {
+    let mut running = RunningKernels::none(engine.table().len());
+    for record in &mut snapshot.entries {
+        let Some(slot) = engine.table().find(&record.key) else { continue };
+        let Some(mut stored) = record.incumbent.clone() else { continue };
+        if !stored.is_intact() {
+            match rebuild(record) {
+                Some(rebuilt) => stored = rebuilt,
+                None => {
+                    record.incumbent = None;
+                    continue;
+                }
+            }
+        }
+        let kernel = match platform.publish(record.key, &stored.code) {
+            Ok(kernel) => kernel,
+            Err(full) => {
+                reporter.note(platform, Level::Warning, alloc::format!("{}: not restored: {full}", record.key));
+                continue;
+            }
+        };
+        match verify(platform, engine, slot, kernel) {
+            Ok(()) if engine.table_mut().install(slot, kernel).is_ok() => {
+                running.set(slot, stored.variant);
+                record.incumbent = Some(stored);
+            }
+            Ok(()) => {}
+            Err(rejected) => {
+                let text = alloc::format!("{} {}: {rejected}; quarantined", record.key, stored.variant);
+                reporter.note(platform, Level::Warning, text);
+                record.quarantined.push(stored.variant);
+                record.incumbent = None;
+            }
+        }
+    }
+    running
+}

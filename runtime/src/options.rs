@@ -1,0 +1,420 @@
+//! Everything a user can set, from the kernel command line, from `BAREFLOW.CFG` on the boot volume, or from `hosted`'s flags.
+//!
+//! Text form: `key=value` words separated by white space; a value with spaces stands in double quotes, in which `\"`,
+//! `\\` and `\n` are escapes; `#` starts a comment up to the end of the line. Later settings override earlier ones, and
+//! the command line overrides the file.
+
+use alloc::borrow::ToOwned;
+use alloc::string::{String, ToString};
+use alloc::vec::Vec;
+use core::str::FromStr;
+
+/// What the boot is for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Mode {
+    /// Generate text, tune, save, report.
+    Generate,
+    /// Run the in-guest self-tests.
+    SelfTest,
+    /// Say hello and exit: the accelerator probe.
+    Smoke,
+}
+
+/// Which kernels may run.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Tier {
+    /// Compiled kernels over the hand-written baseline.
+    Compiled,
+    /// The hand-written SIMD ops only.
+    Baseline,
+    /// The portable reference only.
+    Reference,
+}
+
+/// All settings.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Options {
+    /// What the boot is for (`mode=generate|selftest|smoke`).
+    pub mode: Mode,
+    /// The prompt (`prompt="..."`).
+    pub prompt: String,
+    /// Wrap the prompt in the model's chat template (`chat=true`).
+    pub chat: bool,
+    /// Tokens to generate at most (`max_tokens=64`).
+    pub max_tokens: u32,
+    /// Go on after an end-of-generation token (`ignore_eos=true`).
+    pub ignore_eos: bool,
+    /// Sampling temperature, 0 is greedy (`temp=0.8`).
+    pub temperature: f32,
+    /// Seed of the sampler (`seed=1`).
+    pub seed: u64,
+    /// Longest context in tokens; 0 takes the model's, at most 4096 (`context=2048`).
+    pub context: u32,
+    /// Cores to use; 0 is all (`threads=1`).
+    pub threads: u32,
+    /// Model file on the boot volume; empty takes the raw model disk, else the only model file found (`model=NAME.EXT`).
+    pub model: String,
+    /// Tokenizer file of a llama2.c model on the boot volume (`tokenizer=TOK.BIN`).
+    pub tokenizer: String,
+    /// SHA-256 the model file must have, 64 hex digits; computed only when set (`model.sha256=...`).
+    pub model_sha256: Option<[u8; 32]>,
+    /// Which kernels may run (`tier=compiled|baseline|reference`).
+    pub tier: Tier,
+    /// Highest instruction set to use (`isa=auto|avx512|avx2|portable`).
+    pub isa: IsaLimit,
+    /// Load and save the snapshot (`snapshot=true`).
+    pub snapshot: bool,
+    /// Time for trying variants in one boot, ms; 0 tunes nothing (`tune.budget_ms=2000`).
+    pub tune_budget_ms: u64,
+    /// Variants tried in one boot at most (`tune.max_trials=1000`).
+    pub tune_max_trials: u32,
+    /// Pairs measured in one trial at most (`tune.pairs=48`).
+    pub tune_pairs: u32,
+    /// Variants of one key tried at most, in all boots; 0 is the whole space (`tune.max_variants=0`).
+    pub tune_max_variants: u32,
+    /// Boots without a changed kernel that convergence needs (`converge.window=3`).
+    pub converge_window: u32,
+    /// Largest relative variation of token time over the window (`converge.max_variance=0.01`).
+    pub converge_max_variance: f64,
+    /// Share of kernel time that settled keys must cover (`converge.coverage=0.99`).
+    pub converge_coverage: f64,
+    /// Print the report screen at the end (`report=true`).
+    pub report: bool,
+}
+
+/// Highest instruction set to use.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum IsaLimit {
+    /// Whatever CPUID offers.
+    Auto,
+    /// AVX-512 and below.
+    Avx512,
+    /// AVX2+FMA and below.
+    Avx2,
+    /// No vector extension.
+    Portable,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            mode: Mode::Generate,
+            prompt: "Once upon a time".to_owned(),
+            chat: false,
+            max_tokens: 64,
+            ignore_eos: false,
+            temperature: 0.0,
+            seed: 1,
+            context: 0,
+            threads: 0,
+            model: String::new(),
+            tokenizer: String::new(),
+            model_sha256: None,
+            tier: Tier::Compiled,
+            isa: IsaLimit::Auto,
+            snapshot: true,
+            tune_budget_ms: 2000,
+            tune_max_trials: 1000,
+            tune_pairs: 48,
+            tune_max_variants: 0,
+            converge_window: 3,
+            converge_max_variance: 0.01,
+            converge_coverage: 0.99,
+            report: true,
+        }
+    }
+}
+
+/// A setting that cannot be taken.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum OptionError {
+    /// No such key.
+    #[error("unknown option `{key}`; the options are: {known}")]
+    UnknownKey {
+        /// What was written.
+        key: String,
+        /// Every key, separated by spaces.
+        known: String,
+    },
+    /// The value does not fit the key.
+    #[error("option `{key}`: expected {expected}, found `{found}`")]
+    BadValue {
+        /// The key.
+        key: String,
+        /// What it takes.
+        expected: &'static str,
+        /// What was written.
+        found: String,
+    },
+    /// A word without `=`.
+    #[error("`{word}` is not an option: expected key=value (quote values that contain spaces)")]
+    NotAnOption {
+        /// The word.
+        word: String,
+    },
+    /// A quote that is never closed.
+    #[error("the quoted value of `{key}` has no closing quote")]
+    UnclosedQuote {
+        /// The key.
+        key: String,
+    },
+}
+
+type Setter = fn(&mut Options, &str) -> Result<(), &'static str>;
+
+fn number<T: FromStr>(value: &str, expected: &'static str) -> Result<T, &'static str> {
+    value.parse().map_err(|_| expected)
+}
+
+fn flag(value: &str) -> Result<bool, &'static str> {
+    match value {
+        "true" | "1" | "on" | "yes" => Ok(true),
+        "false" | "0" | "off" | "no" => Ok(false),
+        _ => Err("true or false"),
+    }
+}
+
+fn fraction(value: &str) -> Result<f64, &'static str> {
+    let x: f64 = number(value, "a number from 0 to 1")?;
+    if (0.0..=1.0).contains(&x) { Ok(x) } else { Err("a number from 0 to 1") }
+}
+
+pub(crate) fn sha256_hex(value: &str) -> Result<[u8; 32], &'static str> {
+    const EXPECTED: &str = "64 hexadecimal digits";
+    let mut out = [0u8; 32];
+    if value.len() != 64 || !value.is_ascii() {
+        return Err(EXPECTED);
+    }
+    for (byte, pair) in out.iter_mut().zip(value.as_bytes().chunks_exact(2)) {
+        let digit = |c: u8| (c as char).to_digit(16).ok_or(EXPECTED);
+        *byte = (digit(pair[0])? * 16 + digit(pair[1])?) as u8;
+    }
+    Ok(out)
+}
+
+/// Key, setter: the one list of options.
+const TABLE: &[(&str, Setter)] = &[
+    ("mode", |o, v| {
+        o.mode = match v {
+            "generate" => Mode::Generate,
+            "selftest" => Mode::SelfTest,
+            "smoke" => Mode::Smoke,
+            _ => return Err("generate, selftest or smoke"),
+        };
+        Ok(())
+    }),
+    ("prompt", |o, v| {
+        o.prompt = v.to_owned();
+        Ok(())
+    }),
+    ("chat", |o, v| flag(v).map(|x| o.chat = x)),
+    ("max_tokens", |o, v| number(v, "a whole number of tokens").map(|x| o.max_tokens = x)),
+    ("ignore_eos", |o, v| flag(v).map(|x| o.ignore_eos = x)),
+    ("temp", |o, v| {
+        const EXPECTED: &str = "a temperature from 0 to 100";
+        let t: f32 = number(v, EXPECTED)?;
+        if !(0.0..=100.0).contains(&t) {
+            return Err(EXPECTED);
+        }
+        o.temperature = t;
+        Ok(())
+    }),
+    ("seed", |o, v| number(v, "a whole number").map(|x| o.seed = x)),
+    ("context", |o, v| number(v, "a whole number of tokens").map(|x| o.context = x)),
+    ("threads", |o, v| number(v, "a whole number of cores, 0 for all").map(|x| o.threads = x)),
+    ("model", |o, v| {
+        o.model = v.to_owned();
+        Ok(())
+    }),
+    ("tokenizer", |o, v| {
+        o.tokenizer = v.to_owned();
+        Ok(())
+    }),
+    ("model.sha256", |o, v| sha256_hex(v).map(|x| o.model_sha256 = Some(x))),
+    ("tier", |o, v| {
+        o.tier = match v {
+            "compiled" => Tier::Compiled,
+            "baseline" => Tier::Baseline,
+            "reference" => Tier::Reference,
+            _ => return Err("compiled, baseline or reference"),
+        };
+        Ok(())
+    }),
+    ("isa", |o, v| {
+        o.isa = match v {
+            "auto" => IsaLimit::Auto,
+            "avx512" => IsaLimit::Avx512,
+            "avx2" => IsaLimit::Avx2,
+            "portable" => IsaLimit::Portable,
+            _ => return Err("auto, avx512, avx2 or portable"),
+        };
+        Ok(())
+    }),
+    ("snapshot", |o, v| flag(v).map(|x| o.snapshot = x)),
+    ("tune.budget_ms", |o, v| number(v, "a whole number of milliseconds").map(|x| o.tune_budget_ms = x)),
+    ("tune.max_trials", |o, v| number(v, "a whole number").map(|x| o.tune_max_trials = x)),
+    ("tune.pairs", |o, v| number(v, "a whole number of pairs").map(|x| o.tune_pairs = x)),
+    ("tune.max_variants", |o, v| number(v, "a whole number of variants, 0 for all").map(|x| o.tune_max_variants = x)),
+    ("converge.window", |o, v| number(v, "a whole number of boots").map(|x| o.converge_window = x)),
+    ("converge.max_variance", |o, v| fraction(v).map(|x| o.converge_max_variance = x)),
+    ("converge.coverage", |o, v| fraction(v).map(|x| o.converge_coverage = x)),
+    ("report", |o, v| flag(v).map(|x| o.report = x)),
+];
+
+impl Options {
+    /// Sets one option.
+    ///
+    /// # Errors
+    /// [`OptionError::UnknownKey`] or [`OptionError::BadValue`].
+    pub fn set(&mut self, key: &str, value: &str) -> Result<(), OptionError> {
+        let Some((_, setter)) = TABLE.iter().find(|(name, _)| *name == key) else {
+            let known: Vec<&str> = TABLE.iter().map(|(name, _)| *name).collect();
+            return Err(OptionError::UnknownKey { key: key.to_owned(), known: known.join(" ") });
+        };
+        setter(self, value).map_err(|expected| OptionError::BadValue {
+            key: key.to_owned(),
+            expected,
+            found: value.to_owned(),
+        })
+    }
+
+    /// Applies every setting in `text` (a command line or a file).
+    ///
+    /// # Errors
+    /// The first [`OptionError`]; settings before it have been applied.
+    pub fn apply(&mut self, text: &str) -> Result<(), OptionError> {
+        for (key, value) in settings(text)? {
+            self.set(&key, &value)?;
+        }
+        Ok(())
+    }
+}
+
+fn settings(text: &str) -> Result<Vec<(String, String)>, OptionError> {
+    let mut out = Vec::new();
+    let mut chars = text.chars().peekable();
+    while let Some(&c) = chars.peek() {
+        if c.is_whitespace() || c == '\0' {
+            chars.next();
+            continue;
+        }
+        if c == '#' {
+            chars.by_ref().find(|&c| c == '\n');
+            continue;
+        }
+        let mut key = String::new();
+        let mut has_value = false;
+        while let Some(&c) = chars.peek() {
+            if c.is_whitespace() || c == '\0' {
+                break;
+            }
+            chars.next();
+            if c == '=' {
+                has_value = true;
+                break;
+            }
+            key.push(c);
+        }
+        if !has_value {
+            return Err(OptionError::NotAnOption { word: key });
+        }
+        let mut value = String::new();
+        if chars.peek() == Some(&'"') {
+            chars.next();
+            loop {
+                match chars.next() {
+                    None => return Err(OptionError::UnclosedQuote { key }),
+                    Some('"') => break,
+                    Some('\\') => match chars.next() {
+                        Some('n') => value.push('\n'),
+                        Some(escaped) => value.push(escaped),
+                        None => return Err(OptionError::UnclosedQuote { key }),
+                    },
+                    Some(c) => value.push(c),
+                }
+            }
+        } else {
+            while let Some(&c) = chars.peek() {
+                if c.is_whitespace() || c == '\0' {
+                    break;
+                }
+                value.push(c);
+                chars.next();
+            }
+        }
+        out.push((key, value));
+    }
+    Ok(out)
+}
+
+/// The text form of one setting, quoted where needed; [`Options::apply`] reads it back.
+pub fn setting(key: &str, value: &str) -> String {
+    if !value.is_empty() && !value.contains(|c: char| c.is_whitespace() || c == '"' || c == '\\' || c == '#') {
+        return alloc::format!("{key}={value}");
+    }
+    let mut out = key.to_string();
+    out.push_str("=\"");
+    for c in value.chars() {
+        match c {
+            '"' | '\\' => out.extend(['\\', c]),
+            '\n' => out.push_str("\\n"),
+            c => out.push(c),
+        }
+    }
+    out.push('"');
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn settings_are_read_and_later_ones_win() {
+        let mut options = Options::default();
+        options
+            .apply("# a comment\nprompt=\"Once \\\"upon\\\"\\na time\" max_tokens=5\nthreads=1 # one\nmax_tokens=7\0")
+            .unwrap();
+        assert_eq!(options.prompt, "Once \"upon\"\na time");
+        assert_eq!((options.max_tokens, options.threads), (7, 1));
+    }
+
+    #[test]
+    fn a_setting_reads_back_as_written() {
+        for value in ["plain", "two words", "", "quo\"te", "back\\slash", "line\nfeed", "#hash", "naïve =="] {
+            let mut options = Options::default();
+            options.apply(&setting("prompt", value)).unwrap();
+            assert_eq!(options.prompt, value);
+        }
+    }
+
+    #[test]
+    fn bad_settings_say_what_was_expected() {
+        let error = |text: &str| Options::default().apply(text).unwrap_err();
+        assert!(
+            matches!(error("promt=x"), OptionError::UnknownKey { key, known } if key == "promt" && known.contains("prompt"))
+        );
+        assert_eq!(
+            error("max_tokens=-1"),
+            OptionError::BadValue {
+                key: "max_tokens".into(),
+                expected: "a whole number of tokens",
+                found: "-1".into()
+            }
+        );
+        assert_eq!(error("quiet"), OptionError::NotAnOption { word: "quiet".into() });
+        assert_eq!(error("prompt=\"a"), OptionError::UnclosedQuote { key: "prompt".into() });
+        for bad in [
+            "temp=-1",
+            "temp=nan",
+            "converge.coverage=1.5",
+            "model.sha256=12",
+            "chat=maybe",
+            "mode=x",
+            "tier=x",
+            "isa=sse",
+        ] {
+            assert!(matches!(error(bad), OptionError::BadValue { .. }), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,30 @@
+//! Prompt text to prompt tokens.
+
+use crate::error::RunError;
+use crate::options::Options;
+use alloc::vec::Vec;
+use model::ModelDescription;
+use model::chat::Message;
+
+/// Tokens of the configured prompt, checked against the context of `context` positions.
+///
+/// # Errors
+/// [`RunError::EmptyPrompt`], [`RunError::PromptTooLong`], and with `chat=true` a missing or unusable template.
+pub fn encode(description: &ModelDescription, options: &Options, context: usize) -> Result<Vec<u32>, RunError> {
+    let tokenizer = &description.tokenizer;
+    let tokens = if options.chat {
+        let template = description.chat_template.as_ref().ok_or(RunError::NoChatTemplate)?;
+        template.encode(tokenizer, &[Message { role: "user", content: &options.prompt }], true)?
+    } else {
+        tokenizer.encode_prompt(&options.prompt, false)
+    };
+    if tokens.is_empty() {
+        return Err(RunError::EmptyPrompt);
+    }
+    // One position has to be left to generate into.
+    if tokens.len() >= context {
+        let model_context = description.config.seq_len as usize;
+        return Err(RunError::PromptTooLong { prompt_tokens: tokens.len(), context, model_context });
+    }
+    Ok(tokens)
+}

@@ -1,0 +1,67 @@
+//! The kernel table of the report: statistics of this boot beside what the snapshot remembers.
+
+use crate::kernels::RunningKernels;
+use alloc::string::{String, ToString};
+use alloc::vec::Vec;
+use engine::Engine;
+use engine::simd::limits::Limits;
+use model::kernel::KernelKey;
+use profiler::{Roofline, Settled};
+use report::KernelRow;
+use snapshot_format::Snapshot;
+
+/// The roofline of one core's slice of `key`, from limits of `threads` cores together.
+pub fn roofline(limits: &Limits, key: &KernelKey, threads: usize) -> Roofline {
+    let flops = if key.dtype.is_quantised() { limits.int8_ops_per_cycle } else { limits.fma_flops_per_cycle };
+    let cores = threads.max(1) as f64;
+    Roofline { read_bytes_per_cycle: limits.read_bytes_per_cycle / cores, flops_per_cycle: flops / cores }
+}
+
+/// How close the kernel in `slot` was to the machine's limit in this boot, on the median.
+pub fn limit_fraction(engine: &Engine<'_>, limits: &Limits, slot: usize) -> Option<f64> {
+    let key = engine.table().key(slot)?;
+    let median = engine.table().profile().stats(slot).median_cycles()?;
+    roofline(limits, &key, engine.plan().threads()).limit_fraction(&key, median)
+}
+
+/// One row per key that ran, hottest first. `tsc_hz` is `None` where the clock cannot be trusted.
+pub fn kernel_rows(
+    engine: &Engine<'_>,
+    limits: &Limits,
+    snapshot: &Snapshot,
+    running: &RunningKernels,
+    tsc_hz: Option<u64>,
+    variants_total: &dyn Fn(&KernelKey) -> usize,
+) -> Vec<KernelRow> {
+    let profile = engine.table().profile();
+    let row = |hot: profiler::HotKey| {
+        let stats = profile.stats(hot.slot);
+        let record = snapshot.record(&hot.key);
+        let median = stats.median_cycles().unwrap_or(0);
+        let slices = engine.table().slices(hot.slot) as u64;
+        let fraction = limit_fraction(engine, limits, hot.slot);
+        // Work per second: of all slices, since they run side by side.
+        let rate = |work: u64| tsc_hz.map(|hz| (work * slices) as f64 * hz as f64 / median.max(1) as f64 / 1e9);
+        KernelRow {
+            key: hot.key.to_string(),
+            variant: running
+                .variant(hot.slot)
+                .map_or_else(|| String::from(engine.table().own_name()), |v| v.to_string()),
+            calls: stats.count(),
+            time_share: hot.share,
+            total_cycles: stats.total_cycles(),
+            min_cycles: stats.min_cycles().unwrap_or(0),
+            max_cycles: stats.max_cycles().unwrap_or(0),
+            median_cycles: median,
+            baseline_cycles: record.and_then(|r| r.baseline_median_cycles),
+            bytes_per_call: hot.key.weight_bytes() * slices,
+            gb_s: rate(hot.key.weight_bytes()),
+            gflop_s: rate(hot.key.flops()),
+            limit_fraction: tsc_hz.and(fraction),
+            variants_tried: record.map_or(0, |r| r.trials.len() as u32),
+            variants_total: variants_total(&hot.key) as u32,
+            settled: Settled::of(record.is_some_and(|r| r.space_exhausted), fraction).is_settled(),
+        }
+    };
+    profile.hot_list().into_iter().map(row).collect()
+}

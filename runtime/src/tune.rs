@@ -1,0 +1,280 @@
+//! The search for better kernels: hottest unsettled keys first, one untried variant after another, within a budget.
+//!
+//! A variant goes compile -> publish -> verify -> paired trial against the incumbent on the model's own weights. All
+//! variants give the same bits, so nothing here can change a token. Whatever happens to a variant is written into the
+//! snapshot's history, so no boot repeats another's work.
+
+use crate::kernels::{RunningKernels, verify};
+use crate::options::Options;
+use crate::platform::Platform;
+use crate::reporter::Reporter;
+use alloc::format;
+use alloc::string::{String, ToString};
+use alloc::vec::Vec;
+use engine::dispatch::Kernel;
+use engine::{Engine, Runs};
+use jit::{Compiler, TargetIsa, space};
+use model::kernel::{KernelKey, Variant};
+use profiler::Settled;
+use profiler::trial::{Order, Trial as PairedTrial, TrialConfig, Verdict};
+use report::{Level, TrialOutcome as Shown, TrialRow};
+use snapshot_format::{KeyRecord, Snapshot, StoredKernel, Trial, TrialOutcome};
+
+/// Keys below this share of the boot's kernel cycles are left alone while hotter ones are open.
+const MIN_SHARE: f64 = 0.001;
+
+/// Variants of one key tried before the next key's turn: enough to share the reference output they are checked with,
+/// few enough that every key gets its best guesses early.
+const VARIANTS_IN_A_ROW: usize = 6;
+
+/// What one boot's tuning did.
+#[derive(Default)]
+pub struct Tuned {
+    /// Every variant tried, in order.
+    pub trials: Vec<TrialRow>,
+    /// Kernels compiled.
+    pub compiled: u32,
+    /// Keys whose kernel changed.
+    pub changed: u32,
+    /// Sum of compile times, ms.
+    pub compile_ms: f64,
+}
+
+/// The tuner of one boot.
+pub struct Tuner<'a> {
+    compiler: Compiler,
+    options: &'a Options,
+    boot: u32,
+    end_tsc: u64,
+    tsc_hz: u64,
+    changed_keys: Vec<KernelKey>,
+    tuned: Tuned,
+}
+
+impl<'a> Tuner<'a> {
+    /// A tuner whose budget starts now; `None`, with a note, where no kernel can be compiled for this CPU.
+    pub fn start(
+        platform: &mut dyn Platform,
+        reporter: &mut Reporter,
+        options: &'a Options,
+        boot: u32,
+        isa: engine::Isa,
+    ) -> Option<Self> {
+        if !isa.avx2 {
+            return None;
+        }
+        let compiler = match Compiler::new(target(isa)) {
+            Ok(compiler) => compiler,
+            Err(error) => {
+                reporter.note(platform, Level::Warning, format!("kernels are not compiled: {error}"));
+                return None;
+            }
+        };
+        let tsc_hz = platform.clock().tsc_hz;
+        let end_tsc = engine::cycles().saturating_add(options.tune_budget_ms.saturating_mul(tsc_hz / 1000));
+        Some(Self { compiler, options, boot, end_tsc, tsc_hz, changed_keys: Vec::new(), tuned: Tuned::default() })
+    }
+
+    /// Compiles a kernel of an earlier boot again whose code could not be used.
+    pub fn rebuild(&mut self, key: &KernelKey, variant: &Variant) -> Option<StoredKernel> {
+        let start = engine::cycles();
+        let compiled = self.compiler.compile(key, variant);
+        let us = self.us_since(start);
+        self.tuned.compile_ms += us / 1e3;
+        let compiled = compiled.ok()?;
+        self.tuned.compiled += 1;
+        Some(StoredKernel::new(*variant, compiled.code))
+    }
+
+    /// Tries variants until the budget is spent or every hot key is settled.
+    pub fn run(
+        mut self,
+        platform: &mut dyn Platform,
+        reporter: &mut Reporter,
+        engine: &mut Engine,
+        snapshot: &mut Snapshot,
+        running: &mut RunningKernels,
+        limit_fraction: &dyn Fn(usize) -> Option<f64>,
+    ) -> Tuned {
+        let hot: Vec<(usize, KernelKey)> = engine
+            .table()
+            .profile()
+            .hot_list()
+            .into_iter()
+            .filter(|hot| hot.share >= MIN_SHARE)
+            .map(|hot| (hot.slot, hot.key))
+            .collect();
+        loop {
+            let mut progressed = false;
+            for &(slot, key) in &hot {
+                for _ in 0..VARIANTS_IN_A_ROW {
+                    if self.spent() {
+                        return self.finish();
+                    }
+                    let record = snapshot.record_mut(key);
+                    if Settled::of(record.space_exhausted, limit_fraction(slot)).is_settled() {
+                        break;
+                    }
+                    let Some(variant) = self.next_variant(record) else {
+                        record.space_exhausted = true;
+                        break;
+                    };
+                    self.try_variant(platform, reporter, engine, record, running, slot, variant);
+                    progressed = true;
+                }
+            }
+            if !progressed {
+                return self.finish();
+            }
+        }
+    }
+
+    fn finish(mut self) -> Tuned {
+        self.tuned.changed = self.changed_keys.len() as u32;
+        self.tuned
+    }
+
+    fn spent(&self) -> bool {
+        engine::cycles() >= self.end_tsc || self.tuned.trials.len() >= self.options.tune_max_trials as usize
+    }
+
+    fn us_since(&self, start: u64) -> f64 {
+        engine::cycles().saturating_sub(start) as f64 * 1e6 / self.tsc_hz as f64
+    }
+
+    fn next_variant(&self, record: &KeyRecord) -> Option<Variant> {
+        let incumbent = record.incumbent.as_ref().map(|kernel| kernel.variant);
+        space::variants(&record.key, self.compiler.isa())
+            .into_iter()
+            .take(space_len(self.options, usize::MAX))
+            .find(|variant| Some(*variant) != incumbent && !record.knows(variant))
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn try_variant(
+        &mut self,
+        platform: &mut dyn Platform,
+        reporter: &mut Reporter,
+        engine: &mut Engine,
+        record: &mut KeyRecord,
+        running: &mut RunningKernels,
+        slot: usize,
+        variant: Variant,
+    ) {
+        let incumbent = running.variant(slot);
+        let start = engine::cycles();
+        let compiled = self.compiler.compile(&record.key, &variant);
+        let compile_us = self.us_since(start);
+        self.tuned.compile_ms += compile_us / 1e3;
+        let (outcome, ratio, code_bytes) = match compiled {
+            Err(error) => {
+                reporter.note(platform, Level::Info, format!("{} {variant}: refused: {error}", record.key));
+                (TrialOutcome::Refused, None, 0)
+            }
+            Ok(compiled) => {
+                self.tuned.compiled += 1;
+                let code_bytes = compiled.code.len() as u32;
+                match platform.publish(record.key, &compiled.code) {
+                    Err(full) => {
+                        // Not the variant's fault: leave it untried for a boot with room.
+                        reporter.note(platform, Level::Warning, format!("tuning stops: {full}"));
+                        self.end_tsc = 0;
+                        return;
+                    }
+                    Ok(kernel) => match verify(platform, engine, slot, kernel) {
+                        Err(rejected) => {
+                            let text = format!("{} {variant}: {rejected}; quarantined", record.key);
+                            reporter.note(platform, Level::Warning, text);
+                            record.quarantined.push(variant);
+                            (rejected.outcome(), None, code_bytes)
+                        }
+                        Ok(()) => {
+                            let verdict = self.measure(platform, engine, slot, kernel);
+                            if verdict.significant && engine.table_mut().install(slot, kernel).is_ok() {
+                                running.set(slot, variant);
+                                record.incumbent = Some(StoredKernel::new(variant, compiled.code));
+                                record.changed_at_boot = self.boot;
+                                if !self.changed_keys.contains(&record.key) {
+                                    self.changed_keys.push(record.key);
+                                }
+                                (TrialOutcome::Kept, Some(verdict.ratio), code_bytes)
+                            } else {
+                                (TrialOutcome::Slower, Some(verdict.ratio), code_bytes)
+                            }
+                        }
+                    },
+                }
+            }
+        };
+        record.trials.push(Trial {
+            variant,
+            incumbent,
+            ratio: ratio.map(|r| r as f32),
+            outcome,
+            boot: self.boot,
+            compile_us: compile_us as u32,
+            code_bytes,
+        });
+        self.tuned.trials.push(TrialRow {
+            key: record.key.to_string(),
+            variant: variant.to_string(),
+            incumbent: incumbent.map_or_else(|| String::from(engine.table().own_name()), |v| v.to_string()),
+            ratio,
+            outcome: shown(outcome),
+            compile_us: Some(compile_us),
+            code_bytes: (code_bytes > 0).then_some(code_bytes),
+        });
+    }
+
+    /// Pairs of candidate and incumbent on the weights of one layer after another.
+    fn measure(&mut self, platform: &dyn Platform, engine: &mut Engine, slot: usize, candidate: Kernel) -> Verdict {
+        let config = TrialConfig { max_pairs: self.options.tune_pairs as usize, ..TrialConfig::default() };
+        let mut trial = PairedTrial::new(config);
+        let instances = engine.instances(slot).max(1);
+        let incumbent = engine.table().runs(slot).unwrap_or(Runs::Baseline);
+        let candidate = Runs::Compiled(candidate);
+        let mut instance = 0;
+        loop {
+            let mut time = |runs: Runs| {
+                // Each call reads weights that the last one did not leave in a cache.
+                instance = (instance + 1) % instances;
+                engine.replay(platform.workers(), slot, runs, instance)
+            };
+            let pair = match trial.order() {
+                Order::IncumbentFirst => time(incumbent).and_then(|old| Ok((old, time(candidate)?))),
+                Order::CandidateFirst => time(candidate).and_then(|new| Ok((time(incumbent)?, new))),
+            };
+            // A slot of the table always has a matrix and takes its own kernel; without pairs nothing is significant.
+            let Ok((old, new)) = pair else { return trial.verdict() };
+            if let Some(verdict) = trial.push(old, new) {
+                return verdict;
+            }
+            if engine::cycles() >= self.end_tsc {
+                return trial.verdict();
+            }
+        }
+    }
+}
+
+/// The instruction sets kernels may be compiled for.
+pub fn target(isa: engine::Isa) -> TargetIsa {
+    TargetIsa { avx2: isa.avx2, avx512: isa.avx512, avx512_vnni: isa.avx512_vnni }
+}
+
+/// Variants of a key that are in the search, of `available`.
+pub fn space_len(options: &Options, available: usize) -> usize {
+    match options.tune_max_variants {
+        0 => available,
+        limit => available.min(limit as usize),
+    }
+}
+
+fn shown(outcome: TrialOutcome) -> Shown {
+    match outcome {
+        TrialOutcome::Kept => Shown::Kept,
+        TrialOutcome::Slower => Shown::Slower,
+        TrialOutcome::Refused => Shown::Refused,
+        TrialOutcome::Wrong => Shown::Wrong,
+        TrialOutcome::Faulted => Shown::Faulted,
+    }
+}

@@ -1,0 +1,79 @@
+//! Builds the guest images: the kernel has flags, a profile and a target directory of its own, so that nothing of it
+//! reaches build scripts or host crates.
+
+use anyhow::{Context, Result, bail};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+const TARGET: &str = "x86_64-unknown-linux-gnu";
+const PROFILE: &str = "image";
+
+/// Compiler flags of the guest; the linker script's path is filled in.
+///
+/// # Errors
+/// When `kernel/rustflags.txt` cannot be read.
+pub fn rustflags(workspace: &Path) -> Result<String> {
+    let file = workspace.join("kernel/rustflags.txt");
+    let text = std::fs::read_to_string(&file).with_context(|| format!("reading {}", file.display()))?;
+    let script = workspace.join("kernel/link.ld");
+    let flags: Vec<String> = text
+        .lines()
+        .map(|line| line.split('#').next().unwrap_or_default().trim())
+        .filter(|line| !line.is_empty())
+        .map(|line| line.replace("{link.ld}", &script.display().to_string()))
+        .collect();
+    // cargo separates encoded flags by the unit separator, so that paths may hold spaces.
+    Ok(flags.join("\x1f"))
+}
+
+fn target_dir(workspace: &Path) -> PathBuf {
+    // A directory of its own inside the usual one, so that `cargo clean` removes it too.
+    std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| workspace.join("target"), PathBuf::from).join("guest")
+}
+
+/// A cargo command with the guest's flags: `cargo VERB -p kernel ...`.
+///
+/// # Errors
+/// When the flags cannot be read.
+pub fn cargo(workspace: &Path, verb: &str) -> Result<Command> {
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command
+        .current_dir(workspace)
+        .arg(verb)
+        .args(["--package", "kernel", "--target", TARGET, "--target-dir"])
+        .arg(target_dir(workspace))
+        .env("CARGO_ENCODED_RUSTFLAGS", rustflags(workspace)?)
+        .env_remove("RUSTFLAGS");
+    Ok(command)
+}
+
+/// Builds the self-optimising image and returns its ELF.
+///
+/// # Errors
+/// When the build fails.
+pub fn jit_image(workspace: &Path) -> Result<PathBuf> {
+    let mut command = cargo(workspace, "build")?;
+    command.args(["--profile", PROFILE, "--features", "bare-metal,jit", "--bin", "bareflow"]);
+    run(&mut command, "the JIT image")?;
+    Ok(target_dir(workspace).join(TARGET).join(PROFILE).join("bareflow"))
+}
+
+/// Builds the compiler-free kernel as a static library for `export-tool` and returns it.
+///
+/// # Errors
+/// When the build fails.
+pub fn native_library(workspace: &Path) -> Result<PathBuf> {
+    let mut command = cargo(workspace, "rustc")?;
+    command.args(["--profile", PROFILE, "--no-default-features", "--features", "bare-metal"]);
+    command.args(["--lib", "--crate-type", "staticlib"]);
+    run(&mut command, "the native kernel library")?;
+    Ok(target_dir(workspace).join(TARGET).join(PROFILE).join("libkernel.a"))
+}
+
+fn run(command: &mut Command, what: &str) -> Result<()> {
+    let status = command.status().with_context(|| format!("starting cargo for {what}"))?;
+    if !status.success() {
+        bail!("building {what} failed ({status}); the lines above say why");
+    }
+    Ok(())
+}

@@ -1,0 +1,364 @@
+//! Boots of the whole system under QEMU, each with one thing arranged and its consequences checked.
+//!
+//! All run under TCG on a tiny model made here, so they need neither KVM nor a network, and nothing in them depends on
+//! time. Every boot of every scenario must give the same tokens.
+
+use anyhow::{Context, Result, bail, ensure};
+use bootimage::ImageSpec;
+use export_tool::ExportSpec;
+use model::synthetic;
+use qemu_runs::{Accel, BootFailure, BootFrom, Deadlines, Drive, Machine, Qemu, Session, Transcript};
+use report::{BootReport, ExitStatus, Level, SnapshotOutcome};
+use runtime::options::setting;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+const DEADLINE: Duration = Duration::from_secs(180);
+const MEMORY_MIB: u32 = 512;
+const TOKENS: u32 = 12;
+
+/// The files every scenario starts from.
+pub struct Bench {
+    qemu: Qemu,
+    kernel: PathBuf,
+    library: PathBuf,
+    linker_script: PathBuf,
+    dir: PathBuf,
+    model: PathBuf,
+    other_model: PathBuf,
+}
+
+type Scenario = (&'static str, fn(&mut Bench) -> Result<()>);
+
+/// In order: later ones use the disk that earlier ones left.
+const SCENARIOS: &[Scenario] = &[
+    ("self-tests in the guest", self_tests),
+    ("cold boot, then warm boots restore code and give the same tokens", cold_then_warm),
+    ("a damaged newest snapshot falls back to the one before", damaged_newest),
+    ("both snapshots damaged: cold start with a reason", damaged_both),
+    ("another model does not use this model's snapshot", other_model),
+    ("a read-only boot volume is said, and the run goes on", read_only_volume),
+    ("a file that is no model", not_a_model),
+    ("a truncated model", truncated_model),
+    ("no model at all", no_model),
+    ("a model larger than memory", too_large),
+    ("an empty prompt and one longer than the context", bad_prompts),
+    ("an unknown option", unknown_option),
+    ("a CPU without AVX2 runs the portable path with the same tokens", no_avx2),
+    ("the exported image gives the same tokens and holds no compiler", exported),
+    ("the JIT image fails the native image's audit", audit_can_fail),
+];
+
+/// Runs every scenario and returns how many passed.
+///
+/// # Errors
+/// The scenarios that failed, each with its reason.
+pub fn run(kernel: &Path, library: &Path, workspace: &Path, dir: &Path) -> Result<usize> {
+    std::fs::create_dir_all(dir)?;
+    let model = dir.join("tiny.gguf");
+    std::fs::write(&model, synthetic::Llama::tiny().gguf())?;
+    let other_model = dir.join("other.gguf");
+    std::fs::write(&other_model, synthetic::Llama { seed: 99, ..synthetic::Llama::tiny() }.gguf())?;
+    let mut bench = Bench {
+        qemu: Qemu::find()?,
+        kernel: kernel.to_owned(),
+        library: library.to_owned(),
+        linker_script: workspace.join("kernel/link.ld"),
+        dir: dir.to_owned(),
+        model,
+        other_model,
+    };
+    let mut failures = Vec::new();
+    for (name, scenario) in SCENARIOS {
+        let start = Instant::now();
+        let outcome = scenario(&mut bench);
+        let seconds = start.elapsed().as_secs_f64();
+        match outcome {
+            Ok(()) => println!("scenario {name} ... ok ({seconds:.1} s)"),
+            Err(error) => {
+                println!("scenario {name} ... FAILED ({seconds:.1} s)\n{error:?}");
+                failures.push(*name);
+            }
+        }
+    }
+    if !failures.is_empty() {
+        bail!("{} of {} scenarios failed: {}", failures.len(), SCENARIOS.len(), failures.join("; "));
+    }
+    Ok(SCENARIOS.len())
+}
+
+impl Bench {
+    fn disk(&self) -> PathBuf {
+        self.dir.join("disk.img")
+    }
+
+    fn new_disk(&self) -> Result<PathBuf> {
+        let config = [
+            setting("prompt", "ab"),
+            setting("max_tokens", &TOKENS.to_string()),
+            setting("ignore_eos", "true"),
+            setting("tune.max_trials", "6"),
+            setting("tune.max_variants", "3"),
+            setting("tune.budget_ms", "60000"),
+            setting("tune.pairs", "8"),
+            setting("context", "64"),
+        ];
+        let spec =
+            ImageSpec { config: config.join("\n"), overwrite: true, slot_mib: 1, ..ImageSpec::new(&self.kernel) };
+        bootimage::build(&spec, &self.disk())?;
+        Ok(self.disk())
+    }
+
+    fn machine(&self, append: &str) -> Machine {
+        Machine {
+            memory_mib: MEMORY_MIB,
+            drives: vec![
+                Drive { path: self.disk(), read_only: false },
+                Drive { path: self.model.clone(), read_only: true },
+            ],
+            ..Machine::with_kernel(Accel::Tcg, &self.kernel, append)
+        }
+    }
+
+    fn boot(&self, machine: &Machine) -> Result<Transcript> {
+        let deadlines = Deadlines { boot: DEADLINE, silence: DEADLINE };
+        Ok(Session::start(&self.qemu, machine, None)?.run(deadlines, &mut |_| {})?.transcript)
+    }
+
+    fn report(&self, machine: &Machine) -> Result<BootReport> {
+        self.boot(machine)?.report.context("the boot passed without a report")
+    }
+
+    /// A boot that must end as fatal, with an error note that holds every one of `words`.
+    fn refused(&self, machine: &Machine, words: &[&str]) -> Result<()> {
+        let deadlines = Deadlines { boot: DEADLINE, silence: DEADLINE };
+        let error = match Session::start(&self.qemu, machine, None)?.run(deadlines, &mut |_| {}) {
+            Ok(_) => bail!("the boot passed, but it should have been refused"),
+            Err(error) => error,
+        };
+        let ended = error.transcript.end.map(|(status, _)| status);
+        ensure!(ended == Some(ExitStatus::Fatal), "expected the status fatal, found {ended:?}: {error}");
+        ensure!(matches!(error.failure, BootFailure::Status { .. }), "expected a clean end, found {:?}", error.failure);
+        let notes: Vec<&str> = error
+            .transcript
+            .notes
+            .iter()
+            .filter(|(level, _)| *level == Level::Error)
+            .map(|(_, n)| n.as_str())
+            .collect();
+        let [note] = notes.as_slice() else { bail!("expected one error note, found {notes:?}") };
+        for word in words {
+            ensure!(note.contains(word), "the error note does not mention `{word}`: {note}");
+        }
+        Ok(())
+    }
+
+    /// The tokens all boots must give, from a boot without compiled kernels or snapshot.
+    fn reference_tokens(&self) -> Result<Vec<u32>> {
+        let report = self.report(&self.machine("tier=reference snapshot=false"))?;
+        ensure!(report.token_ids.len() == TOKENS as usize, "expected {TOKENS} tokens, found {:?}", report.token_ids);
+        Ok(report.token_ids)
+    }
+
+    fn damage(&self, name: &str) -> Result<()> {
+        let entries = bootimage::list(&self.disk())?;
+        let entry = entries.iter().find(|e| e.path == name).with_context(|| format!("no {name} on the disk"))?;
+        let offset = entry.offset_bytes().with_context(|| format!("{name} is not contiguous"))?;
+        // A byte of the payload, past the header's sector.
+        let at = offset + 512 + 37;
+        let mut image = std::fs::read(self.disk())?;
+        image[usize::try_from(at)?] ^= 0x10;
+        Ok(std::fs::write(self.disk(), image)?)
+    }
+}
+
+fn self_tests(bench: &mut Bench) -> Result<()> {
+    bench.new_disk()?;
+    let transcript = bench.boot(&bench.machine("mode=selftest"))?;
+    ensure!(!transcript.tests.is_empty(), "no test ran");
+    for (name, failure) in &transcript.tests {
+        println!("    {name}: {}", failure.as_deref().unwrap_or("ok"));
+        ensure!(failure.is_none(), "{name} failed");
+    }
+    Ok(())
+}
+
+fn cold_then_warm(bench: &mut Bench) -> Result<()> {
+    bench.new_disk()?;
+    let tokens = bench.reference_tokens()?;
+    let cold = bench.report(&bench.machine(""))?;
+    ensure!(cold.snapshot.outcome == SnapshotOutcome::Cold, "first boot: {:?}", cold.snapshot);
+    ensure!(cold.boot == 1 && cold.kernels_loaded == 0, "first boot is number {}", cold.boot);
+    ensure!(cold.kernels_compiled > 0, "the first boot compiled nothing");
+    ensure!(cold.snapshot.generation_saved == Some(1), "first boot saved {:?}", cold.snapshot);
+    ensure!(cold.token_ids == tokens, "cold tokens {:?}, reference {tokens:?}", cold.token_ids);
+    // Under TCG a compiled kernel may not win; whatever won is what must come back.
+    let mut kept = cold.kernels_changed;
+    for number in 2..=4 {
+        let warm = bench.report(&bench.machine(""))?;
+        ensure!(warm.boot == number, "expected boot {number}, found {}", warm.boot);
+        ensure!(warm.snapshot.outcome == SnapshotOutcome::Loaded, "boot {number}: {:?}", warm.snapshot);
+        ensure!(warm.token_ids == tokens, "boot {number} tokens {:?}, reference {tokens:?}", warm.token_ids);
+        ensure!(kept == 0 || warm.kernels_loaded > 0, "boot {number} restored no kernel of {kept}");
+        kept += warm.kernels_changed;
+    }
+    ensure!(kept > 0, "no boot kept a compiled kernel: nothing was restored or tested");
+    Ok(())
+}
+
+fn damaged_newest(bench: &mut Bench) -> Result<()> {
+    let before = bench.report(&bench.machine(""))?;
+    let generation = before.snapshot.generation_saved.context("nothing saved")?;
+    // Generations alternate between the slots, A first.
+    bench.damage(if generation % 2 == 1 { "SNAPA.BIN" } else { "SNAPB.BIN" })?;
+    let after = bench.report(&bench.machine(""))?;
+    ensure!(after.snapshot.outcome == SnapshotOutcome::Loaded, "{:?}", after.snapshot);
+    ensure!(after.snapshot.generation_loaded == Some(generation - 1), "{:?}", after.snapshot);
+    ensure!(after.snapshot.reason.is_some(), "the damaged slot is not mentioned: {:?}", after.snapshot);
+    ensure!(after.token_ids == before.token_ids, "tokens changed");
+    Ok(())
+}
+
+fn damaged_both(bench: &mut Bench) -> Result<()> {
+    let before = bench.report(&bench.machine(""))?;
+    bench.damage("SNAPA.BIN")?;
+    bench.damage("SNAPB.BIN")?;
+    let after = bench.report(&bench.machine(""))?;
+    ensure!(after.snapshot.outcome == SnapshotOutcome::Cold, "{:?}", after.snapshot);
+    ensure!(after.snapshot.reason.is_some(), "no reason: {:?}", after.snapshot);
+    ensure!(after.boot == 1, "a cold start counts from 1, found {}", after.boot);
+    ensure!(after.token_ids == before.token_ids, "tokens changed");
+    Ok(())
+}
+
+fn other_model(bench: &mut Bench) -> Result<()> {
+    let mut machine = bench.machine("");
+    machine.drives[1].path = bench.other_model.clone();
+    let report = bench.report(&machine)?;
+    ensure!(report.snapshot.outcome == SnapshotOutcome::Cold, "{:?}", report.snapshot);
+    let reason = report.snapshot.reason.unwrap_or_default();
+    ensure!(reason.contains("model"), "the reason does not name the model: {reason}");
+    Ok(())
+}
+
+fn read_only_volume(bench: &mut Bench) -> Result<()> {
+    let mut machine = bench.machine("");
+    machine.drives[0].read_only = true;
+    let before = std::fs::read(bench.disk())?;
+    let transcript = bench.boot(&machine)?;
+    let warned = transcript.notes.iter().any(|(level, text)| *level == Level::Warning && text.contains("read-only"));
+    ensure!(warned, "no warning about the read-only volume: {:?}", transcript.notes);
+    ensure!(std::fs::read(bench.disk())? == before, "the read-only volume was changed");
+    Ok(())
+}
+
+fn with_model(bench: &Bench, name: &str, bytes: &[u8]) -> Result<Machine> {
+    let path = bench.dir.join(name);
+    std::fs::write(&path, bytes)?;
+    let mut machine = bench.machine("snapshot=false");
+    machine.drives[1].path = path;
+    Ok(machine)
+}
+
+fn not_a_model(bench: &mut Bench) -> Result<()> {
+    bench.refused(&with_model(bench, "noise.bin", &[0xa5; 4096])?, &["not a model"])
+}
+
+fn truncated_model(bench: &mut Bench) -> Result<()> {
+    let whole = std::fs::read(&bench.model)?;
+    let cut = whole.len() / 2 / 512 * 512;
+    bench.refused(&with_model(bench, "cut.gguf", &whole[..cut])?, &["bytes"])
+}
+
+fn no_model(bench: &mut Bench) -> Result<()> {
+    let mut machine = bench.machine("");
+    machine.drives.truncate(1);
+    bench.refused(&machine, &["no model"])
+}
+
+fn too_large(bench: &mut Bench) -> Result<()> {
+    // The session's memory grows with the context: one that no 512 MiB machine holds.
+    let model = synthetic::Llama { seq_len: 1 << 22, ..synthetic::Llama::tiny() }.gguf();
+    let path = bench.dir.join("long.gguf");
+    std::fs::write(&path, model)?;
+    let mut machine = bench.machine("snapshot=false context=4194304");
+    machine.drives[1].path = path;
+    bench.refused(&machine, &["not enough memory", "needed"])
+}
+
+fn bad_prompts(bench: &mut Bench) -> Result<()> {
+    bench.refused(&bench.machine("snapshot=false prompt=\"\""), &["prompt is empty"])?;
+    let long = "a b c d ".repeat(40);
+    bench.refused(&bench.machine(&format!("snapshot=false prompt=\"{long}\"")), &["context"])
+}
+
+fn unknown_option(bench: &mut Bench) -> Result<()> {
+    bench.refused(&bench.machine("promt=x"), &["promt", "prompt"])
+}
+
+fn no_avx2(bench: &mut Bench) -> Result<()> {
+    bench.new_disk()?;
+    let tokens = bench.reference_tokens()?;
+    let mut machine = bench.machine("");
+    machine.cpu_model = Some("Nehalem".to_owned());
+    let transcript = bench.boot(&machine)?;
+    let warned = transcript.notes.iter().any(|(level, text)| *level == Level::Warning && text.contains("AVX2"));
+    ensure!(warned, "no word about the missing AVX2: {:?}", transcript.notes);
+    let report = transcript.report.context("no report")?;
+    ensure!(report.isa == "portable" && report.kernels_compiled == 0, "isa {}", report.isa);
+    ensure!(report.token_ids == tokens, "portable tokens {:?}, reference {tokens:?}", report.token_ids);
+    Ok(())
+}
+
+fn exported(bench: &mut Bench) -> Result<()> {
+    bench.new_disk()?;
+    let tokens = bench.reference_tokens()?;
+    let mut boots = 0;
+    // A few boots, until something was kept and then nothing changed.
+    let mut kept = 0;
+    loop {
+        let report = bench.report(&bench.machine(""))?;
+        kept += report.kernels_changed;
+        boots += 1;
+        if kept > 0 && report.kernels_changed == 0 {
+            break;
+        }
+        ensure!(boots < 12, "kernels kept changing for {boots} boots, or none was kept ({kept})");
+    }
+    let native = bench.dir.join("native.elf");
+    let export = ExportSpec {
+        disk: bench.disk(),
+        kernel_library: bench.library.clone(),
+        linker_script: bench.linker_script.clone(),
+        embed_model: None,
+        out: native.clone(),
+        keep_debug: false,
+        allow_unconverged: false,
+    };
+    let exported = export_tool::export(&export)?;
+    ensure!(exported.audit.passed && !exported.kernels.is_empty(), "{:?}", exported.audit);
+    let boot_native = |elf: &Path, drives: Vec<Drive>| -> Result<()> {
+        let mut machine = bench.machine("");
+        machine.boot =
+            BootFrom::Kernel { elf: elf.to_owned(), append: setting("prompt", "ab") + " ignore_eos=1 max_tokens=12" };
+        machine.drives = drives;
+        let report = bench.report(&machine)?;
+        ensure!(report.image == report::ImageKind::Native, "image kind {:?}", report.image);
+        ensure!(report.token_ids == tokens, "native tokens {:?}, reference {tokens:?}", report.token_ids);
+        ensure!(report.kernels_loaded as usize == exported.kernels.len(), "{} kernels ran", report.kernels_loaded);
+        ensure!(report.kernels_compiled == 0, "a native image compiled something");
+        Ok(())
+    };
+    boot_native(&native, bench.machine("").drives)?;
+    let embedded = bench.dir.join("native-embedded.elf");
+    export_tool::export(&ExportSpec { embed_model: Some(bench.model.clone()), out: embedded.clone(), ..export })?;
+    boot_native(&embedded, Vec::new())
+}
+
+fn audit_can_fail(bench: &mut Bench) -> Result<()> {
+    let audit = export_tool::audit::audit(&std::fs::read(&bench.kernel)?)?;
+    ensure!(!audit.passed, "the audit found no compiler in the image that has one");
+    ensure!(audit.findings.iter().any(|f| f.contains("cranelift")), "{:?}", audit.findings);
+    ensure!(audit.findings.iter().any(|f| f.contains("JIT arena")), "{:?}", audit.findings);
+    Ok(())
+}
