@@ -222,6 +222,26 @@ fn logits_are_those_of_the_formula() {
 }
 
 #[test]
+fn nothing_of_the_arena_is_left_as_it_was() {
+    for (name, spec) in specs() {
+        let (model, file) = gguf(&spec);
+        let plan = Plan::new(&model, 1).unwrap();
+        let packed = |fill: u8| {
+            let mut arena = AlignedBytes::zeroed(plan.arena_bytes());
+            arena.fill(fill);
+            let mut loader = Loader::new(plan.clone(), Level::detect(), &mut arena).unwrap();
+            loader.feed(0, &file).unwrap();
+            loader.finish().unwrap();
+            arena
+        };
+        let (zeros, ones) = (packed(0x00), packed(0xff));
+        // The room to align the start lies behind, and up to 63 bytes behind rows that are not packed.
+        let differ = zeros.iter().zip(&*ones).filter(|(a, b)| a != b).count();
+        assert!(differ <= 64 + 63, "{name}: {differ} bytes were not written");
+    }
+}
+
+#[test]
 fn sessions_refuse_what_they_cannot_do() {
     let (model, file) = gguf(&Spec::default());
     let mut engine = load(&model, &file, 1, 1 << 20, Isa::detect(), Tier::Baseline);

@@ -62,6 +62,14 @@ fn publish(code: &[u8]) -> Kernel {
     unsafe { Kernel::from_entry(KEY, entry) }
 }
 
+/// The SSE control and status register.
+fn mxcsr() -> u32 {
+    let mut value = 0u32;
+    // SAFETY: stores four bytes to `value`.
+    unsafe { std::arch::asm!("stmxcsr [{}]", in(reg) &mut value, options(nostack)) };
+    value
+}
+
 #[repr(align(64))]
 struct Aligned([u8; 128]);
 
@@ -71,7 +79,9 @@ fn run(code: &[u8]) -> (Result<(), Faulted>, f32, Kernel) {
     let w = Aligned([0; 128]);
     let mut y = [0f32; 32];
     let x = Aligned([0; 128]);
+    let control = mxcsr();
     let result = guard::call(kernel, KernelArgs { x: &x.0[..4], w: &w.0, y: &mut y, ldy: 32 });
+    assert_eq!(mxcsr(), control, "rounding mode and exception masks are the caller's");
     assert_eq!(guard::recovery(), None, "no guarded call is left active");
     (result, y[0], kernel)
 }
@@ -89,7 +99,9 @@ fn kernels_that_fault_return_errors_and_the_caller_lives() {
     let (result, y0, _) = run(&with_store(&[0xc3]));
     assert_eq!((result, y0), (Ok(()), 1.0), "a sound kernel");
 
-    let faults: [(&str, u8, &[u8]); 6] = [
+    let faults: [(&str, u8, &[u8]); 7] = [
+        // `ldmxcsr [rsi]` from the zero weights: every floating-point exception unmasked.
+        ("changed MXCSR", 6, &[0x0f, 0xae, 0x16, 0x0f, 0x0b]),
         ("ud2", 6, &[0x0f, 0x0b]),
         ("read of address 0", 14, &[0x31, 0xc0, 0x8b, 0x00]),
         ("hlt is privileged", 14, &[0xf4]),

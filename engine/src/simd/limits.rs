@@ -113,7 +113,7 @@ fn fma_probe(level: Level, iterations: u64) -> u64 {
         // SAFETY: the level proves AVX2 and FMA.
         Level::Avx2(_) => unsafe { avx2::fma(iterations) },
         Level::Portable => {
-            let mut lanes = [1.0f32; 16];
+            let mut lanes = core::hint::black_box([1.0f32; 16]);
             for _ in 0..iterations {
                 for lane in &mut lanes {
                     *lane = *lane * 0.999 + 0.001;
@@ -131,7 +131,7 @@ fn int8_probe(level: Level, iterations: u64) -> u64 {
         // SAFETY: the level proves AVX2.
         Level::Avx2(_) => unsafe { avx2::int8(iterations) },
         Level::Portable => {
-            let mut lanes = [1i32; 16];
+            let mut lanes = core::hint::black_box([1i32; 16]);
             for i in 0..iterations {
                 for lane in &mut lanes {
                     *lane = lane.wrapping_add(i32::from(*lane as i8) * i32::from(i as i8));
@@ -190,7 +190,8 @@ mod avx2 {
     #[target_feature(enable = "avx2,fma")]
     pub(super) fn fma(iterations: u64) -> u64 {
         let (a, b) = (_mm256_set1_ps(0.999), _mm256_set1_ps(0.001));
-        let mut sums = [_mm256_set1_ps(1.0); CHAINS];
+        // Opaque, or the equal chains would be computed once.
+        let mut sums = core::hint::black_box([_mm256_set1_ps(1.0); CHAINS]);
         for _ in 0..iterations {
             for sum in &mut sums {
                 *sum = _mm256_fmadd_ps(*sum, a, b);
@@ -203,7 +204,7 @@ mod avx2 {
     #[target_feature(enable = "avx2")]
     pub(super) fn int8(iterations: u64) -> u64 {
         let ones = _mm256_set1_epi16(1);
-        let mut sums = [_mm256_setzero_si256(); 6];
+        let mut sums = core::hint::black_box([_mm256_setzero_si256(); 6]);
         let mut weights = _mm256_set1_epi8(3);
         for _ in 0..iterations {
             for sum in &mut sums {
@@ -230,7 +231,9 @@ mod tests {
         for level in [Level::Portable, Level::detect()] {
             let limits = measure(&memory, level, &Single, 1);
             assert!(limits.read_bytes_per_cycle > 0.0 && limits.read_bytes_per_cycle.is_finite());
-            assert!(limits.fma_flops_per_cycle > 0.0 && limits.int8_ops_per_cycle > 0.0);
+            // More than a core can do means that the probe was optimised away: 2 x 16 lanes x 2 ports, and 4 times that.
+            assert!(limits.fma_flops_per_cycle > 0.0 && limits.fma_flops_per_cycle < 128.0);
+            assert!(limits.int8_ops_per_cycle > 0.0 && limits.int8_ops_per_cycle < 512.0);
         }
     }
 
