@@ -1,6 +1,7 @@
 //! The targets: any bytes in, must return.
 
-use model::{gguf, llama2c, synthetic};
+use model::synthetic::{self, Llama2cFiles, Spec, TokenizerKind};
+use model::{gguf, llama2c};
 use report::wire;
 use runtime::Options;
 use snapshot_format::{DiskMedium, Identity, frozen, open};
@@ -18,14 +19,23 @@ pub struct Target {
 
 /// Every target.
 pub const TARGETS: &[Target] = &[
-    Target { name: "gguf", run: gguf_header, seeds: || vec![synthetic::Llama::tiny().gguf()] },
-    Target { name: "llama2c", run: llama2c_header, seeds: || vec![synthetic::Llama::tiny().llama2c()] },
+    Target { name: "gguf", run: gguf_header, seeds: || vec![tiny_gguf()] },
+    Target { name: "llama2c", run: llama2c_header, seeds: || vec![tiny_llama2c().model] },
     Target { name: "tokenize", run: tokenize, seeds: texts },
     Target { name: "wire", run: wire_frames, seeds: frames },
     Target { name: "options", run: options, seeds: texts },
     Target { name: "volume", run: volume, seeds: || vec![vec![0; 64 << 10]] },
     Target { name: "frozen_table", run: frozen_table, seeds: || vec![frozen::encode(&[])] },
 ];
+
+fn tiny_gguf() -> Vec<u8> {
+    synthetic::gguf(&Spec::default()).expect("the default spec makes a model")
+}
+
+fn tiny_llama2c() -> Llama2cFiles {
+    let spec = Spec { tokenizer: TokenizerKind::SentencePiece, ..Spec::default() };
+    synthetic::llama2c(&spec).expect("the spec makes a llama2.c model")
+}
 
 fn texts() -> Vec<Vec<u8>> {
     [
@@ -49,19 +59,24 @@ fn gguf_header(data: &[u8]) {
 }
 
 fn llama2c_header(data: &[u8]) {
-    let tokenizer = synthetic::Llama::tiny().llama2c_tokenizer();
-    if let Ok(description) = llama2c::read(data, data.len() as u64, &tokenizer) {
+    thread_local! {
+        static GOOD: Llama2cFiles = tiny_llama2c();
+    }
+    GOOD.with(|good| damaged_llama2c(data, good));
+}
+
+fn damaged_llama2c(data: &[u8], good: &Llama2cFiles) {
+    if let Ok(description) = llama2c::read(data, data.len() as u64, &good.tokenizer) {
         assert!(description.tensors.iter().all(|t| t.end() <= data.len() as u64), "a tensor ends outside the file");
     }
-    let model = synthetic::Llama::tiny().llama2c();
     // The other way round: a damaged tokenizer beside a good model.
-    drop(llama2c::read(&model, model.len() as u64, data));
+    drop(llama2c::read(&good.model, good.model.len() as u64, data));
 }
 
 fn tokenize(data: &[u8]) {
     thread_local! {
         static MODELS: Vec<model::ModelDescription> = {
-            let file = synthetic::Llama::tiny().gguf();
+            let file = tiny_gguf();
             vec![gguf::read(&file, file.len() as u64).expect("a synthetic model is whole")]
         };
     }

@@ -6,7 +6,8 @@
 //! kernel runs `vzeroupper` right before `ret`; the code ends there. So a kernel can reach no memory but by an argument,
 //! and no code but its own.
 //!
-//! Not checked here: offsets from the arguments (a kernel's shape decides them; the tests trace them) and the arithmetic
+//! Not checked here: offsets from the arguments (a kernel's shape decides them; the tests run kernels between unmapped
+//! pages) and the arithmetic
 //! (the caller compares results with the reference).
 //!
 //! Method: forward data flow over basic blocks with one [`Origin`] per integer register and saved stack slot.
@@ -478,4 +479,110 @@ fn write(state: &mut State, register: Register, origin: Origin, offset: usize) -
     }
     state.set(register, origin);
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use iced_x86::code_asm::*;
+
+    fn assemble(build: impl FnOnce(&mut CodeAssembler) -> Result<(), iced_x86::IcedError>) -> Vec<u8> {
+        let mut a = CodeAssembler::new(64).unwrap();
+        build(&mut a).unwrap();
+        a.assemble(0).unwrap()
+    }
+
+    /// The body between nothing and `vzeroupper; ret`, audited at 256 bits.
+    fn body(build: impl FnOnce(&mut CodeAssembler) -> Result<(), iced_x86::IcedError>) -> Result<Audited, AuditError> {
+        let code = assemble(|a| {
+            build(a)?;
+            a.vzeroupper()?;
+            a.ret()
+        });
+        audit(&code, Width::Y256)
+    }
+
+    #[test]
+    fn a_loop_over_the_operands_passes() {
+        let audited = body(|a| {
+            a.push(rbx)?;
+            a.mov(rbx, rsi)?;
+            let mut head = a.create_label();
+            a.set_label(&mut head)?;
+            a.vmovups(ymm0, ymmword_ptr(rbx))?;
+            a.vmovups(ymmword_ptr(rdx), ymm0)?;
+            a.add(rbx, 32)?;
+            a.add(rdx, rcx)?;
+            a.cmp(rdi, rbx)?;
+            a.jne(head)?;
+            a.pop(rbx)
+        });
+        assert_eq!(audited, Ok(Audited { instructions: 11, stack_bytes: 8 }));
+    }
+
+    #[test]
+    fn every_invariant_is_enforced() {
+        assert_eq!(audit(&[], Width::X128), Err(AuditError::Undecodable { offset: 0 }));
+        assert_eq!(audit(&[0x0f, 0xff], Width::X128), Err(AuditError::Undecodable { offset: 0 }));
+        assert_eq!(audit(&[0x90], Width::X128), Err(AuditError::NotAllowed { offset: 0, code: Code::Nopd }));
+        // A wide instruction in a narrow kernel, a narrow one in a wide kernel, a system call, a call.
+        let wide = assemble(|a| a.vaddps(ymm0, ymm0, ymm0));
+        assert!(matches!(audit(&wide, Width::X128), Err(AuditError::NotAllowed { offset: 0, .. })));
+        assert!(matches!(body(|a| a.vaddps(xmm0, xmm0, xmm0)), Err(AuditError::NotAllowed { offset: 0, .. })));
+        assert!(matches!(body(|a| a.syscall()), Err(AuditError::NotAllowed { offset: 0, .. })));
+        assert!(matches!(body(|a| a.call(0x40)), Err(AuditError::NotAllowed { offset: 0, .. })));
+        assert!(matches!(body(|a| a.jmp(rdi)), Err(AuditError::NotAllowed { offset: 0, .. })));
+
+        assert_eq!(audit(&[0xc3], Width::Y256), Err(AuditError::NoVzeroupper { offset: 0 }));
+        assert_eq!(audit(&[0xc3], Width::X128), Ok(Audited { instructions: 1, stack_bytes: 0 }));
+        assert_eq!(audit(&assemble(|a| a.push(rbx)), Width::X128), Err(AuditError::NoReturn));
+        // Jumps: out of the code, into an instruction, past the vzeroupper.
+        assert!(matches!(body(|a| a.jne(0x4000)), Err(AuditError::Jump { offset: 0, target: 0x4000 })));
+        assert!(matches!(
+            audit(&[0x75, 0x01, 0x48, 0x01, 0xc8, 0xc3], Width::X128),
+            Err(AuditError::Jump { target: 3, .. })
+        ));
+        assert_eq!(body(|a| a.jne(5)), Err(AuditError::NoVzeroupper { offset: 5 }));
+
+        // Memory: through a number, through nothing known, through two pointers, writing to x and w.
+        assert_eq!(
+            body(|a| a.vmovups(ymm0, ymmword_ptr(rcx))),
+            Err(AuditError::Base { offset: 0, origin: Origin::Number })
+        );
+        assert_eq!(
+            body(|a| a.vmovups(ymm0, ymmword_ptr(rax))),
+            Err(AuditError::Base { offset: 0, origin: Origin::Unset })
+        );
+        assert_eq!(
+            body(|a| a.vmovups(ymm0, ymmword_ptr(rdi + rsi))),
+            Err(AuditError::Base { offset: 0, origin: Origin::Mixed })
+        );
+        assert_eq!(
+            body(|a| a.vmovups(ymmword_ptr(rdi), ymm0)),
+            Err(AuditError::Store { offset: 0, origin: Origin::X })
+        );
+        assert_eq!(
+            body(|a| a.vmovups(ymmword_ptr(rsi + rcx * 4), ymm0)),
+            Err(AuditError::Store { offset: 0, origin: Origin::W })
+        );
+        assert!(body(|a| a.vmovups(ymmword_ptr(rdx + rcx * 4), ymm0)).is_ok());
+        // A pointer that is only sometimes one.
+        let sometimes = body(|a| {
+            let mut over = a.create_label();
+            a.cmp(rdi, rsi)?;
+            a.jne(over)?;
+            a.imul_3(rdi, rdi, 3)?;
+            a.set_label(&mut over)?;
+            a.vmovups(ymm0, ymmword_ptr(rdi))
+        });
+        assert!(matches!(sometimes, Err(AuditError::Base { origin: Origin::Mixed, .. })));
+
+        // The stack: below rsp, the return address, unbalanced, lost registers.
+        assert_eq!(body(|a| a.vmovups(ymm0, ymmword_ptr(rsp - 64))), Err(AuditError::OutsideFrame { offset: 0 }));
+        assert_eq!(body(|a| a.mov(qword_ptr(rsp), rax)), Err(AuditError::OutsideFrame { offset: 0 }));
+        assert_eq!(body(|a| a.push(rax)), Err(AuditError::StackPointer { offset: 4 }));
+        assert_eq!(body(|a| a.sub(rsp, 0x10_0000)), Err(AuditError::StackPointer { offset: 0 }));
+        assert_eq!(body(|a| a.mov(rsp, rdi)), Err(AuditError::StackPointer { offset: 0 }));
+        assert_eq!(body(|a| a.mov(rbx, rdi)), Err(AuditError::NotRestored { offset: 6, register: Register::RBX }));
+    }
 }

@@ -53,33 +53,56 @@ pub(crate) fn finish(
     if plan.op == Op::GateUpSilu {
         // silu needs registers of its own: its operands wait in the frame.
         for (group, accumulators) in groups.iter().zip(accumulators.chunks(tile.rows * plan.vectors)) {
+            let stream = (group.stream * plan.vectors * plan.vector_bytes()) as i32;
             for_each(tile.rows, plan.vectors, |row, v| {
-                e.store(accumulators[row * plan.vectors + v], fixed.frame, tile.frame_offset(plan, *group, row, v));
+                let offset = stream + tile.frame_offset(plan, group.part, row, v);
+                e.store(accumulators[row * plan.vectors + v], fixed.frame, offset);
             });
         }
         gate_up(e, plan, fixed, tile);
         return;
     }
-    let mut y = tile.y;
-    for row in 0..tile.rows {
-        if row > 0 {
-            y = e.add_address(y, fixed.ldy);
-        }
-        for (g, group) in groups.iter().enumerate() {
-            for v in 0..plan.vectors {
-                let offset = (group.stream * tile.region.run * PANEL * 4 + v * plan.vector_bytes()) as i32;
-                let mut sum = match plan.home {
-                    Home::Registers => accumulators[(g * tile.rows + row) * plan.vectors + v],
-                    Home::Frame => e.load_back(fixed.frame, tile.frame_offset(plan, *group, row, v)),
-                };
-                if plan.op == Op::MatmulResidual {
-                    let old = e.load_back(y, offset);
-                    sum = e.add(old, sum);
+    let stream_bytes = tile.region.run * PANEL * 4;
+    match plan.home {
+        Home::Registers => {
+            let mut y = tile.y;
+            for row in 0..tile.rows {
+                if row > 0 {
+                    y = e.add_address(y, fixed.ldy);
                 }
-                e.store(sum, y, offset);
+                for (g, group) in groups.iter().enumerate() {
+                    for v in 0..plan.vectors {
+                        let sum = accumulators[(g * tile.rows + row) * plan.vectors + v];
+                        output(e, plan, sum, y, group.stream * stream_bytes + v * plan.vector_bytes());
+                    }
+                }
             }
         }
+        Home::Frame => tile.each_stream(e, plan, fixed.frame, &[(tile.y, stream_bytes as i64)], |e, at| {
+            let mut y = at[1];
+            for row in 0..tile.rows {
+                if row > 0 {
+                    y = e.add_address(y, fixed.ldy);
+                }
+                for v in 0..plan.vectors {
+                    let sum = e.load_back(at[0], tile.frame_offset(plan, 0, row, v));
+                    output(e, plan, sum, y, v * plan.vector_bytes());
+                }
+            }
+        }),
     }
+}
+
+/// Writes one vector of sums, added to what is there for a residual.
+fn output(e: &mut Emit<'_, '_>, plan: &Plan, sum: Value, y: Value, offset: usize) {
+    let offset = offset as i32;
+    let value = if plan.op == Op::MatmulResidual {
+        let old = e.load_back(y, offset);
+        e.add(old, sum)
+    } else {
+        sum
+    };
+    e.store(value, y, offset);
 }
 
 /// `y = silu(gate) * up` over the accumulators in the frame: loops over rows, streams and vectors.
@@ -89,7 +112,7 @@ fn gate_up(e: &mut Emit<'_, '_>, plan: &Plan, fixed: Fixed, tile: &Tile) {
     let stream_bytes = plan.vectors * vector;
     let row_bytes = streams * stream_bytes;
     let to_up = (tile.rows * row_bytes) as i32;
-    let first = tile.frame_offset(plan, Group { stream: 0, part: 0 }, 0, 0);
+    let first = tile.frame_offset(plan, 0, 0, 0);
     let gate = e.offset(fixed.frame, i64::from(first));
     let end = e.offset(gate, (tile.rows * row_bytes) as i64);
     e.repeat(tile.rows == 1, &[gate, tile.y], end, |e, row| {

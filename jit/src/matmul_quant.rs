@@ -6,7 +6,7 @@
 //! into i32 without saturation, and Q8_0 takes `w + 128` as u8 and subtracts `128 * sum x` at the end.
 
 use crate::clif::Emit;
-use crate::nest::{Cursor, Fixed, Group, Tile};
+use crate::nest::{Cursor, Fixed, Tile};
 use crate::plan::Plan;
 use cranelift_codegen::ir::Value;
 use model::kernel::DType;
@@ -24,8 +24,13 @@ const GROUP_BYTES: usize = 4 * PANEL;
 pub(crate) enum Sums<'a> {
     /// Row-major, `rows x vectors`.
     Registers(&'a mut [Value]),
-    /// In the frame.
-    Frame(Group),
+    /// In the frame, at the address of their stream.
+    Frame {
+        /// What [`Tile::frame_offset`] is relative to.
+        frame: Value,
+        /// Gate or up.
+        part: usize,
+    },
 }
 
 /// Writes the constants blocks use to the frame.
@@ -196,7 +201,7 @@ fn scale(
             let d = e.mul(d_w, d_x);
             let mut accumulator = match &sums {
                 Sums::Registers(held) => held[index],
-                Sums::Frame(group) => e.load_back(fixed.frame, tile.frame_offset(plan, *group, row, v)),
+                Sums::Frame { frame, part } => e.load_back(*frame, tile.frame_offset(plan, *part, row, v)),
             };
             accumulator = e.accumulate(accumulator, d, block);
             if let Some(m_w) = m_w {
@@ -205,7 +210,7 @@ fn scale(
             }
             match &mut sums {
                 Sums::Registers(held) => held[index] = accumulator,
-                Sums::Frame(group) => e.store(accumulator, fixed.frame, tile.frame_offset(plan, *group, row, v)),
+                Sums::Frame { frame, part } => e.store(accumulator, *frame, tile.frame_offset(plan, *part, row, v)),
             }
         }
     }

@@ -69,11 +69,42 @@ impl Tile {
         group.stream * self.region.run * plan.unit_bytes() + group.part * plan.panel_bytes
     }
 
-    /// Byte offset in the frame of the accumulator of `group`, `row`, vector `v`.
-    pub(crate) fn frame_offset(&self, plan: &Plan, group: Group, row: usize, v: usize) -> i32 {
-        let index = ((group.part * self.rows + row) * self.region.streams + group.stream) * plan.vectors + v;
+    /// Byte offset in the frame of the accumulator of stream 0, `part`, `row`, vector `v`. Streams follow each other at
+    /// [`stream_frame_bytes`].
+    pub(crate) fn frame_offset(&self, plan: &Plan, part: usize, row: usize, v: usize) -> i32 {
+        let index = (part * self.rows + row) * self.region.streams * plan.vectors + v;
         (CONSTANT_BYTES + index * plan.vector_bytes()) as i32
     }
+
+    /// Runs `body` for every stream with carried pointers that `steps` move by constants. The first is the frame address
+    /// to which [`Self::frame_offset`] applies. One copy of the code serves all streams.
+    pub(crate) fn each_stream<'b>(
+        &self,
+        e: &mut Emit<'_, 'b>,
+        plan: &Plan,
+        frame: Value,
+        others: &[(Value, i64)],
+        mut body: impl FnMut(&mut Emit<'_, 'b>, &[Value]),
+    ) {
+        let frame_step = stream_frame_bytes(plan) as i64;
+        let end = e.offset(frame, self.region.streams as i64 * frame_step);
+        let mut init = vec![frame];
+        init.extend(others.iter().map(|(pointer, _)| *pointer));
+        let once = self.region.streams == 1;
+        e.repeat(once, &init, end, |e, at| {
+            body(e, at);
+            if once {
+                return at.to_vec();
+            }
+            let steps = core::iter::once(frame_step).chain(others.iter().map(|(_, step)| *step));
+            at.iter().zip(steps).map(|(pointer, step)| e.offset(*pointer, step)).collect()
+        });
+    }
+}
+
+/// Bytes between the accumulators of neighbouring streams in the frame.
+fn stream_frame_bytes(plan: &Plan) -> usize {
+    plan.vectors * plan.vector_bytes()
 }
 
 /// True when the kernel keeps constants or accumulators in its frame.
@@ -161,11 +192,15 @@ fn one_tile(e: &mut Emit<'_, '_>, plan: &Plan, fixed: Fixed, tile: Tile) {
         }
         Home::Frame => {
             let zero = e.zero_f32();
-            for group in &groups {
-                for_each(tile.rows, plan.vectors, |row, v| {
-                    e.store(zero, fixed.frame, tile.frame_offset(plan, *group, row, v));
-                });
-            }
+            let first = e.offset(fixed.frame, CONSTANT_BYTES as i64);
+            let rounds = plan.parts * tile.rows * tile.region.streams;
+            let end = e.offset(first, (rounds * stream_frame_bytes(plan)) as i64);
+            e.repeat(rounds == 1, &[first], end, |e, at| {
+                for v in 0..plan.vectors {
+                    e.store(zero, at[0], (v * plan.vector_bytes()) as i32);
+                }
+                vec![e.offset(at[0], stream_frame_bytes(plan) as i64)]
+            });
         }
     }
 
@@ -214,11 +249,11 @@ fn steps(
     accumulators: &mut [Value],
 ) {
     let per_group = tile.rows * plan.vectors;
-    let cursor = |group: Group, step: usize| Cursor {
+    let cursor = |tile: &Tile, w_offset: usize, step: usize| Cursor {
         x: tile.x,
         w: tile.w,
         scales: tile.scales,
-        w_offset: (tile.group_offset(plan, group) + step * plan.step_bytes) as i32,
+        w_offset: (w_offset + step * plan.step_bytes) as i32,
         x_offset: (step * plan.x_step_bytes) as i32,
     };
     match plan.home {
@@ -227,7 +262,7 @@ fn steps(
             for step in 0..count {
                 let mut shared_x = None;
                 for (group, accumulators) in groups.iter().zip(accumulators.chunks_mut(per_group)) {
-                    let at = cursor(*group, step);
+                    let at = cursor(tile, tile.group_offset(plan, *group), step);
                     if plan.dtype.is_quantised() {
                         matmul_quant::step(e, plan, fixed, tile, at, matmul_quant::Sums::Registers(accumulators));
                     } else {
@@ -236,33 +271,35 @@ fn steps(
                 }
             }
         }
-        // Groups outermost: one group's accumulators are loaded once for all steps of the iteration.
+        // Streams outermost: one group's accumulators are loaded once for all steps of the iteration.
         Home::Frame => {
-            for group in groups {
-                if plan.dtype.is_quantised() {
-                    for step in 0..count {
-                        matmul_quant::step(
-                            e,
-                            plan,
-                            fixed,
-                            tile,
-                            cursor(*group, step),
-                            matmul_quant::Sums::Frame(*group),
-                        );
+            let stream_bytes = (tile.region.run * plan.unit_bytes()) as i64;
+            let others = [(tile.w, stream_bytes), (tile.scales, stream_bytes)];
+            let others = if plan.dtype.is_quantised() { &others[..] } else { &others[..1] };
+            tile.each_stream(e, plan, fixed.frame, others, |e, at| {
+                let frame = at[0];
+                let tile = Tile { w: at[1], scales: at[at.len() - 1], ..*tile };
+                for part in 0..plan.parts {
+                    let w_offset = part * plan.panel_bytes;
+                    if plan.dtype.is_quantised() {
+                        for step in 0..count {
+                            let sums = matmul_quant::Sums::Frame { frame, part };
+                            matmul_quant::step(e, plan, fixed, &tile, cursor(&tile, w_offset, step), sums);
+                        }
+                        continue;
                     }
-                    continue;
+                    let mut held = Vec::with_capacity(per_group);
+                    for_each(tile.rows, plan.vectors, |row, v| {
+                        held.push(e.load_back(frame, tile.frame_offset(plan, part, row, v)));
+                    });
+                    for step in 0..count {
+                        matmul_float::step(e, plan, &tile, cursor(&tile, w_offset, step), &mut None, &mut held);
+                    }
+                    for_each(tile.rows, plan.vectors, |row, v| {
+                        e.store(held[row * plan.vectors + v], frame, tile.frame_offset(plan, part, row, v));
+                    });
                 }
-                let mut held = Vec::with_capacity(per_group);
-                for_each(tile.rows, plan.vectors, |row, v| {
-                    held.push(e.load_back(fixed.frame, tile.frame_offset(plan, *group, row, v)));
-                });
-                for step in 0..count {
-                    matmul_float::step(e, plan, tile, cursor(*group, step), &mut None, &mut held);
-                }
-                for_each(tile.rows, plan.vectors, |row, v| {
-                    e.store(held[row * plan.vectors + v], fixed.frame, tile.frame_offset(plan, *group, row, v));
-                });
-            }
+            });
         }
     }
 }

@@ -1,25 +1,84 @@
 //! Which variants of a key are worth trying, best guess first.
+//!
+//! A grid over width, VNNI, tile, streams, unroll and prefetch distance is cut down to what is legal and fits the
+//! registers ([`crate::plan`]), to code that compiles in about a millisecond, and then, by a cost model, to at most
+//! [`LIMIT`] variants. The model only orders and prunes; the profiler's measurements decide. It knows ports, latency,
+//! bytes and loop overhead of a wide x86 core, and two measured facts: decode is limited by memory, where streams and
+//! software prefetch matter more than vector width; and a width the model dislikes may still win on another machine (under
+//! software emulation 128 bits win by an order of magnitude), so every width keeps a share of the list.
 
 use crate::compiler::TargetIsa;
-use crate::plan::Plan;
+use crate::plan::{Home, Plan};
 use alloc::vec::Vec;
-use model::kernel::{KernelKey, Variant, Width};
+use model::kernel::{DType, KernelKey, Variant, Width};
+use model::layout::{PANEL, panels};
 
-/// Variants of `key` that machines with `isa` can run, best guess first; empty where no variant can compute it.
+/// Most variants of one key.
+pub const LIMIT: usize = 32;
+
+/// Most instructions a kernel may be expected to have: what compiles in about a millisecond.
+const MAX_INSTRUCTIONS: u64 = 520;
+
+/// A legal variant with its predicted cost.
+struct Candidate {
+    variant: Variant,
+    /// Predicted cycles per call, and expected instructions to break ties.
+    cost: (u64, u64),
+}
+
+/// Variants of `key` that machines with `isa` can run, best guess first; at most [`LIMIT`]; empty only where no variant can
+/// compute the key at all.
 pub fn variants(key: &KernelKey, isa: TargetIsa) -> Vec<Variant> {
-    let mut out = Vec::new();
-    let rows: &[u8] = if key.m == 1 { &[1] } else { &[4, 2] };
-    for width in [Width::Y256, Width::X128, Width::Z512] {
+    let mut classes: Vec<Vec<Candidate>> = Vec::new();
+    for width in [Width::X128, Width::Y256, Width::Z512] {
         for vnni in [false, true] {
-            for rows in rows {
-                for columns in [32, 16, 8] {
-                    for streams in [2, 1, 4] {
-                        for (unroll, prefetch_bytes) in [(4, 1024), (1, 0)] {
-                            let variant =
-                                Variant { width, vnni, rows: *rows, columns, streams, unroll, prefetch_bytes };
-                            if isa.missing(&variant).is_none() && Plan::new(key, &variant).is_ok() {
-                                out.push(variant);
-                            }
+            let mut class = candidates(key, width, vnni, isa);
+            class.sort_by_key(|c| c.cost);
+            classes.push(thin_out(class));
+        }
+    }
+    classes.retain(|class| !class.is_empty());
+    classes.sort_by_key(|class| class[0].cost);
+
+    // The best class gives three, then every other class one, and so on round.
+    let mut queues: Vec<_> = classes.into_iter().map(Vec::into_iter).collect();
+    let mut out = Vec::with_capacity(LIMIT);
+    loop {
+        let before = out.len();
+        for (rank, queue) in queues.iter_mut().enumerate() {
+            let share = if rank == 0 { 3 } else { 1 };
+            out.extend(queue.take(share).map(|c| c.variant));
+        }
+        if out.len() == before || out.len() >= LIMIT {
+            out.truncate(LIMIT);
+            return out;
+        }
+    }
+}
+
+/// The legal part of the grid at one width.
+fn candidates(key: &KernelKey, width: Width, vnni: bool, isa: TargetIsa) -> Vec<Candidate> {
+    let decode = key.m == 1;
+    let rows: &[u8] = if decode { &[1] } else { &[1, 2, 3, 4, 6, 8, 12, 14] };
+    let streams: &[u8] = if decode { &[1, 2, 3, 4, 6, 8] } else { &[1, 2] };
+    let unrolls: &[u8] = if key.dtype.is_quantised() { &[1, 2] } else { &[1, 2, 4, 8] };
+    let distances: &[u16] = if decode { &[0, 512, 1024, 2048, 4096] } else { &[0, 1024, 4096] };
+    let mut out = Vec::new();
+    for &rows in rows {
+        for columns in [8, 16, 32] {
+            for &streams in streams {
+                for &unroll in unrolls {
+                    for &prefetch_bytes in distances {
+                        let variant = Variant { width, vnni, rows, columns, streams, unroll, prefetch_bytes };
+                        if isa.missing(&variant).is_some() {
+                            return out;
+                        }
+                        let Ok(plan) = Plan::new(key, &variant) else { continue };
+                        let instructions = instructions(&plan);
+                        // The smallest kernel of a key is never too large, whatever the estimate says.
+                        let smallest = rows == 1 && streams == 1 && unroll == 1 && prefetch_bytes == 0;
+                        if instructions <= MAX_INSTRUCTIONS || smallest {
+                            out.push(Candidate { variant, cost: (cycles(key, &plan), instructions) });
                         }
                     }
                 }
@@ -27,4 +86,210 @@ pub fn variants(key: &KernelKey, isa: TargetIsa) -> Vec<Variant> {
         }
     }
     out
+}
+
+/// Keeps variety: of each tile and stream count the three best.
+fn thin_out(sorted: Vec<Candidate>) -> Vec<Candidate> {
+    let mut kept: Vec<Candidate> = Vec::new();
+    for candidate in sorted {
+        let shape = |v: &Variant| (v.rows, v.columns, v.streams);
+        if kept.iter().filter(|k| shape(&k.variant) == shape(&candidate.variant)).count() < 3 {
+            kept.push(candidate);
+        }
+    }
+    kept
+}
+
+/// Work of one step of `k` for one group of a tile, in instructions by kind.
+struct Step {
+    /// Multiplications and other arithmetic.
+    arithmetic: u64,
+    /// Loads, broadcasts included.
+    loads: u64,
+    /// Loads that are instructions of their own, not folded into arithmetic.
+    own_loads: u64,
+}
+
+fn step(plan: &Plan, rows: u64) -> Step {
+    let v = plan.vectors as u64;
+    let tile = rows * v;
+    // Broadcasts of x: one for a single row, else one for each row (float) or row and vector (quantised).
+    let per_group = if rows == 1 { 1 } else { tile };
+    // At 512 bits a broadcast with a single user folds into it.
+    let folds = plan.width == Width::Z512 && rows > 1;
+    match plan.dtype {
+        DType::F32 => Step { arithmetic: tile, loads: v + rows, own_loads: if rows == 1 { 1 } else { v + rows } },
+        // vcvtph2ps counts twice: it also shuffles.
+        DType::F16 => {
+            Step { arithmetic: tile + 2 * v, loads: v + rows, own_loads: if folds && v == 1 { 0 } else { rows } }
+        }
+        DType::Q8_0 | DType::Q4_0 | DType::Q4_1 => {
+            let (groups, unpack, dots, x) = match (plan.dtype, plan.vnni) {
+                (DType::Q8_0, false) => (8, 1, 4, 1),
+                (DType::Q8_0, true) => (8, 1, 1, 1),
+                (_, false) => (4, 3, 4, 2),
+                (_, true) => (4, 3, 2, 2),
+            };
+            let own_x = if folds && plan.vnni { 0 } else { per_group };
+            let minima = u64::from(plan.dtype == DType::Q4_1);
+            // Scaling: multiply, convert, fma; correct or fold pairs; the minimum's fma.
+            let scale = tile * (4 + minima) + 2 * v * (1 + minima);
+            let frame = if plan.home == Home::Frame { tile } else { 0 };
+            Step {
+                arithmetic: groups * (unpack * v + dots * tile) + scale,
+                loads: groups * (v + x * per_group) + (2 + minima) * per_group + v + 2 * frame,
+                own_loads: groups * (v + x * own_x) + (2 + minima) * per_group + 2 * frame,
+            }
+        }
+    }
+}
+
+/// Prefetches of one step of one group.
+fn prefetches(plan: &Plan) -> u64 {
+    if plan.prefetch_bytes == 0 {
+        return 0;
+    }
+    let lines = |bytes: usize| bytes.div_ceil(64) as u64;
+    match plan.dtype {
+        DType::F32 => lines(4 * plan.columns),
+        DType::F16 => lines(2 * plan.columns),
+        DType::Q8_0 => 8 * lines(4 * plan.columns) + 1,
+        DType::Q4_0 => 4 * lines(4 * plan.columns) + 1,
+        DType::Q4_1 => 4 * lines(4 * plan.columns) + 2,
+    }
+}
+
+/// Expected instructions of the finished kernel.
+fn instructions(plan: &Plan) -> u64 {
+    let tail = plan.k_steps % plan.unroll;
+    let steps = (plan.unroll + tail) as u64;
+    let mut total = 40;
+    for region in &plan.regions {
+        let groups = match plan.home {
+            Home::Registers => region.streams * plan.parts,
+            Home::Frame => plan.parts,
+        } as u64;
+        for rows in [plan.rows, plan.m % plan.rows].into_iter().filter(|rows| *rows > 0) {
+            let one = step(plan, rows as u64);
+            let held = (rows * plan.vectors) as u64;
+            let frame = if plan.home == Home::Frame && !plan.dtype.is_quantised() { 4 * groups * held } else { 0 };
+            total +=
+                groups * steps * (one.arithmetic + one.own_loads + prefetches(plan)) + frame + 3 * groups * held + 30;
+            total += if plan.parts == 2 { 45 } else { 0 };
+        }
+    }
+    total
+}
+
+/// Predicted cycles of one call.
+fn cycles(key: &KernelKey, plan: &Plan) -> u64 {
+    // In hundredths of a cycle: two vector ports, two load ports, four instructions a cycle.
+    let streams = plan.regions.first().map_or(1, |r| r.streams) as u64;
+    let groups_in_flight = if plan.home == Home::Registers { streams * plan.parts as u64 } else { 1 };
+    let tile = |rows: u64| -> u64 {
+        let one = step(plan, rows);
+        let issue = 25 * (one.arithmetic + one.own_loads + prefetches(plan)) + 100 / plan.unroll as u64;
+        // Each accumulator's fma waits 4 cycles for the one before; quantised blocks are long enough to hide it.
+        let latency = if plan.dtype.is_quantised() { 0 } else { 400 / groups_in_flight };
+        let frame = if plan.home == Home::Frame && !plan.dtype.is_quantised() {
+            100 * rows * plan.vectors as u64 / plan.unroll as u64
+        } else {
+            0
+        };
+        (50 * one.arithmetic).max(50 * one.loads).max(issue).max(latency) + frame
+    };
+    let rows = (plan.m / plan.rows) as u64 * tile(plan.rows as u64)
+        + if plan.m.is_multiple_of(plan.rows) { 0 } else { tile((plan.m % plan.rows) as u64) };
+    let tiles = (panels(key.n as usize) * plan.parts * PANEL / plan.columns) as u64;
+    let compute = tiles * plan.k_steps as u64 * rows / 100;
+
+    // Memory: about 4 bytes a cycle, less without help for the prefetchers.
+    let distance = match plan.prefetch_bytes {
+        0 => 112,
+        512 => 103,
+        4096 => 101,
+        _ => 100,
+    };
+    let side_by_side = match streams * plan.parts as u64 {
+        1 => 105,
+        2..=6 => 100,
+        _ => 102,
+    };
+    // A tile narrower than the panel comes back for the rest of each line.
+    let split = if plan.m == 1 { 100 + 10 * (PANEL / plan.columns - 1) as u64 } else { 100 };
+    let memory = key.weight_bytes() / 4 * distance * side_by_side * split / 1_000_000;
+    // They overlap, though never perfectly.
+    compute.max(memory) + compute.min(memory) / 4
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use model::kernel::{M_BUCKETS, Op};
+
+    const EVERYTHING: TargetIsa = TargetIsa { avx2: true, avx512: true, avx512_vnni: true };
+    const AVX2: TargetIsa = TargetIsa { avx2: true, avx512: false, avx512_vnni: false };
+
+    /// Keys of a 135M-parameter llama, whole and cut for two cores.
+    fn keys() -> Vec<KernelKey> {
+        let mut keys = Vec::new();
+        for dtype in DType::ALL {
+            for m in M_BUCKETS {
+                for (op, n, k) in [
+                    (Op::Qkv, 960, 576),
+                    (Op::GateUpSilu, 1536, 576),
+                    (Op::MatmulResidual, 576, 1536),
+                    (Op::LmHead, 49152, 576),
+                ] {
+                    keys.push(KernelKey { op, dtype, m, n, k });
+                    keys.push(KernelKey { op, dtype, m, n: n / 2, k });
+                }
+            }
+        }
+        keys
+    }
+
+    #[test]
+    fn a_boot_can_exhaust_the_space_of_every_key() {
+        for key in keys() {
+            for isa in [AVX2, EVERYTHING] {
+                let variants = variants(&key, isa);
+                assert!((12..=LIMIT).contains(&variants.len()), "{key}: {} variants", variants.len());
+                for (i, variant) in variants.iter().enumerate() {
+                    assert!(!variants[..i].contains(variant), "{key}: {variant} twice");
+                    assert_eq!(isa.missing(variant), None, "{key}: {variant}");
+                }
+                // Software emulation wants 128 bits, and must meet them early.
+                let narrow = variants.iter().position(|v| v.width == Width::X128);
+                assert!(narrow.is_some_and(|at| at < 8), "{key}: first 128-bit variant at {narrow:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_space_is_the_same_every_time_and_empty_without_avx2() {
+        for key in keys().into_iter().step_by(7) {
+            assert_eq!(variants(&key, EVERYTHING), variants(&key, EVERYTHING));
+            assert!(variants(&key, TargetIsa::default()).is_empty());
+        }
+    }
+
+    #[test]
+    fn small_and_odd_keys_have_a_space_and_impossible_ones_none() {
+        let key = |dtype, m, n, k| KernelKey { op: Op::Matmul, dtype, m, n, k };
+        for dtype in DType::ALL {
+            for m in M_BUCKETS {
+                assert!(!variants(&key(dtype, m, 1, 32), AVX2).is_empty());
+            }
+        }
+        assert!(!variants(&key(DType::F32, 1, 1, 1), AVX2).is_empty());
+        for bad in [
+            key(DType::F32, 1, 0, 1),
+            key(DType::F32, 2, 8, 8),
+            key(DType::Q8_0, 1, 32, 33),
+            key(DType::F32, 1, u32::MAX, u32::MAX),
+        ] {
+            assert!(variants(&bad, EVERYTHING).is_empty(), "{bad}");
+        }
+    }
 }

@@ -12,18 +12,24 @@
 //! The machine-dependent half is behind the feature `bare-metal`; without it (on the host, in tests) the crate holds only
 //! the computations of [`boot`].
 //!
+//! With the feature `jit` the binary `bareflow` is the self-optimising image. Without it there is no compiler, no code arena
+//! and no binary: the library, as a static library, is what `export-tool` links with converged kernels (see `native`).
+//!
 //! # Building and running
 //! `cargo xtask` does this; by hand, from the workspace:
 //! ```text
-//! RUSTFLAGS="$(sed -e '/^#/d' -e "s|{link.ld}|$PWD/kernel/link.ld|" kernel/rustflags.txt | tr '\n' ' ')" \
-//!   cargo build -p kernel --bin bareflow --features bare-metal --profile image \
+//! export RUSTFLAGS="$(sed -e '/^#/d' -e "s|{link.ld}|$PWD/kernel/link.ld|" kernel/rustflags.txt | tr '\n' ' ')"
+//! cargo build -p kernel --bin bareflow --features bare-metal --profile image \
 //!   --target x86_64-unknown-linux-gnu --target-dir target/guest
+//! cargo rustc -p kernel --lib --crate-type staticlib --no-default-features --features bare-metal --profile image \
+//!   --target x86_64-unknown-linux-gnu --target-dir target/guest       # libkernel.a for export-tool
 //! qemu-system-x86_64 -machine q35,accel=kvm -cpu host -smp 2 -m 1G -display none -no-reboot -nodefaults \
-//!   -kernel target/guest/x86_64-unknown-linux-gnu/image/bareflow -append "mode=smoke" \
+//!   -bios qboot.rom -kernel target/guest/x86_64-unknown-linux-gnu/image/bareflow -append "mode=smoke" \
 //!   -serial stdio -serial file:frames.bin -device isa-debug-exit,iobase=0xf4,iosize=0x04 \
 //!   -drive file=boot.img,format=raw,if=virtio -drive file=model.gguf,format=raw,if=virtio,readonly=on
 //! ```
-//! With `accel=tcg` say `-cpu max`. QEMU's exit code is 33 for a pass, 35 for a failed self-test, 37 for a panic or
+//! `-bios qboot.rom` is optional and saves the time of the full firmware: half a minute where KVM emulates ring 0. With
+//! `accel=tcg` say `-cpu max`. QEMU's exit code is 33 for a pass, 35 for a failed self-test, 37 for a panic or
 //! fault, 39 for a machine or configuration that cannot work; 0 is never a pass.
 #![no_std]
 
@@ -34,12 +40,17 @@ extern crate std;
 pub mod boot;
 #[cfg(feature = "bare-metal")]
 mod machine;
+#[cfg(all(feature = "bare-metal", not(feature = "jit")))]
+mod native;
+pub mod options;
 #[cfg(feature = "bare-metal")]
 pub mod platform;
 #[cfg(feature = "bare-metal")]
 pub mod selftest;
 #[cfg(feature = "bare-metal")]
+pub mod session;
+#[cfg(feature = "bare-metal")]
 pub mod smoke;
 
 #[cfg(feature = "bare-metal")]
-pub use machine::{Disk, Machine};
+pub use machine::Machine;

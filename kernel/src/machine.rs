@@ -1,29 +1,34 @@
-//! The machine as one value: what `bareflow_main` gets, and the runtime's `Platform`.
+//! The machine as one value: the runtime's [`Platform`] on bare metal.
 
 use crate::boot::early::{BootFacts, mark};
 use crate::boot::gates;
 use crate::boot::info::{Loader, Range};
 use crate::boot::paging::LARGE_PAGE_BYTES;
-use crate::platform::code::CodeArena;
+use crate::platform::code::{self, CodeArena};
 use crate::platform::cores::Cores;
+use crate::platform::embedded::EmbeddedModel;
 use crate::platform::virtio::VirtioDisk;
-use crate::platform::{clock, cpu, memory, pci, power, rtc, serial};
+use crate::platform::{clock, cpu, memory, pci, power, rtc, serial, stack};
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 use core::fmt::Write;
+use engine::dispatch::{Kernel, KernelArgs, guard};
 use engine::workers::Workers;
+use model::kernel::KernelKey;
+use runtime::platform::{Clock, CpuFacts, KernelFault, MemoryUse, OutOfMemory, Platform};
 use storage::{BlockDevice, SECTOR_BYTES};
 
 /// A started, sealed machine.
 pub struct Machine {
     facts: BootFacts,
-    command_line: String,
     calibration: clock::Calibration,
+    cpu: CpuFacts,
     cores: Cores,
     code: CodeArena,
     disks: Vec<Disk>,
     boot_disk: Option<usize>,
     model_disk: Option<usize>,
+    embedded: Option<EmbeddedModel>,
     notes: Vec<String>,
 }
 
@@ -47,7 +52,11 @@ impl Machine {
             notes.push(alloc::format!("cycle counts are not trusted: {why}"));
         }
         if facts.cores < facts.cores_listed {
-            let why = if clock::emulated() { "emulated cores gain nothing" } else { "the others did not start" };
+            let why = match facts.options.cores {
+                Some(_) => "kernel.cores says so",
+                None if clock::emulated() => "emulated cores gain little (kernel.cores=N starts them)",
+                None => "the others did not start",
+            };
             notes.push(alloc::format!("{} of {} cores are used: {why}", facts.cores, facts.cores_listed));
         }
         let mut disks = Vec::new();
@@ -61,17 +70,26 @@ impl Machine {
         let volume: Vec<bool> = disks.iter_mut().map(|d| ends_in_boot_signature(&mut d.device)).collect();
         let boot_disk = volume.iter().position(|&v| v);
         let model_disk = volume.iter().position(|&v| !v);
-        let command_line = String::from_utf8_lossy(facts.start.command_line.as_slice()).into_owned();
         mark(&mut facts.steps, "disks");
+        let isa = engine::Isa::detect();
+        let cpu =
+            CpuFacts { brand: cpu::brand(), fingerprint: cpu::fingerprint(isa), hypervisor: cpu::hypervisor(), isa };
         // SAFETY: `early` mapped the plan's code range read-write here and read-execute at the alias.
         let code = unsafe { CodeArena::new(facts.plan.code) };
         let cores = Cores::new(facts.cores);
-        Machine { facts, command_line, calibration, cores, code, disks, boot_disk, model_disk, notes }
+        mark(&mut facts.steps, "cpu");
+        Machine { facts, calibration, cpu, cores, code, disks, boot_disk, model_disk, embedded: None, notes }
     }
 
-    /// The options text: the loader's command line, not interpreted.
+    /// Puts a model file that is part of the image in the place of a model disk.
+    pub fn with_embedded_model(mut self, file: &'static [u8]) -> Machine {
+        self.embedded = Some(EmbeddedModel::new(file));
+        self
+    }
+
+    /// The options text for the runtime, not interpreted.
     pub fn command_line(&self) -> &str {
-        &self.command_line
+        &self.facts.command_line
     }
 
     /// Which protocol started the image.
@@ -87,11 +105,6 @@ impl Machine {
     /// The clock's calibration.
     pub fn calibration(&self) -> clock::Calibration {
         self.calibration
-    }
-
-    /// Instruction sets that run here.
-    pub fn isa(&self) -> engine::Isa {
-        engine::Isa::detect()
     }
 
     /// Things that were refused or degraded so far.
@@ -114,19 +127,9 @@ impl Machine {
         self.model_disk
     }
 
-    /// The code arena.
+    /// The code arena, and the cores that must see what is published in it.
     pub fn code(&mut self) -> (&mut CodeArena, &dyn Workers) {
         (&mut self.code, &self.cores)
-    }
-
-    /// The cores.
-    pub fn cores(&self) -> &dyn Workers {
-        &self.cores
-    }
-
-    /// Seconds since 1970.
-    pub fn wall_clock(&self) -> Option<u64> {
-        rtc::unix_time()
     }
 
     /// Milliseconds from the entry of the image to now.
@@ -134,30 +137,61 @@ impl Machine {
         let cycles = clock::tsc().saturating_sub(self.facts.entry_tsc);
         cycles as f64 * 1e3 / self.calibration.tsc_hz as f64
     }
+}
 
-    /// Text for COM1.
-    pub fn write_text(&self, text: &str) {
+impl Platform for Machine {
+    fn clock(&self) -> Clock {
+        let calibration = self.calibration;
+        Clock { tsc_hz: calibration.tsc_hz, trusted: calibration.trusted, entry_tsc: self.facts.entry_tsc }
+    }
+
+    fn cpu(&self) -> &CpuFacts {
+        &self.cpu
+    }
+
+    fn unix_time(&self) -> Option<u64> {
+        rtc::unix_time()
+    }
+
+    fn print(&mut self, text: &str) {
         let _ = serial::COM1.lock().write_str(text);
     }
 
-    /// Sets aside zeroed memory, whole 2 MiB pages.
-    ///
-    /// # Errors
-    /// [`memory::Exhausted`].
-    pub fn set_aside(&self, name: &'static str, len_bytes: usize) -> Result<&'static mut [u8], memory::Exhausted> {
-        memory::arena(name, len_bytes as u64)
+    fn send(&mut self, frame: &[u8]) {
+        power::send_frame(frame);
     }
 
-    /// Makes an arena read-only on every core, for good. Memory that is not an arena of [`Machine::set_aside`] is
-    /// returned as it is, unprotected.
-    pub fn make_read_only(&self, arena: &'static mut [u8]) -> &'static [u8] {
-        let start = arena.as_ptr() as u64;
+    fn boot_disk(&mut self) -> Option<&mut dyn BlockDevice> {
+        let disk = self.disks.get_mut(self.boot_disk?)?;
+        Some(&mut disk.device)
+    }
+
+    fn model_disk(&mut self) -> Option<&mut dyn BlockDevice> {
+        if let Some(embedded) = &mut self.embedded {
+            return Some(embedded);
+        }
+        let disk = self.disks.get_mut(self.model_disk?)?;
+        Some(&mut disk.device)
+    }
+
+    fn arena(&mut self, name: &'static str, len_bytes: usize) -> Result<&'static mut [u8], OutOfMemory> {
+        memory::arena(name, len_bytes as u64).map_err(|e| OutOfMemory {
+            name,
+            need_bytes: e.need_bytes,
+            have_bytes: e.have_bytes,
+        })
+    }
+
+    /// Memory that did not come from [`Platform::arena`] is returned as it is, unprotected.
+    fn freeze(&mut self, weights: &'static mut [u8]) -> &'static [u8] {
+        let start = weights.as_ptr() as u64;
         let owned = memory::arenas().into_iter().find(|a| a.range.start == start);
-        let arena: &'static [u8] = arena;
+        let weights: &'static [u8] = weights;
         if let Some(owned) = owned {
-            let end = (start + arena.len() as u64).next_multiple_of(LARGE_PAGE_BYTES);
+            let end = (start + weights.len() as u64).next_multiple_of(LARGE_PAGE_BYTES);
             let range = Range { start, end: end.min(owned.range.end) };
             self.cores.run(&|core| {
+                // The first core changes the tables all share; the others drop what they remember of them.
                 let range = if core == 0 { range } else { Range { start: 0, end: 0 } };
                 // SAFETY: the only `&mut` to these pages came in as the argument and is a shared reference now; the
                 // rest of the last page belongs to the same arena and was never handed out.
@@ -165,18 +199,47 @@ impl Machine {
                 assert_eq!(frozen, Ok(()), "an arena is whole 2 MiB pages of RAM");
             });
         }
-        arena
+        weights
     }
 
-    /// One line on what kind of machine this is.
-    pub fn summary(&self) -> String {
-        alloc::format!(
-            "{}, {} of {} cores, hypervisor {}",
-            cpu::brand(),
-            self.cores.count(),
-            self.facts.cores_listed,
-            cpu::hypervisor().unwrap_or_else(|| "none".to_string())
-        )
+    fn publish(&mut self, key: KernelKey, code: &[u8]) -> Result<Kernel, OutOfMemory> {
+        let entry = self.code.publish(code, &self.cores).map_err(|full| OutOfMemory {
+            name: "code",
+            need_bytes: full.need_bytes,
+            have_bytes: full.have_bytes,
+        })?;
+        // SAFETY: the code is mapped read-execute for the life of the boot; the runtime publishes only compiler output
+        // and hash-checked snapshot code, and verifies it before first use.
+        Ok(unsafe { Kernel::from_entry(key, entry) })
+    }
+
+    fn call_guarded(&mut self, kernel: Kernel, args: KernelArgs<'_>) -> Result<(), KernelFault> {
+        guard::call(kernel, args).map_err(|fault| {
+            let offset = fault.rip.checked_sub(kernel.entry_address() as u64).and_then(|o| u32::try_from(o).ok());
+            // A fault address outside the arena has no meaning as an offset into the kernel.
+            KernelFault { vector: fault.vector, offset: offset.filter(|_| code::offset_of(fault.rip).is_some()) }
+        })
+    }
+
+    fn workers(&self) -> &dyn Workers {
+        &self.cores
+    }
+
+    fn memory(&self) -> Vec<MemoryUse> {
+        let heap = memory::heap_use();
+        let (code_used, code_capacity) = self.code.used_and_capacity();
+        let (stack_used, stack_capacity) = stack::used_and_capacity();
+        let mut out = Vec::new();
+        let mut row = |name, used_bytes, capacity_bytes| out.push(MemoryUse { name, used_bytes, capacity_bytes });
+        for arena in memory::arenas() {
+            row(arena.name, arena.len_bytes, arena.range.len_bytes());
+        }
+        row("heap", heap.peak_bytes, heap.capacity_bytes);
+        if code_capacity > 0 {
+            row("code", code_used, code_capacity);
+        }
+        row("stack", stack_used, stack_capacity);
+        out
     }
 }
 

@@ -1,23 +1,12 @@
-//! The image: boot, read the options, do what they say, switch off.
+//! The self-optimising image. Everything before `bareflow_main` is `kernel::boot`; everything in it is `runtime`.
 #![no_std]
 #![no_main]
 
-extern crate alloc;
-
-use kernel::Machine;
-use kernel::platform::power;
-use kernel::{selftest, smoke};
+use kernel::{Machine, session};
+use report::ImageKind;
 
 /// Called by `kernel::boot::early` once the machine is sealed.
 #[unsafe(no_mangle)]
-fn bareflow_main(mut machine: Machine) -> ! {
-    let status = match mode(machine.command_line()) {
-        Some("selftest") => selftest::run(&mut machine),
-        _ => smoke::run(&mut machine),
-    };
-    power::end(status)
-}
-
-fn mode(options: &str) -> Option<&str> {
-    options.split_whitespace().rev().find_map(|word| word.strip_prefix("mode="))
+fn bareflow_main(machine: Machine) -> ! {
+    session::run(machine, ImageKind::Jit, &[])
 }

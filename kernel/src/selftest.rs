@@ -6,6 +6,7 @@
 use crate::Machine;
 use crate::boot::area::{AREA_FAULT_STACK, AREA_STACK, AREA_TSS};
 use crate::boot::gates;
+#[cfg(feature = "jit")]
 use crate::boot::plan::CODE_ALIAS;
 use crate::platform::traps::probe::{self, Caught};
 use crate::platform::{clock, memory, power, rtc};
@@ -16,6 +17,7 @@ use alloc::vec;
 use alloc::vec::Vec;
 use core::sync::atomic::{AtomicUsize, Ordering};
 use report::{ExitStatus, Message};
+use runtime::platform::Platform;
 use storage::{BlockDevice, DeviceError, SECTOR_BYTES};
 
 /// What went wrong.
@@ -37,8 +39,11 @@ pub const TESTS: &[Test] = &[
     ("ports_off_the_list_fault", ports_off_the_list_fault),
     ("privileged_instructions_fault", privileged_instructions_fault),
     ("undefined_instruction_is_survived", undefined_instruction_is_survived),
+    #[cfg(feature = "jit")]
     ("code_arena_is_write_xor_execute", code_arena_is_write_xor_execute),
+    #[cfg(feature = "jit")]
     ("published_code_runs_on_every_core", published_code_runs_on_every_core),
+    #[cfg(feature = "jit")]
     ("a_faulting_kernel_is_survived", a_faulting_kernel_is_survived),
     ("a_frozen_arena_cannot_be_written", a_frozen_arena_cannot_be_written),
     ("arena_exhaustion_is_an_error", arena_exhaustion_is_an_error),
@@ -191,6 +196,7 @@ fn undefined_instruction_is_survived(_: &mut Machine) -> Result<(), Failure> {
     Ok(())
 }
 
+#[cfg(feature = "jit")]
 fn code_arena_is_write_xor_execute(machine: &mut Machine) -> Result<(), Failure> {
     let (code, workers) = machine.code();
     let entry = code.publish(&[RET; 64], workers).map_err(|full| format!("{full:?}"))? as u64;
@@ -205,6 +211,7 @@ fn code_arena_is_write_xor_execute(machine: &mut Machine) -> Result<(), Failure>
     expect_no_execute("executing the writable alias", alias)
 }
 
+#[cfg(feature = "jit")]
 fn published_code_runs_on_every_core(machine: &mut Machine) -> Result<(), Failure> {
     // Each version is published at a new place and called at once on all cores: mov eax, N; ret.
     for n in 0..50u32 {
@@ -216,7 +223,7 @@ fn published_code_runs_on_every_core(machine: &mut Machine) -> Result<(), Failur
         // SAFETY: the six bytes just published are a function of this type.
         let function = unsafe { core::mem::transmute::<*const u8, extern "sysv64" fn() -> u32>(entry) };
         let wrong = AtomicUsize::new(0);
-        machine.cores().run(&|_| {
+        machine.workers().run(&|_| {
             if function() != n {
                 wrong.fetch_add(1, Ordering::Relaxed);
             }
@@ -228,6 +235,7 @@ fn published_code_runs_on_every_core(machine: &mut Machine) -> Result<(), Failur
     Ok(())
 }
 
+#[cfg(feature = "jit")]
 fn a_faulting_kernel_is_survived(machine: &mut Machine) -> Result<(), Failure> {
     use engine::dispatch::{Kernel, KernelArgs, guard};
     use model::kernel::{DType, KernelKey, Op};
@@ -254,7 +262,7 @@ fn a_faulting_kernel_is_survived(machine: &mut Machine) -> Result<(), Failure> {
 }
 
 fn a_frozen_arena_cannot_be_written(machine: &mut Machine) -> Result<(), Failure> {
-    let arena = machine.set_aside("selftest", 3 << 20).map_err(|e| format!("{e:?}"))?;
+    let arena = machine.arena("selftest", 3 << 20).map_err(|e| format!("{e:?}"))?;
     let start = arena.as_ptr() as u64;
     if !start.is_multiple_of(2 << 20) {
         return Err(format!("arena at {start:#x} is not 2 MiB aligned"));
@@ -262,7 +270,7 @@ fn a_frozen_arena_cannot_be_written(machine: &mut Machine) -> Result<(), Failure
     arena[0] = 7;
     // Written just before, so that a stale translation would show.
     expect_ok("writing before", probe::write(start + (2 << 20)))?;
-    let frozen = machine.make_read_only(arena);
+    let frozen = machine.freeze(arena);
     for offset in [0, (2 << 20) - 1, 2 << 20, (3 << 20) - 1] {
         let address = start + offset;
         expect_page_fault("writing after", probe::write(address), PRESENT | WRITE | USER, address)?;
@@ -272,14 +280,14 @@ fn a_frozen_arena_cannot_be_written(machine: &mut Machine) -> Result<(), Failure
 
 fn arena_exhaustion_is_an_error(machine: &mut Machine) -> Result<(), Failure> {
     for len in [usize::MAX, 1 << 45] {
-        match machine.set_aside("too large", len) {
+        match machine.arena("too large", len) {
             Err(e) if e.need_bytes == len as u64 && e.have_bytes > 0 && e.have_bytes < 1 << 45 => {}
             Err(e) => return Err(format!("wrong numbers: {e:?}")),
             Ok(_) => return Err(format!("an arena of {len} bytes was handed out")),
         }
     }
     // After the refusals there is still memory.
-    machine.set_aside("selftest small", 1).map(|_| ()).map_err(|e| format!("{e:?}"))
+    machine.arena("selftest small", 1).map(|_| ()).map_err(|e| format!("{e:?}"))
 }
 
 fn heap_survives_fragmentation(_: &mut Machine) -> Result<(), Failure> {
@@ -348,7 +356,7 @@ fn memory_functions_agree_with_loops(_: &mut Machine) -> Result<(), Failure> {
 }
 
 fn workers_run_every_job_once(machine: &mut Machine) -> Result<(), Failure> {
-    let workers = machine.cores();
+    let workers = machine.workers();
     let counts: Vec<AtomicUsize> = (0..workers.count()).map(|_| AtomicUsize::new(0)).collect();
     const ROUNDS: usize = 20_000;
     for _ in 0..ROUNDS {
@@ -364,7 +372,7 @@ fn workers_run_every_job_once(machine: &mut Machine) -> Result<(), Failure> {
 
 fn parked_workers_wake_up(machine: &mut Machine) -> Result<(), Failure> {
     let ms = machine.calibration().tsc_hz / 1000;
-    let workers = machine.cores();
+    let workers = machine.workers();
     for round in 0..100u64 {
         // Gaps around the time after which a core parks, so that some jobs meet it just then.
         let start = clock::tsc();
@@ -470,14 +478,10 @@ fn read_only_disk_refuses_writes(machine: &mut Machine) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Writes, reads back and restores sectors only where the command line names them, as `selftest.scratch_lba=LBA`, on the
-/// boot disk.
+/// Writes, reads back and restores sectors of the boot disk, only where `kernel.scratch_lba` allows it.
 fn scratch_sectors_read_back(machine: &mut Machine) -> Result<(), Failure> {
     const SECTORS: usize = 2 * 2048 + 3; // over 2 MiB: three requests, the last one short
-    let options = machine.command_line();
-    let lba = options.split_whitespace().find_map(|w| w.strip_prefix("selftest.scratch_lba="));
-    let Some(lba) = lba else { return Ok(()) };
-    let lba: u64 = lba.parse().map_err(|_| format!("selftest.scratch_lba={lba} is not a sector number"))?;
+    let Some(lba) = machine.boot_facts().options.scratch_lba else { return Ok(()) };
     let index = machine.boot_disk_index().ok_or("no boot disk")?;
     let disk = &mut machine.disks()[index].device;
     let mut original = vec![0u8; SECTORS * SECTOR_BYTES];

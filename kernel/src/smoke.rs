@@ -2,11 +2,12 @@
 
 use crate::Machine;
 use crate::platform::virtio::{REQUEST_BYTES, VirtioDisk};
-use crate::platform::{clock, cpu, memory};
+use crate::platform::{clock, memory};
 use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::vec;
 use report::ExitStatus;
+use runtime::platform::Platform;
 use storage::{BlockDevice, DeviceError, SECTOR_BYTES};
 
 /// Most bytes read from a disk for one rate.
@@ -51,11 +52,11 @@ fn mhz(hz: Option<u64>) -> String {
 fn machine_lines(machine: &Machine, boot_ms: f64) {
     field("loader", machine.loader().name());
     field("options", machine.command_line());
-    field("cpu", &cpu::brand());
-    field("isa", machine.isa().name());
-    field("hypervisor", &cpu::hypervisor().unwrap_or_else(|| "none".to_string()));
+    field("cpu", &machine.cpu().brand);
+    field("isa", machine.cpu().isa.name());
+    field("hypervisor", machine.cpu().hypervisor.as_deref().unwrap_or("none"));
     let facts = machine.boot_facts();
-    field("cores", &format!("{} used, {} listed", machine.cores().count(), facts.cores_listed));
+    field("cores", &format!("{} used, {} listed", machine.workers().count(), facts.cores_listed));
     let c = machine.calibration();
     field(
         "tsc",
@@ -69,7 +70,7 @@ fn machine_lines(machine: &Machine, boot_ms: f64) {
             mhz(c.cpuid_hz)
         ),
     );
-    field("unix time", &machine.wall_clock().map_or_else(|| "-".to_string(), |t| t.to_string()));
+    field("unix time", &machine.unix_time().map_or_else(|| "-".to_string(), |t| t.to_string()));
     let firmware_ms = facts.entry_tsc as f64 * 1e3 / c.tsc_hz as f64;
     field("entry", &format!("TSC {} ({firmware_ms:.1} ms), boot took {boot_ms:.1} ms", facts.entry_tsc));
     step_line(machine);

@@ -13,6 +13,7 @@
 #![forbid(unsafe_code)]
 
 pub mod accel;
+pub mod display;
 mod elf;
 pub mod html;
 mod machine;

@@ -2,14 +2,11 @@
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use qemu_runs::accel::{AccelChoice, KVM_DISK_SMOKE_LIMIT, KVM_SMOKE_LIMIT, Probe, probe};
-use qemu_runs::runs::{NativeSpec, Phase, Progress, RunSpec, boot, converge};
-use qemu_runs::{
-    Accel, BootFrom, BootRecord, Deadlines, Drive, Environment, Event, Firmware, Machine, Qemu, Session, html, text,
-};
-use report::{Message, TrialOutcome};
-use std::io::{IsTerminal, Write};
+use qemu_runs::display::Display;
+use qemu_runs::runs::{NativeSpec, RunSpec, boot, converge};
+use qemu_runs::{Accel, BootFrom, Deadlines, Drive, Environment, Event, Firmware, Machine, Qemu, Session, text};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -291,26 +288,16 @@ fn run_converge(
         accel_reason: chosen.reason(),
         logs: out.map(Path::to_owned),
         native,
-        environment: Environment {
-            host_cpu: host_cpu(),
-            host_cores: std::thread::available_parallelism().ok().map(usize::from),
-            commit: commit.or_else(git_commit),
-            command: std::env::args().collect::<Vec<_>>().join(" "),
-            ..Environment::default()
+        environment: {
+            let here = Environment::of_host(Path::new("."), std::env::args().collect::<Vec<_>>().join(" "));
+            Environment { commit: commit.or(here.commit.clone()), ..here }
         },
     };
     let mut display = Display::new(max_boots);
     let report = converge(&qemu, &spec, &mut |progress| display.show(progress));
     display.finish();
     if let Some(out) = out {
-        for (name, content) in [
-            ("report.json", report.to_json()),
-            ("report.html", html::page(&report)),
-            ("report.txt", text::summary(&report)),
-        ] {
-            let path = out.join(name);
-            std::fs::write(&path, content).with_context(|| format!("cannot write {}", path.display()))?;
-        }
+        report.write(out).with_context(|| format!("cannot write the report to {}", out.display()))?;
         eprintln!("report: {}", out.join("report.html").display());
     }
     println!("{}", if json { report.to_json() } else { text::summary(&report) });
@@ -319,94 +306,4 @@ fn run_converge(
         (None, None) => ExitCode::from(2),
         (None, Some(_)) => ExitCode::SUCCESS,
     })
-}
-
-fn host_cpu() -> Option<String> {
-    let text = std::fs::read_to_string("/proc/cpuinfo").ok()?;
-    let line = text.lines().find(|l| l.starts_with("model name"))?;
-    Some(line.split_once(':')?.1.trim().to_owned())
-}
-
-fn git_commit() -> Option<String> {
-    let git = |arguments: &[&str]| {
-        let run = std::process::Command::new("git").args(arguments).output().ok()?;
-        run.status.success().then(|| String::from_utf8_lossy(&run.stdout).trim().to_owned())
-    };
-    let commit = git(&["rev-parse", "--short=12", "HEAD"])?;
-    let dirty = !git(&["status", "--porcelain", "--untracked-files=no"])?.is_empty();
-    Some(if dirty { commit + "-dirty" } else { commit })
-}
-
-/// A bar on a terminal, plain lines elsewhere.
-struct Display {
-    bar: Option<ProgressBar>,
-}
-
-impl Display {
-    fn new(max_boots: u32) -> Self {
-        let bar = std::io::stderr().is_terminal().then(|| {
-            let bar = ProgressBar::with_draw_target(Some(u64::from(max_boots)), ProgressDrawTarget::stderr());
-            let style = ProgressStyle::with_template("{bar:24} boot {pos}/{len} {elapsed}  {wide_msg}");
-            bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
-            bar.enable_steady_tick(Duration::from_millis(200));
-            bar
-        });
-        Self { bar }
-    }
-
-    fn show(&mut self, progress: Progress<'_>) {
-        match progress {
-            Progress::Started(phase) => self.say(format!("{}: starting", name(phase))),
-            Progress::Event(Event::Message(Message::Stage(stage))) => self.say(format!("{} done", stage.name)),
-            Progress::Event(_) => {}
-            Progress::Passed(phase, record) => {
-                self.line(&passed(phase, record));
-                if let (Some(bar), Phase::Converge(_)) = (&self.bar, phase) {
-                    bar.inc(1);
-                }
-            }
-        }
-    }
-
-    fn say(&self, message: String) {
-        if let Some(bar) = &self.bar {
-            bar.set_message(message);
-        }
-    }
-
-    fn line(&self, line: &str) {
-        match &self.bar {
-            Some(bar) => bar.println(line),
-            None => eprintln!("{line}"),
-        }
-    }
-
-    fn finish(&self) {
-        if let Some(bar) = &self.bar {
-            bar.finish_and_clear();
-        }
-    }
-}
-
-fn name(phase: Phase) -> String {
-    match phase {
-        Phase::Converge(n) => format!("boot {n}"),
-        Phase::Native(n) => format!("native boot {n}"),
-        Phase::Interleaved(n) => format!("boot in between {n}"),
-    }
-}
-
-fn passed(phase: Phase, record: &BootRecord) -> String {
-    let b = &record.report;
-    format!(
-        "{:<10} {:>5.1} s: decode {:.1} tok/s, prefill {:.1} tok/s, {} kernels loaded, {} variants tried, {} kept; {}",
-        name(phase),
-        record.wall_s,
-        b.decode_tok_s,
-        b.prefill_tok_s,
-        b.kernels_loaded,
-        b.trials.len(),
-        record.trials_with(TrialOutcome::Kept),
-        if b.convergence.converged { "converged" } else { b.convergence.reason.as_str() },
-    )
 }

@@ -4,6 +4,7 @@ use crate::elf::ImageBytes;
 use crate::machine::Accel;
 use report::{BootReport, TrialOutcome};
 use serde::Serialize;
+use std::path::Path;
 
 /// Version of the JSON schema.
 pub const SCHEMA: u32 = 1;
@@ -67,6 +68,35 @@ pub struct Environment {
     pub memory_mib: u32,
     /// Guest cores.
     pub cpus: u32,
+}
+
+impl Environment {
+    /// This host, with the commit of the `checkout` and the command that started the run.
+    pub fn of_host(checkout: &Path, command: String) -> Self {
+        Self {
+            host_cpu: host_cpu(),
+            host_cores: std::thread::available_parallelism().ok().map(usize::from),
+            commit: git_commit(checkout),
+            command,
+            ..Self::default()
+        }
+    }
+}
+
+fn host_cpu() -> Option<String> {
+    let text = std::fs::read_to_string("/proc/cpuinfo").ok()?;
+    let line = text.lines().find(|l| l.starts_with("model name"))?;
+    Some(line.split_once(':')?.1.trim().to_owned())
+}
+
+fn git_commit(checkout: &Path) -> Option<String> {
+    let git = |arguments: &[&str]| {
+        let run = std::process::Command::new("git").current_dir(checkout).args(arguments).output().ok()?;
+        run.status.success().then(|| String::from_utf8_lossy(&run.stdout).trim().to_owned())
+    };
+    let commit = git(&["rev-parse", "--short=12", "HEAD"])?;
+    let dirty = !git(&["status", "--porcelain", "--untracked-files=no"])?.is_empty();
+    Some(if dirty { commit + "-dirty" } else { commit })
 }
 
 /// A whole run.
@@ -155,6 +185,16 @@ impl RunReport {
         if self.tokens_identical == Some(false) && self.failure.is_none() {
             self.failure = Some("boots of the same prompt gave different tokens: a kernel is wrong".into());
         }
+    }
+
+    /// Writes report.json, report.html and report.txt into `dir`.
+    ///
+    /// # Errors
+    /// The system's, when a file cannot be written.
+    pub fn write(&self, dir: &Path) -> std::io::Result<()> {
+        std::fs::write(dir.join("report.json"), self.to_json())?;
+        std::fs::write(dir.join("report.html"), crate::html::page(self))?;
+        std::fs::write(dir.join("report.txt"), crate::text::summary(self))
     }
 
     /// `report.json`.

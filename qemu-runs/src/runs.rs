@@ -118,13 +118,27 @@ fn run_all(
         }
     }
     if let (Some(native), None) = (&spec.native, &report.failure) {
-        compare(qemu, spec, native, report, watch)?;
+        compare_all(qemu, spec, native, report, watch)?;
     }
     Ok(())
 }
 
+/// Boots the native image and the self-optimising one in turn and adds what they did to `report`; a boot that fails is
+/// said in its `failure`.
+pub fn compare(
+    qemu: &Qemu,
+    spec: &RunSpec,
+    native: &NativeSpec,
+    report: &mut RunReport,
+    watch: &mut dyn FnMut(Progress<'_>),
+) {
+    if let Err(error) = compare_all(qemu, spec, native, report, watch) {
+        report.failure = Some(error);
+    }
+}
+
 /// Native and self-optimising boots in turn: bandwidth of shared machines drifts, so only neighbours are comparable.
-fn compare(
+fn compare_all(
     qemu: &Qemu,
     spec: &RunSpec,
     native: &NativeSpec,

@@ -189,7 +189,8 @@ fn work(platform: &mut dyn Platform, reporter: &mut Reporter, request: Request<'
     #[cfg(not(feature = "jit"))]
     let variants_total = |_: &model::kernel::KernelKey| 0;
     let kernels = kernel_rows(&engine, &limits, &history.snapshot, &rows_running, trusted_hz, &variants_total);
-    let settled_share = kernels.iter().filter(|row| row.settled).map(|row| row.time_share).sum::<f64>();
+    // Summed from 0.0: the sum of no floats is -0.0.
+    let settled_share = kernels.iter().filter(|row| row.settled).fold(0.0, |sum, row| sum + row.time_share);
     let line = boot_line(&clock, &out, boot, &work_done, settled_share, &history, threads, platform.unix_time());
     history.snapshot.push_boot(line);
     let convergence = convergence(&options, &clock, &history.snapshot);
@@ -353,6 +354,8 @@ impl History {
             writable: false,
         };
         if !options.snapshot || !history_writable(image) {
+            let reason = if options.snapshot { "a native image learns nothing" } else { "switched off (snapshot=)" };
+            history.status.reason = Some(reason.into());
             return history;
         }
         let Some(disk) = platform.boot_disk() else {

@@ -5,9 +5,10 @@ use anyhow::{Context, Result, bail};
 use bootimage::ImageSpec;
 use clap::Args;
 use export_tool::ExportSpec;
-use qemu_runs::accel::{AccelChoice, probe};
+use qemu_runs::accel::{AccelChoice, KVM_SMOKE_LIMIT, probe};
+use qemu_runs::display::Display;
 use qemu_runs::runs::{NativeSpec, RunSpec, converge};
-use qemu_runs::{Accel, Deadlines, Drive, Environment, Machine, Qemu, RunReport, html, text};
+use qemu_runs::{Accel, Deadlines, Drive, Environment, Machine, Qemu, text};
 use runtime::options::setting;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -80,7 +81,7 @@ pub fn run(workspace: &Path, args: &DemoArgs) -> Result<()> {
     let library = kernel_build::native_library(workspace)?;
     let qemu = Qemu::find()?;
     let memory_mib = memory_mib(&model)?;
-    let probe = probe(&qemu, &kernel, args.accel, memory_mib, args.cpus)?;
+    let probe = probe(&qemu, &kernel, args.accel, memory_mib, args.cpus, KVM_SMOKE_LIMIT)?;
     println!("accel   {}", probe.reason());
     let pace = Pace::of(probe.accel);
     if probe.accel == Accel::Tcg {
@@ -108,18 +109,20 @@ pub fn run(workspace: &Path, args: &DemoArgs) -> Result<()> {
         ..Machine::with_kernel(probe.accel, &kernel, "")
     };
     let deadlines = Deadlines { boot: pace.deadline, silence: pace.deadline };
-    let mut spec = RunSpec {
+    let words = std::iter::once("cargo xtask".to_owned()).chain(std::env::args().skip(1));
+    let command = words.collect::<Vec<_>>().join(" ");
+    let spec = RunSpec {
         machine,
         deadlines,
         max_boots: args.boots,
         accel_reason: probe.reason(),
         logs: Some(out.join("logs")),
         native: None,
-        environment: environment(workspace),
+        environment: Environment::of_host(workspace, command),
     };
-    let mut watcher = crate::watch::Watcher::new(args.boots);
-    let mut report = converge(&qemu, &spec, &mut |p| watcher.see(p));
-    write(&out, &report)?;
+    let mut display = Display::new(args.boots);
+    let mut report = converge(&qemu, &spec, &mut |p| display.show(p));
+    report.write(&out).with_context(|| format!("writing the report to {}", out.display()))?;
     if let Some(failure) = &report.failure {
         bail!("{failure}\nlogs are in {}", out.join("logs").display());
     }
@@ -147,9 +150,9 @@ pub fn run(workspace: &Path, args: &DemoArgs) -> Result<()> {
     );
     let native =
         NativeSpec { elf: native_elf, audit: Some(serde_json::to_value(&exported.audit)?), boots: pace.native_boots };
-    qemu_runs::runs::compare(&qemu, &spec, &native, &mut report, &mut |p| watcher.see(p));
-    spec.native = Some(native);
-    write(&out, &report)?;
+    qemu_runs::runs::compare(&qemu, &spec, &native, &mut report, &mut |p| display.show(p));
+    display.finish();
+    report.write(&out).with_context(|| format!("writing the report to {}", out.display()))?;
     println!("{}", text::summary(&report));
     println!("report  {}", out.join("report.html").display());
     if let Some(failure) = &report.failure {
@@ -165,35 +168,4 @@ pub fn run(workspace: &Path, args: &DemoArgs) -> Result<()> {
 fn memory_mib(model: &Path) -> Result<u32> {
     let bytes = std::fs::metadata(model).with_context(|| format!("no model at {}", model.display()))?.len();
     Ok(u32::try_from(bytes / (1 << 20) * 2 + 768).unwrap_or(u32::MAX))
-}
-
-fn environment(workspace: &Path) -> Environment {
-    let git = |args: &[&str]| {
-        let output = std::process::Command::new("git").current_dir(workspace).args(args).output().ok()?;
-        output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
-    };
-    let dirty = git(&["status", "--porcelain"]).is_some_and(|s| !s.is_empty());
-    Environment {
-        host_cpu: std::fs::read_to_string("/proc/cpuinfo").ok().and_then(|text| {
-            let line = text.lines().find(|l| l.starts_with("model name"))?;
-            Some(line.split_once(':')?.1.trim().to_owned())
-        }),
-        host_cores: std::thread::available_parallelism().ok().map(|n| n.get()),
-        commit: git(&["rev-parse", "--short", "HEAD"]).map(|c| if dirty { c + "-dirty" } else { c }),
-        command: std::iter::once("cargo xtask".to_owned())
-            .chain(std::env::args().skip(1))
-            .collect::<Vec<_>>()
-            .join(" "),
-        ..Environment::default()
-    }
-}
-
-fn write(out: &Path, report: &RunReport) -> Result<()> {
-    for (name, content) in
-        [("report.json", report.to_json()), ("report.html", html::page(report)), ("report.txt", text::summary(report))]
-    {
-        let path = out.join(name);
-        std::fs::write(&path, content).with_context(|| format!("writing {}", path.display()))?;
-    }
-    Ok(())
 }

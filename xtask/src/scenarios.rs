@@ -6,7 +6,8 @@
 use anyhow::{Context, Result, bail, ensure};
 use bootimage::ImageSpec;
 use export_tool::ExportSpec;
-use model::synthetic;
+use model::synthetic::{self, Spec};
+use model::{Role, TensorType};
 use qemu_runs::{Accel, BootFailure, BootFrom, Deadlines, Drive, Machine, Qemu, Session, Transcript};
 use report::{BootReport, ExitStatus, Level, SnapshotOutcome};
 use runtime::options::setting;
@@ -56,9 +57,9 @@ const SCENARIOS: &[Scenario] = &[
 pub fn run(kernel: &Path, library: &Path, workspace: &Path, dir: &Path) -> Result<usize> {
     std::fs::create_dir_all(dir)?;
     let model = dir.join("tiny.gguf");
-    std::fs::write(&model, synthetic::Llama::tiny().gguf())?;
+    std::fs::write(&model, synthetic::gguf(&tiny())?)?;
     let other_model = dir.join("other.gguf");
-    std::fs::write(&other_model, synthetic::Llama { seed: 99, ..synthetic::Llama::tiny() }.gguf())?;
+    std::fs::write(&other_model, synthetic::gguf(&Spec { seed: 99, ..tiny() })?)?;
     let mut bench = Bench {
         qemu: Qemu::find()?,
         kernel: kernel.to_owned(),
@@ -85,6 +86,19 @@ pub fn run(kernel: &Path, library: &Path, workspace: &Path, dir: &Path) -> Resul
         bail!("{} of {} scenarios failed: {}", failures.len(), SCENARIOS.len(), failures.join("; "));
     }
     Ok(SCENARIOS.len())
+}
+
+/// Every kind of weight the tiny model can hold: quantised layers, another type for some, an f16 head.
+fn tiny() -> Spec {
+    Spec {
+        matrices: TensorType::Q4_0,
+        overrides: vec![
+            (Role::Down, TensorType::Q8_0),
+            (Role::AttnOut, TensorType::F32),
+            (Role::TokenEmbedding, TensorType::F16),
+        ],
+        ..Spec::default()
+    }
 }
 
 impl Bench {
@@ -278,7 +292,7 @@ fn no_model(bench: &mut Bench) -> Result<()> {
 
 fn too_large(bench: &mut Bench) -> Result<()> {
     // The session's memory grows with the context: one that no 512 MiB machine holds.
-    let model = synthetic::Llama { seq_len: 1 << 22, ..synthetic::Llama::tiny() }.gguf();
+    let model = synthetic::gguf(&Spec { seq_len: 1 << 22, ..tiny() })?;
     let path = bench.dir.join("long.gguf");
     std::fs::write(&path, model)?;
     let mut machine = bench.machine("snapshot=false context=4194304");

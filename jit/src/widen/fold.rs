@@ -71,6 +71,10 @@ fn dead_from(code: &[Instruction], from: usize, register: Register, info: &mut I
     let mut seen: Vec<usize> = Vec::new();
     while let Some(start) = paths.pop() {
         for (at, i) in code.iter().enumerate().skip(start) {
+            // Kernels return nothing in a register, so the upper halves' end is everybody's end.
+            if i.code() == Code::VEX_Vzeroupper || i.flow_control() == FlowControl::Return {
+                break;
+            }
             let (mut read, mut written) = (false, false);
             for used in info.info(i).used_registers() {
                 if used.register().full_register() == register.full_register() {
@@ -81,8 +85,7 @@ fn dead_from(code: &[Instruction], from: usize, register: Register, info: &mut I
             if read {
                 return false;
             }
-            // vzeroupper writes every vector register, which ends them all.
-            if written || i.flow_control() == FlowControl::Return {
+            if written {
                 break;
             }
             if i.op0_kind() == OpKind::NearBranch64 {

@@ -146,3 +146,124 @@ fn rewrite(
     out.push(i);
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use iced_x86::code_asm::*;
+
+    /// Assembles `build` and a return, as Cranelift would, and widens it.
+    fn widened(
+        width: Width,
+        build: impl FnOnce(&mut CodeAssembler) -> Result<(), iced_x86::IcedError>,
+    ) -> Result<alloc::string::String, JitError> {
+        let mut a = CodeAssembler::new(64).unwrap();
+        build(&mut a).unwrap();
+        a.ret().unwrap();
+        widen(&a.assemble(0).unwrap(), width).map(|(code, _)| {
+            let text = crate::disasm::disassemble(&code);
+            let lines: Vec<&str> = text.lines().map(|line| line[6..].trim()).collect();
+            lines.join("; ")
+        })
+    }
+
+    #[test]
+    fn instructions_take_the_width_and_wide_code_cleans_up() {
+        let code = |width| widened(width, |a| a.vaddps(xmm1, xmm2, xmmword_ptr(rsi + 0x80))).unwrap();
+        assert_eq!(code(Width::X128), "vaddps xmm1, xmm2, [rsi+80h]; ret");
+        assert_eq!(code(Width::Y256), "vaddps ymm1, ymm2, [rsi+80h]; vzeroupper; ret");
+        assert_eq!(code(Width::Z512), "vaddps zmm1, zmm2, [rsi+80h]; vzeroupper; ret");
+    }
+
+    #[test]
+    fn carriers_become_what_they_stand_for() {
+        let code = widened(Width::Y256, |a| {
+            a.vfnmadd213ps(xmm0, xmm1, xmm2)?;
+            a.vpmovzxwd(xmm3, qword_ptr(rsi))?;
+            a.vpmovzxdq(xmm4, qword_ptr(rdi))?;
+            a.vpsubsb(xmm5, xmm6, xmm7)?;
+            a.vpmulhrsw(xmm5, xmm6, xmm7)?;
+            a.vfnmsub213ps(xmm5, xmm6, xmm7)?;
+            a.mov(byte_ptr(rsi + 0x400), i32::from(table::PREFETCH_MARK))
+        });
+        assert_eq!(
+            code.unwrap(),
+            "vfmadd231ps ymm0, ymm1, ymm2; vcvtph2ps ymm3, [rsi]; vbroadcastss ymm4, [rdi]; vpsignb ymm5, ymm6, ymm7; \
+             vpmaddwd ymm5, ymm6, ymm7; vpdpbusd ymm5, ymm6, ymm7; prefetcht0 [rsi+400h]; vzeroupper; ret"
+        );
+    }
+
+    #[test]
+    fn loads_fold_into_their_only_user() {
+        let code = widened(Width::Z512, |a| {
+            a.vpmovzxdq(xmm1, qword_ptr(rdi))?;
+            a.vfnmadd213ps(xmm0, xmm2, xmm1)?;
+            a.vmovups(xmm3, xmmword_ptr(rsi))?;
+            a.vfnmadd213ps(xmm0, xmm3, xmm2)?;
+            // Read again below: must stay.
+            a.vpmovzxdq(xmm4, qword_ptr(rdi + 4))?;
+            a.vfnmadd213ps(xmm0, xmm2, xmm4)?;
+            a.vmovups(xmmword_ptr(rdx), xmm4)
+        });
+        assert_eq!(
+            code.unwrap(),
+            "vfmadd231ps zmm0, zmm2, [rdi]{1to16}; vfmadd231ps zmm0, zmm2, [rsi]; vbroadcastss zmm4, [rdi+4h]; \
+             vfmadd231ps zmm0, zmm2, zmm4; vmovups [rdx], zmm4; vzeroupper; ret"
+        );
+    }
+
+    #[test]
+    fn loads_stay_where_a_loop_reads_them_again() {
+        let code = widened(Width::Y256, |a| {
+            let mut head = a.create_label();
+            a.vxorps(xmm1, xmm1, xmm1)?;
+            a.set_label(&mut head)?;
+            a.vaddps(xmm2, xmm2, xmm1)?;
+            a.vmovups(xmm1, xmmword_ptr(rsi))?;
+            a.vfnmadd213ps(xmm0, xmm2, xmm1)?;
+            a.cmp(rdi, rsi)?;
+            a.jne(head)
+        });
+        assert!(code.unwrap().contains("vmovups ymm1, [rsi]; vfmadd231ps ymm0, ymm2, ymm1"));
+    }
+
+    #[test]
+    fn refusals_are_typed() {
+        use alloc::vec;
+        let refused = |width, build: &dyn Fn(&mut CodeAssembler) -> Result<(), iced_x86::IcedError>| {
+            widened(width, |a| build(a)).unwrap_err()
+        };
+        let unlisted = |error: JitError| matches!(error, JitError::Unlisted { offset: 0, .. });
+        // Spills, by stack and frame pointer.
+        let spill = refused(Width::Y256, &|a| a.vmovups(xmmword_ptr(rsp + 16), xmm1));
+        assert_eq!(spill, JitError::Spill { offset: 0, code: Code::VEX_Vmovups_xmmm128_xmm });
+        assert!(matches!(
+            refused(Width::X128, &|a| a.vaddps(xmm1, xmm1, xmmword_ptr(rbp - 32))),
+            JitError::Spill { .. }
+        ));
+        // Constant pools: by address, and as data behind the code.
+        let pool = refused(Width::Y256, &|a| {
+            a.db(&[0xc5, 0xf8, 0x10, 0x05, 0, 0, 0, 0]) // vmovups xmm0, [rip]
+        });
+        assert_eq!(pool, JitError::ConstantPool { offset: 0, code: Code::VEX_Vmovups_xmm_xmmm128 });
+        assert_eq!(widen(&[0xc3, 0x0f, 0xff], Width::X128), Err(JitError::Undecodable { offset: 1 }));
+        // Not listed: lane-crossing, legacy, already wide, scalar, other byte stores, the register form of a load carrier.
+        assert!(unlisted(refused(Width::Y256, &|a| a.vshufps(xmm1, xmm1, xmm1, 0))));
+        assert!(unlisted(refused(Width::X128, &|a| a.addps(xmm1, xmm1))));
+        assert!(unlisted(refused(Width::Y256, &|a| a.vaddps(ymm1, ymm1, ymm1))));
+        assert!(unlisted(refused(Width::Y256, &|a| a.vaddss(xmm1, xmm1, xmm1))));
+        assert!(unlisted(refused(Width::Y256, &|a| a.mov(byte_ptr(rsi), 1))));
+        assert!(unlisted(refused(Width::Y256, &|a| a.mov(byte_ptr(rsp), i32::from(table::PREFETCH_MARK)))));
+        assert!(unlisted(refused(Width::Y256, &|a| a.vpmovzxwd(xmm1, xmm2))));
+        assert!(unlisted(refused(Width::Y256, &|a| a.movaps(xmm1, xmmword_ptr(rsi)))));
+        assert!(unlisted(refused(Width::Y256, &|a| a.cpuid())));
+        // No form at this width.
+        let sign = refused(Width::Z512, &|a| a.vpsubsb(xmm1, xmm2, xmm3));
+        assert_eq!(sign, JitError::NoWidth { offset: 0, code: Code::VEX_Vpsubsb_xmm_xmm_xmmm128, bits: 512 });
+        let mut counted = crate::error::Refusals::default();
+        for error in vec![spill, pool, sign] {
+            counted.count(&error);
+        }
+        assert_eq!((counted.spill, counted.constant_pool, counted.unlisted, counted.total()), (1, 1, 1, 3));
+    }
+}

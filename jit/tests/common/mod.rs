@@ -82,6 +82,12 @@ impl Mapping {
         unsafe { std::slice::from_raw_parts_mut(self.data.cast(), self.len_bytes / 4) }
     }
 
+    /// Asks for huge pages behind the memory.
+    pub fn huge_pages(&mut self) {
+        // SAFETY: advice about pages this value owns; it changes no contents. Refused advice is no error.
+        unsafe { libc::madvise(self.start.cast(), self.mapped_bytes, libc::MADV_HUGEPAGE) };
+    }
+
     /// Makes the memory read-only, or executable.
     pub fn protect(&mut self, protection: i32) {
         let pages_bytes = self.mapped_bytes - 2 * PAGE;

@@ -13,6 +13,7 @@ use super::info::{self, Physical, Range, StartInfo};
 use super::paging::{Access, Builder, Frame, MapError, PAGE_BYTES};
 use super::plan::{self, CODE_ALIAS, Plan};
 use crate::Machine;
+use crate::options::{self, KernelOptions};
 use crate::platform::{clock, memory, pci, power, serial};
 use alloc::string::String;
 use core::arch::asm;
@@ -23,8 +24,12 @@ const PORTS: [(u16, u16); 6] = [(0x40, 0x43), (0x61, 0x61), (0x70, 0x71), (0xf4,
 
 /// What the early boot found out, for [`Machine`].
 pub struct BootFacts {
-    /// Loader, memory map, command line.
+    /// Loader, memory map, command line as given.
     pub start: StartInfo,
+    /// The kernel's own settings.
+    pub options: KernelOptions,
+    /// The command line without them.
+    pub command_line: String,
     /// Division of memory.
     pub plan: Plan,
     /// Cores and ports.
@@ -117,6 +122,8 @@ fn stop(text: String) -> ! {
 fn prepare(eax: u32, ebx: u32, mut steps: FixedList<Step, 12>) -> Result<BootFacts, String> {
     use alloc::string::ToString;
     let start = info::read(&BootMemory, eax, ebx).map_err(|e| e.to_string())?;
+    let command_line = String::from_utf8_lossy(start.command_line.as_slice());
+    let (options, command_line) = options::split(&command_line).map_err(|e| e.to_string())?;
     let acpi = match start.rsdp.or_else(|| acpi::scan(&BootMemory)) {
         Some(rsdp) => acpi::read(&BootMemory, rsdp),
         None => AcpiFacts::default(),
@@ -127,9 +134,9 @@ fn prepare(eax: u32, ebx: u32, mut steps: FixedList<Step, 12>) -> Result<BootFac
     let disks = pci::find_disks(start.map.as_slice());
     mark(&mut steps, "pci");
     let cores_listed = acpi.apic_ids.as_slice().len().max(1);
-    let wanted = if clock::emulated() { 1 } else { cores_listed };
-    let usable = info::usable(start.map.as_slice());
-    let plan = plan::plan(usable.as_slice(), image_end(), wanted).map_err(|e| e.to_string())?;
+    let wanted = options.cores.unwrap_or(if clock::emulated() { 1 } else { cores_listed }).min(cores_listed);
+    let usable = info::limited(&info::usable(start.map.as_slice()), options.memory_bytes.unwrap_or(u64::MAX));
+    let plan = plan::plan(usable.as_slice(), image_end(), wanted, cfg!(feature = "jit")).map_err(|e| e.to_string())?;
     let trampoline = Range { start: TRAMPOLINE, end: TRAMPOLINE + PAGE_BYTES };
     let low_page_free = usable.as_slice().iter().any(|r| r.start <= trampoline.start && trampoline.end <= r.end);
     let wanted = if low_page_free { wanted } else { 1 };
@@ -149,7 +156,20 @@ fn prepare(eax: u32, ebx: u32, mut steps: FixedList<Step, 12>) -> Result<BootFac
     }
     // SAFETY: read once, written by entry.s before.
     let entry_tsc = unsafe { (&raw const ring0_entry_tsc).read() };
-    Ok(BootFacts { start, plan, acpi, disks, clock, entry_tsc, cores, cores_listed, table_frames, steps })
+    Ok(BootFacts {
+        start,
+        options,
+        command_line,
+        plan,
+        acpi,
+        disks,
+        clock,
+        entry_tsc,
+        cores,
+        cores_listed,
+        table_frames,
+        steps,
+    })
 }
 
 /// Address of a core's area.

@@ -291,6 +291,20 @@ pub fn usable(map: &[MapEntry]) -> FixedList<Range, MAP_ENTRIES> {
     pages
 }
 
+/// The first `bytes` bytes of `ranges`.
+pub fn limited(ranges: &FixedList<Range, MAP_ENTRIES>, bytes: u64) -> FixedList<Range, MAP_ENTRIES> {
+    let mut out = FixedList::new();
+    let mut left = bytes;
+    for range in ranges.as_slice() {
+        let take = range.len_bytes().min(left);
+        left -= take;
+        if take > 0 {
+            let _ = out.push(Range { start: range.start, end: range.start + take });
+        }
+    }
+    out
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -424,6 +438,19 @@ mod tests {
                 prop_assert_eq!(got, want, "page {}", page);
             }
         }
+    }
+
+    #[test]
+    fn memory_can_be_limited() {
+        let mut ranges = FixedList::new();
+        for (start, end) in [(0x1000, 0x3000), (0x8000, 0xa000)] {
+            assert!(ranges.push(Range { start, end }));
+        }
+        assert_eq!(
+            limited(&ranges, 0x3000).as_slice(),
+            [Range { start: 0x1000, end: 0x3000 }, Range { start: 0x8000, end: 0x9000 }]
+        );
+        assert_eq!(limited(&ranges, 0x2000).as_slice(), [Range { start: 0x1000, end: 0x3000 }]);
     }
 
     #[test]

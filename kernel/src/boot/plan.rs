@@ -63,11 +63,12 @@ pub struct PlanError {
     pub need_bytes: u64,
 }
 
-/// Divides `usable` memory (sorted, disjoint) for an image that ends at `image_end` and `cores` cores.
+/// Divides `usable` memory (sorted, disjoint) for an image that ends at `image_end` and `cores` cores, with a code arena
+/// if machine code is to be published at run time.
 ///
 /// # Errors
 /// [`PlanError`] when tables, areas or the code arena find no place below 4 GiB.
-pub fn plan(usable: &[Range], image_end: u64, cores: usize) -> Result<Plan, PlanError> {
+pub fn plan(usable: &[Range], image_end: u64, cores: usize, code_arena: bool) -> Result<Plan, PlanError> {
     let mut ram: FixedList<Range, RAM_RANGES> = FixedList::new();
     for range in usable {
         let above = Range { start: range.start.max(image_end), end: range.end.min(RAM_LIMIT) };
@@ -91,7 +92,8 @@ pub fn plan(usable: &[Range], image_end: u64, cores: usize) -> Result<Plan, Plan
     let frames = ram_end.div_ceil(1 << 30) + SPARE_FRAMES + cores;
     let tables = take("page tables", frames * PAGE_BYTES)?;
     let areas = take("core stacks", (cores - 1) * AREA_BYTES)?;
-    let code = take("the code arena", (total / 16).clamp(LARGE_PAGE_BYTES, CODE_BYTES))?;
+    let code_bytes = if code_arena { (total / 16).clamp(LARGE_PAGE_BYTES, CODE_BYTES) } else { 0 };
+    let code = take("the code arena", code_bytes)?;
     let mut left = FixedList::new();
     for range in ram.as_slice().iter().filter(|r| r.len_bytes() > 0) {
         let _ = left.push(*range);
@@ -113,7 +115,7 @@ mod tests {
             Range { start: MIB, end: 2048 * MIB - 0x21000 },
             Range { start: 4096 * MIB, end: 10240 * MIB },
         ];
-        let plan = plan(&usable, 5 * MIB + 4096, 2).unwrap();
+        let plan = plan(&usable, 5 * MIB + 4096, 2, true).unwrap();
         assert_eq!(plan.tables, Range { start: 6 * MIB, end: 8 * MIB });
         assert_eq!(plan.areas, Range { start: 8 * MIB, end: 10 * MIB });
         assert_eq!(plan.code, Range { start: 10 * MIB, end: 42 * MIB });
@@ -127,11 +129,12 @@ mod tests {
     #[test]
     fn too_little_memory_says_what_for() {
         let usable = [Range { start: MIB, end: 9 * MIB }];
-        let error = plan(&usable, 6 * MIB + 1, 1).unwrap_err();
+        let error = plan(&usable, 6 * MIB + 1, 1, true).unwrap_err();
         assert_eq!(error, PlanError { what: "page tables", need_bytes: 2 * MIB });
-        let error = plan(&usable, 5 * MIB, 3).unwrap_err();
+        let error = plan(&usable, 5 * MIB, 3, true).unwrap_err();
         assert_eq!(error, PlanError { what: "core stacks", need_bytes: 2 * MIB });
-        let error = plan(&usable, 5 * MIB, 1).unwrap_err();
+        assert_eq!(plan(&usable, 5 * MIB, 1, false).unwrap().code.len_bytes(), 0);
+        let error = plan(&usable, 5 * MIB, 1, true).unwrap_err();
         assert_eq!(error, PlanError { what: "the code arena", need_bytes: 2 * MIB });
     }
 
@@ -146,7 +149,7 @@ mod tests {
                 usable.push(Range { start: at * MIB, end: (at + len) * MIB });
                 at += len + gap + 1;
             }
-            if let Ok(plan) = plan(&usable, image * MIB, cores) {
+            if let Ok(plan) = plan(&usable, image * MIB, cores, true) {
                 let mut parts = alloc::vec![plan.tables, plan.areas, plan.code];
                 parts.extend(plan.ram.as_slice());
                 parts.retain(|p| p.len_bytes() > 0);

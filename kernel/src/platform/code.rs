@@ -9,6 +9,11 @@ use engine::workers::Workers;
 /// Alignment of published code: a cache line.
 const ALIGN: u64 = 64;
 
+/// Bytes of the arena. Its symbol is how the audit of an exported image tells that none is there.
+#[cfg(feature = "jit")]
+#[unsafe(export_name = "bareflow_jit_arena")]
+static CAPACITY: AtomicU64 = AtomicU64::new(0);
+#[cfg(not(feature = "jit"))]
 static CAPACITY: AtomicU64 = AtomicU64::new(0);
 
 /// Offset of `address` in the executable alias, if it lies there.

@@ -1,8 +1,7 @@
 //! What CPU this is.
 
-use alloc::format;
 use alloc::string::{String, ToString};
-use core::arch::x86_64::{__cpuid, __cpuid_count};
+use core::arch::x86_64::__cpuid;
 use raw_cpuid::CpuId;
 
 /// The 48 bytes of the brand string as CPUID gives them, zero when there is none. Needs no heap.
@@ -29,22 +28,10 @@ pub fn brand() -> String {
     cpuid.get_vendor_info().map_or_else(|| "unknown CPU".to_string(), |v| v.as_str().to_string())
 }
 
-/// Vendor, family, model, stepping and the feature words that decide which instructions run: equal strings run the same
-/// machine code. Bits that differ between cores or boots (APIC id) are not in it.
+/// The text that names this CPU in snapshots (`runtime::platform::cpu_fingerprint`).
 pub fn fingerprint(isa: engine::Isa) -> String {
-    let cpuid = CpuId::new();
-    let vendor = cpuid.get_vendor_info().map_or_else(|| "unknown".to_string(), |v| v.as_str().to_string());
-    let (family, model, stepping) =
-        cpuid.get_feature_info().map_or((0, 0, 0), |f| (f.family_id(), f.model_id(), f.stepping_id()));
-    let (leaf1, leaf7) = (__cpuid(1), __cpuid_count(7, 0));
-    format!(
-        "{vendor}-{family}-{model}-{stepping}-{:08x}{:08x}{:08x}{:08x}-{}",
-        leaf1.ecx,
-        leaf1.edx,
-        leaf7.ebx,
-        leaf7.ecx,
-        isa.name()
-    )
+    let vendor = CpuId::new().get_vendor_info().map_or_else(|| "unknown".to_string(), |v| v.as_str().to_string());
+    runtime::platform::cpu_fingerprint(&vendor, __cpuid(1).eax, isa)
 }
 
 /// The hypervisor's signature as text, `None` without one.
