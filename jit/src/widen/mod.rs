@@ -207,7 +207,7 @@ mod tests {
         });
         assert_eq!(
             code.unwrap(),
-            "vfmadd231ps zmm0, zmm2, [rdi]{1to16}; vfmadd231ps zmm0, zmm2, [rsi]; vbroadcastss zmm4, [rdi+4h]; \
+            "vfmadd231ps zmm0, zmm2, dword bcst [rdi]; vfmadd231ps zmm0, zmm2, [rsi]; vbroadcastss zmm4, [rdi+4h]; \
              vfmadd231ps zmm0, zmm2, zmm4; vmovups [rdx], zmm4; vzeroupper; ret"
         );
     }
