@@ -6,6 +6,7 @@ use crate::platform::{clock, memory};
 use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::vec;
+use alloc::vec::Vec;
 use report::ExitStatus;
 use runtime::platform::Platform;
 use storage::{BlockDevice, DeviceError, SECTOR_BYTES};
@@ -14,6 +15,9 @@ use storage::{BlockDevice, DeviceError, SECTOR_BYTES};
 const RATE_BYTES: u64 = 64 << 20;
 /// Longest time spent on one rate, in milliseconds.
 const RATE_MS: u64 = 150;
+
+/// Empty jobs given to the cores for one latency.
+const JOBS: usize = 200;
 
 /// Prints the screen. Passes unless a disk cannot be read.
 pub fn run(machine: &mut Machine) -> ExitStatus {
@@ -45,6 +49,24 @@ fn field(name: &str, value: &str) {
     crate::println!("{name:<12} {value}");
 }
 
+/// Median time of an empty job on all cores, each `gap_ms` after the one before.
+fn job_us(machine: &Machine, gap_ms: u64) -> f64 {
+    let tsc_hz = machine.calibration().tsc_hz;
+    let mut cycles: Vec<u64> = (0..if gap_ms > 0 { JOBS / 10 } else { JOBS })
+        .map(|_| {
+            let start = clock::tsc();
+            while clock::tsc() - start < gap_ms * tsc_hz / 1000 {
+                core::hint::spin_loop();
+            }
+            let start = clock::tsc();
+            machine.workers().run(&|_| {});
+            clock::tsc() - start
+        })
+        .collect();
+    cycles.sort_unstable();
+    cycles[cycles.len() / 2] as f64 * 1e6 / tsc_hz as f64
+}
+
 fn mhz(hz: Option<u64>) -> String {
     hz.map_or_else(|| "-".to_string(), |hz| format!("{:.1}", hz as f64 / 1e6))
 }
@@ -57,6 +79,11 @@ fn machine_lines(machine: &Machine, boot_ms: f64) {
     field("hypervisor", machine.cpu().hypervisor.as_deref().unwrap_or("none"));
     let facts = machine.boot_facts();
     field("cores", &format!("{} used, {} listed", machine.workers().count(), facts.cores_listed));
+    if machine.workers().count() > 1 {
+        let spinning = job_us(machine, 0);
+        let parked = job_us(machine, 2);
+        field("empty job", &format!("{spinning:.2} us, {parked:.1} us with parked cores (medians)"));
+    }
     let c = machine.calibration();
     field(
         "tsc",

@@ -2,7 +2,8 @@
 //!
 //! Between jobs a core spins, because in a forward pass the next job comes within microseconds. After [`SPIN_CYCLES`]
 //! without one it asks ring 0 to park it: on a host with no more cores than the guest, a spinning core would otherwise take
-//! the time of the very thread that serves the disk.
+//! the time of the very thread that serves the disk. The core that waits for the others parks after [`WAIT_CYCLES`]: one
+//! that takes so much longer has been put aside by the host, and gets to run sooner when this one does not spin.
 
 use super::clock;
 use crate::boot::area::MAX_CPUS;
@@ -13,6 +14,8 @@ use engine::workers::Workers;
 
 /// TSC ticks without a job before a core parks: about a millisecond, longer than any gap inside a forward pass.
 const SPIN_CYCLES: u64 = 3_000_000;
+/// TSC ticks of waiting for the other cores before the waiting one parks.
+const WAIT_CYCLES: u64 = 300_000;
 /// In [`Board::parked`]: this core is awake.
 const AWAKE: u16 = 0;
 /// Set beside the APIC id of a core that is parked or about to.
@@ -88,7 +91,7 @@ extern "sysv64" fn core_main() -> ! {
         }
     };
     let index = before + 1;
-    let apic_id = (core::arch::x86_64::__cpuid(1).ebx >> 24) as u16;
+    let parked = parked_state();
     let mut idle_since = clock::tsc();
     loop {
         let round = BOARD.round.0.load(Ordering::Acquire);
@@ -97,11 +100,7 @@ extern "sysv64" fn core_main() -> ! {
             if clock::tsc().wrapping_sub(idle_since) > SPIN_CYCLES {
                 // Announced before the last look at the round; `run` raises the round before it looks here. So
                 // either this core sees the round or `run` sees the announcement and wakes it.
-                BOARD.parked[index].store(PARKED | apic_id, Ordering::SeqCst);
-                if BOARD.round.0.load(Ordering::SeqCst) == seen {
-                    gates::park();
-                }
-                BOARD.parked[index].store(AWAKE, Ordering::SeqCst);
+                park_while(&BOARD.parked[index], parked, || BOARD.round.0.load(Ordering::SeqCst) == seen);
             }
             continue;
         }
@@ -112,21 +111,49 @@ extern "sysv64" fn core_main() -> ! {
             // SAFETY: as above.
             unsafe { (*job)(index) };
         }
-        BOARD.done.0.fetch_add(1, Ordering::AcqRel);
+        BOARD.done.0.fetch_add(1, Ordering::SeqCst);
+        wake_if_parked(&BOARD.parked[0]);
         idle_since = clock::tsc();
     }
 }
 
-/// The cores of this machine.
+/// What [`Board::parked`] holds while the calling core is parked.
+fn parked_state() -> u16 {
+    PARKED | (core::arch::x86_64::__cpuid(1).ebx >> 24) as u16
+}
+
+/// Parks the calling core, announced in `place` as `state`, unless `idle` has become false. The announcement precedes the
+/// look at `idle`; who ends the idleness does that first and looks at `place` after. So either this core sees the
+/// change, or the other sees the announcement and wakes it.
+fn park_while(place: &AtomicU16, state: u16, idle: impl Fn() -> bool) {
+    place.store(state, Ordering::SeqCst);
+    if idle() {
+        gates::park();
+    }
+    place.store(AWAKE, Ordering::SeqCst);
+}
+
+/// Wakes the core whose state `place` is, if it is parked.
+fn wake_if_parked(place: &AtomicU16) {
+    let state = place.load(Ordering::SeqCst);
+    if state & PARKED != 0 && place.compare_exchange(state, AWAKE, Ordering::SeqCst, Ordering::SeqCst).is_ok() {
+        // Refused only where no core was started, and then nobody is parked.
+        let _ = gates::wake(state as u8);
+    }
+}
+
+/// The cores of this machine. Used from the boot CPU.
 #[derive(Clone, Copy, Debug)]
 pub struct Cores {
     count: usize,
+    /// What [`Board::parked`] holds while the boot CPU is parked.
+    parked: u16,
 }
 
 impl Cores {
     /// `count` cores, the calling one included.
     pub(crate) fn new(count: usize) -> Self {
-        Self { count: count.clamp(1, 1 + arrived()) }
+        Self { count: count.clamp(1, 1 + arrived()), parked: parked_state() }
     }
 }
 
@@ -156,15 +183,16 @@ impl Workers for Cores {
         unsafe { *BOARD.job.get() = Some(job) };
         BOARD.round.0.fetch_add(1, Ordering::SeqCst);
         for place in BOARD.parked.get(1..=others).unwrap_or(&[]) {
-            let state = place.load(Ordering::SeqCst);
-            if state & PARKED != 0 && place.compare_exchange(state, AWAKE, Ordering::SeqCst, Ordering::SeqCst).is_ok() {
-                // Refused only where no core was started, and then there is nobody in this loop.
-                let _ = gates::wake(state as u8);
-            }
+            wake_if_parked(place);
         }
         job(0);
+        let mut waiting_since = clock::tsc();
         while BOARD.done.0.load(Ordering::Acquire) != others {
             core::hint::spin_loop();
+            if clock::tsc().wrapping_sub(waiting_since) > WAIT_CYCLES {
+                park_while(&BOARD.parked[0], self.parked, || BOARD.done.0.load(Ordering::SeqCst) != others);
+                waiting_since = clock::tsc();
+            }
         }
         BOARD.busy.store(false, Ordering::Release);
     }
