@@ -16,6 +16,8 @@ use common::{Random, Runnable, fill_w, fill_x, host_isa};
 use jit::{Compiler, space};
 use model::kernel::{DType, KernelKey, Op, Variant, Width};
 use model::layout::{padded, x_row_bytes};
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 const ROTATION_BYTES: usize = 256 << 20;
 
@@ -121,13 +123,42 @@ fn median(values: &mut [f64]) -> f64 {
     values[values.len() / 2]
 }
 
+/// The system's allocator, with a count of the bytes in use and their peak.
+struct Counting;
+
+static IN_USE: AtomicUsize = AtomicUsize::new(0);
+static PEAK: AtomicUsize = AtomicUsize::new(0);
+
+// SAFETY: every call is passed to the system's allocator unchanged.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        let now = IN_USE.fetch_add(layout.size(), Ordering::Relaxed) + layout.size();
+        PEAK.fetch_max(now, Ordering::Relaxed);
+        // SAFETY: the caller's promise is passed on.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, data: *mut u8, layout: Layout) {
+        IN_USE.fetch_sub(layout.size(), Ordering::Relaxed);
+        // SAFETY: the caller's promise is passed on.
+        unsafe { System.dealloc(data, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
 /// Compiles the space of `key` five times over and prints what it takes: time, bytes, instructions.
 fn compile_times(compiler: &mut Compiler, key: KernelKey) {
     let (mut us, mut audit_us, mut bytes, mut instructions) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    let mut heap = 0;
     for _ in 0..5 {
         for variant in space::variants(&key, compiler.isa()) {
+            let before = IN_USE.load(Ordering::Relaxed);
+            PEAK.store(before, Ordering::Relaxed);
             let begin = cpu_seconds();
             let kernel = compiler.compile(&key, &variant).unwrap_or_else(|e| panic!("{e}"));
+            heap = heap.max(PEAK.load(Ordering::Relaxed) - before);
             us.push((cpu_seconds() - begin) * 1e6);
             let begin = cpu_seconds();
             jit::audit::audit(&kernel.code, variant.width).unwrap_or_else(|e| panic!("{e}"));
@@ -137,7 +168,8 @@ fn compile_times(compiler: &mut Compiler, key: KernelKey) {
         }
     }
     println!(
-        "{key}: compile us median {:.0} max {:.0} (audit {:.0}), bytes median {:.0} max {:.0}, instructions {:.0}, {:.0}",
+        "{key}: compile us median {:.0} max {:.0} (audit {:.0}), bytes median {:.0} max {:.0}, instructions {:.0}, {:.0}, \
+         heap peak {} KiB",
         median(&mut us),
         us[us.len() - 1],
         median(&mut audit_us),
@@ -145,6 +177,7 @@ fn compile_times(compiler: &mut Compiler, key: KernelKey) {
         bytes[bytes.len() - 1],
         median(&mut instructions),
         instructions[instructions.len() - 1],
+        heap / 1024,
     );
 }
 

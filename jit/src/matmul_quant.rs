@@ -24,13 +24,8 @@ const GROUP_BYTES: usize = 4 * PANEL;
 pub(crate) enum Sums<'a> {
     /// Row-major, `rows x vectors`.
     Registers(&'a mut [Value]),
-    /// In the frame, at the address of their stream.
-    Frame {
-        /// What [`Tile::frame_offset`] is relative to.
-        frame: Value,
-        /// Gate or up.
-        part: usize,
-    },
+    /// In the frame; the address is what [`Tile::frame_offset`] is relative to.
+    Frame(Value),
 }
 
 /// Writes the constants blocks use to the frame.
@@ -201,7 +196,7 @@ fn scale(
             let d = e.mul(d_w, d_x);
             let mut accumulator = match &sums {
                 Sums::Registers(held) => held[index],
-                Sums::Frame { frame, part } => e.load_back(*frame, tile.frame_offset(plan, *part, row, v)),
+                Sums::Frame(frame) => e.load_back(*frame, tile.frame_offset(plan, 0, row, v)),
             };
             accumulator = e.accumulate(accumulator, d, block);
             if let Some(m_w) = m_w {
@@ -210,7 +205,7 @@ fn scale(
             }
             match &mut sums {
                 Sums::Registers(held) => held[index] = accumulator,
-                Sums::Frame { frame, part } => e.store(accumulator, *frame, tile.frame_offset(plan, *part, row, v)),
+                Sums::Frame(frame) => e.store(accumulator, *frame, tile.frame_offset(plan, 0, row, v)),
             }
         }
     }

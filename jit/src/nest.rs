@@ -249,20 +249,13 @@ fn steps(
     accumulators: &mut [Value],
 ) {
     let per_group = tile.rows * plan.vectors;
-    let cursor = |tile: &Tile, w_offset: usize, step: usize| Cursor {
-        x: tile.x,
-        w: tile.w,
-        scales: tile.scales,
-        w_offset: (w_offset + step * plan.step_bytes) as i32,
-        x_offset: (step * plan.x_step_bytes) as i32,
-    };
     match plan.home {
         // Steps outermost: groups share each x, and their loads alternate between the streams.
         Home::Registers => {
             for step in 0..count {
                 let mut shared_x = None;
                 for (group, accumulators) in groups.iter().zip(accumulators.chunks_mut(per_group)) {
-                    let at = cursor(tile, tile.group_offset(plan, *group), step);
+                    let at = cursor(plan, tile, tile.group_offset(plan, *group), step);
                     if plan.dtype.is_quantised() {
                         matmul_quant::step(e, plan, fixed, tile, at, matmul_quant::Sums::Registers(accumulators));
                     } else {
@@ -271,36 +264,56 @@ fn steps(
                 }
             }
         }
-        // Streams outermost: one group's accumulators are loaded once for all steps of the iteration.
+        // Groups outermost, in loops: one group's accumulators are loaded once for all steps of the iteration.
         Home::Frame => {
             let stream_bytes = (tile.region.run * plan.unit_bytes()) as i64;
             let others = [(tile.w, stream_bytes), (tile.scales, stream_bytes)];
             let others = if plan.dtype.is_quantised() { &others[..] } else { &others[..1] };
             tile.each_stream(e, plan, fixed.frame, others, |e, at| {
-                let frame = at[0];
-                let tile = Tile { w: at[1], scales: at[at.len() - 1], ..*tile };
-                for part in 0..plan.parts {
-                    let w_offset = part * plan.panel_bytes;
-                    if plan.dtype.is_quantised() {
-                        for step in 0..count {
-                            let sums = matmul_quant::Sums::Frame { frame, part };
-                            matmul_quant::step(e, plan, fixed, &tile, cursor(&tile, w_offset, step), sums);
-                        }
-                        continue;
+                let part_bytes = (tile.rows * tile.region.streams * stream_frame_bytes(plan)) as i64;
+                let end = e.offset(at[0], plan.parts as i64 * part_bytes);
+                e.repeat(plan.parts == 1, at, end, |e, at| {
+                    let held_tile = Tile { w: at[1], scales: at[at.len() - 1], ..*tile };
+                    framed_steps(e, plan, fixed, &held_tile, at[0], count);
+                    let mut next = vec![e.offset(at[0], part_bytes)];
+                    for pointer in &at[1..] {
+                        next.push(e.offset(*pointer, plan.panel_bytes as i64));
                     }
-                    let mut held = Vec::with_capacity(per_group);
-                    for_each(tile.rows, plan.vectors, |row, v| {
-                        held.push(e.load_back(frame, tile.frame_offset(plan, part, row, v)));
-                    });
-                    for step in 0..count {
-                        matmul_float::step(e, plan, &tile, cursor(&tile, w_offset, step), &mut None, &mut held);
-                    }
-                    for_each(tile.rows, plan.vectors, |row, v| {
-                        e.store(held[row * plan.vectors + v], frame, tile.frame_offset(plan, part, row, v));
-                    });
-                }
+                    next
+                });
             });
         }
+    }
+}
+
+/// `count` steps of `k` for the one group whose accumulators are at `frame`.
+fn framed_steps(e: &mut Emit<'_, '_>, plan: &Plan, fixed: Fixed, tile: &Tile, frame: Value, count: usize) {
+    if plan.dtype.is_quantised() {
+        for step in 0..count {
+            matmul_quant::step(e, plan, fixed, tile, cursor(plan, tile, 0, step), matmul_quant::Sums::Frame(frame));
+        }
+        return;
+    }
+    let mut held = Vec::with_capacity(tile.rows * plan.vectors);
+    for_each(tile.rows, plan.vectors, |row, v| {
+        held.push(e.load_back(frame, tile.frame_offset(plan, 0, row, v)));
+    });
+    for step in 0..count {
+        matmul_float::step(e, plan, tile, cursor(plan, tile, 0, step), &mut None, &mut held);
+    }
+    for_each(tile.rows, plan.vectors, |row, v| {
+        e.store(held[row * plan.vectors + v], frame, tile.frame_offset(plan, 0, row, v));
+    });
+}
+
+/// Pointers of step `step` of the group `w_offset` bytes after the tile's first panel.
+fn cursor(plan: &Plan, tile: &Tile, w_offset: usize, step: usize) -> Cursor {
+    Cursor {
+        x: tile.x,
+        w: tile.w,
+        scales: tile.scales,
+        w_offset: (w_offset + step * plan.step_bytes) as i32,
+        x_offset: (step * plan.x_step_bytes) as i32,
     }
 }
 

@@ -175,15 +175,17 @@ fn regions(panels: usize, streams: usize) -> Vec<Region> {
 /// Decides where accumulators live, by counting the registers a step needs; `None` if not even one group fits.
 fn home(dtype: DType, vnni: bool, rows: usize, vectors: usize, groups: usize) -> Option<Home> {
     let tile = rows * vectors;
+    // The allocator is not perfect: with many rows in flight it needs room to move (found by random variants).
+    let slack = if rows > 1 { 2 } else { 0 };
     // Registers a step needs beside the f32 accumulators of its own group (`work`), and of all groups.
     let work = match dtype {
         // One row: the broadcast x; weights fold into the fma. More rows: weights stay, x passes through one register.
         DType::F32 => 1 + if rows == 1 { 0 } else { vectors },
         DType::F16 => 1 + if rows == 1 { 1 } else { vectors },
         // Exact block sums, and: w, |w|, x, product, ones | w+128, x, flip.
-        DType::Q8_0 => tile + if vnni { 3 } else { 5 },
+        DType::Q8_0 => tile + if vnni { 3 } else { 5 + slack },
         // Exact block sums, and: low and high nibbles, mask, x low and high, product.
-        DType::Q4_0 | DType::Q4_1 => tile + if vnni { 5 } else { 6 },
+        DType::Q4_0 | DType::Q4_1 => tile + if vnni { 5 } else { 6 + slack / 2 },
     };
     if groups * tile + work <= VECTOR_REGISTERS {
         return Some(Home::Registers);

@@ -76,7 +76,7 @@ fn candidates(key: &KernelKey, width: Width, vnni: bool, isa: TargetIsa) -> Vec<
                         let Ok(plan) = Plan::new(key, &variant) else { continue };
                         let instructions = instructions(&plan);
                         // The smallest kernel of a key is never too large, whatever the estimate says.
-                        let smallest = rows == 1 && streams == 1 && unroll == 1 && prefetch_bytes == 0;
+                        let smallest = rows == 1 && columns < 32 && streams == 1 && unroll == 1 && prefetch_bytes == 0;
                         if instructions <= MAX_INSTRUCTIONS || smallest {
                             out.push(Candidate { variant, cost: (cycles(key, &plan), instructions) });
                         }
@@ -167,7 +167,7 @@ fn instructions(plan: &Plan) -> u64 {
     for region in &plan.regions {
         let groups = match plan.home {
             Home::Registers => region.streams * plan.parts,
-            Home::Frame => plan.parts,
+            Home::Frame => 1,
         } as u64;
         for rows in [plan.rows, plan.m % plan.rows].into_iter().filter(|rows| *rows > 0) {
             let one = step(plan, rows as u64);

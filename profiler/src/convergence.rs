@@ -1,7 +1,8 @@
 //! Is there anything left to gain? Decided from one line of evidence per boot.
 //!
 //! Converged means: the keys that cover nearly all kernel cycles are settled, no kernel changed for a window of boots, and
-//! the token time stopped moving over that window. The last is required only where the clock can be trusted.
+//! the token time stopped moving over that window. The last is required only where the clock can be trusted, and only down to
+//! the noise floor: the spread, over the same boots, of a fixed piece of work that no kernel can change.
 
 use alloc::format;
 use alloc::string::String;
@@ -55,7 +56,9 @@ pub struct Convergence {
     pub token_time_variation: Option<f64>,
     /// The spread is of token times relative to the reference work.
     pub relative_to_reference: bool,
-    /// Largest spread allowed.
+    /// Spread of the reference work over the window: the noise floor of the machine, below which no limit is enforced.
+    pub machine_variation: Option<f64>,
+    /// Largest spread allowed on a quiet machine.
     pub max_variation: f64,
     /// The spread is required.
     pub variation_required: bool,
@@ -70,11 +73,14 @@ pub fn decide(config: &ConvergenceConfig, boots: &[BootEvidence]) -> Convergence
     let unchanged_boots = u32::try_from(unchanged).unwrap_or(u32::MAX);
     let settled_share = boots.last().map_or(0.0, |boot| boot.settled_share);
     let in_window = boots.len().checked_sub(window as usize).and_then(|first| boots.get(first..));
-    let (token_time_variation, relative_to_reference) = in_window.map_or((None, false), variation);
+    let Variation { token: token_time_variation, relative_to_reference, machine: machine_variation } =
+        in_window.map_or_else(Variation::default, Variation::of);
 
     let settled = settled_share >= config.settled_share;
     let unchanged = unchanged_boots >= window;
-    let steady = token_time_variation.is_some_and(|variation| variation <= config.max_variation);
+    // Tokens cannot be asked to be steadier than a fixed piece of work on the same machine in the same boots.
+    let allowed = machine_variation.map_or(config.max_variation, |machine| machine.max(config.max_variation));
+    let steady = token_time_variation.is_some_and(|variation| variation <= allowed);
     let converged = settled && unchanged && (steady || !config.variation_required);
 
     let percent = |share: f64| format!("{:.2} %", 100.0 * share);
@@ -86,7 +92,15 @@ pub fn decide(config: &ConvergenceConfig, boots: &[BootEvidence]) -> Convergence
     let required = if config.variation_required { "" } else { "; not required, the clock is not trusted" };
     let limit = percent(config.max_variation);
     let spread = match token_time_variation {
-        Some(variation) => format!("{of_what} varies by {} (limit {limit}{required})", percent(variation)),
+        Some(variation) => {
+            let machine = match machine_variation {
+                Some(machine) if machine > config.max_variation => {
+                    format!(", raised to the {} by which fixed work varies on this machine", percent(machine))
+                }
+                _ => String::new(),
+            };
+            format!("{of_what} varies by {} (limit {limit}{machine}{required})", percent(variation))
+        }
         None if window < 2 => format!("{of_what} variation unknown: a window of 1 boot shows none{required}"),
         None => {
             format!("{of_what} variation unknown: {} of {window} boots{required}", boots.len().min(window as usize))
@@ -103,23 +117,43 @@ pub fn decide(config: &ConvergenceConfig, boots: &[BootEvidence]) -> Convergence
         window,
         token_time_variation,
         relative_to_reference,
+        machine_variation,
         max_variation: config.max_variation,
         variation_required: config.variation_required,
         reason,
     }
 }
 
-/// Relative spread of the boots' token times, and whether it is of times relative to the reference.
-fn variation(boots: &[BootEvidence]) -> (Option<f64>, bool) {
-    let usable = |time: Option<f64>| time.filter(|time| time.is_finite() && *time > 0.0);
-    let references: Option<Vec<f64>> = boots.iter().map(|boot| usable(boot.reference_time)).collect();
-    let times: Option<Vec<f64>> = boots.iter().map(|boot| usable(boot.token_time)).collect();
-    let relative = references.is_some();
-    let times = times.map(|times| match references {
-        Some(references) => times.iter().zip(references).map(|(time, reference)| time / reference).collect(),
-        None => times,
-    });
-    (times.and_then(|times| spread(&times)), relative)
+/// How much the boots of a window differ.
+#[derive(Clone, Copy, Default)]
+struct Variation {
+    /// Spread of the token times, as they are or relative to the reference work, whichever is smaller.
+    token: Option<f64>,
+    relative_to_reference: bool,
+    /// Spread of the reference work's time.
+    machine: Option<f64>,
+}
+
+impl Variation {
+    fn of(boots: &[BootEvidence]) -> Self {
+        let usable = |time: Option<f64>| time.filter(|time| time.is_finite() && *time > 0.0);
+        let references: Option<Vec<f64>> = boots.iter().map(|boot| usable(boot.reference_time)).collect();
+        let times: Option<Vec<f64>> = boots.iter().map(|boot| usable(boot.token_time)).collect();
+        let Some(times) = times else { return Self::default() };
+        let raw = spread(&times);
+        let Some(references) = references else {
+            return Self { token: raw, ..Self::default() };
+        };
+        let machine = spread(&references);
+        let ratios: Vec<f64> = times.iter().zip(references).map(|(time, reference)| time / reference).collect();
+        // The reference divides out a machine that changes speed; on a steady one it only adds its own noise.
+        match (raw, spread(&ratios)) {
+            (Some(raw), Some(relative)) if relative < raw => {
+                Self { token: Some(relative), relative_to_reference: true, machine }
+            }
+            (raw, _) => Self { token: raw, relative_to_reference: false, machine },
+        }
+    }
 }
 
 /// Robust relative standard deviation. Of five values and more `1.4826 * MAD / median`, which one odd boot in a window does
@@ -245,6 +279,25 @@ mod tests {
         let mut mixed = boots;
         mixed[0].reference_time = None;
         assert!(!decide(&config, &mixed).relative_to_reference);
+    }
+
+    #[test]
+    fn a_noisy_machine_raises_the_limit_to_its_own_noise_and_no_further() {
+        let boots = |tokens: [f64; 3], references: [f64; 3]| -> Vec<BootEvidence> {
+            let boot = |(token, reference)| BootEvidence { reference_time: Some(reference), ..boot(1.0, 0, token) };
+            tokens.into_iter().zip(references).map(boot).collect()
+        };
+        let config = ConvergenceConfig::default();
+        // Tokens vary by 3 %, fixed work by 12 %: the kernels are not to blame.
+        let decision = decide(&config, &boots([50.0, 51.5, 52.0], [8.0, 9.5, 8.2]));
+        assert!(decision.converged && !decision.relative_to_reference, "{}", decision.reason);
+        assert!(decision.reason.contains("raised to"), "{}", decision.reason);
+        // Tokens vary by 20 %, fixed work by 12 %: something else moves.
+        let decision = decide(&config, &boots([50.0, 70.0, 52.0], [8.0, 8.2, 9.5]));
+        assert!(!decision.converged, "{}", decision.reason);
+        // Fixed work that stands still raises nothing.
+        let decision = decide(&config, &boots([50.0, 51.5, 52.0], [8.0, 8.0, 8.0]));
+        assert!(!decision.converged, "{}", decision.reason);
     }
 
     #[test]

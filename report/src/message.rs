@@ -257,7 +257,9 @@ pub struct Convergence {
     pub window: u32,
     /// Spread of token times over the window (robust, relative); unknown before the window is full.
     pub token_time_variation: Option<f64>,
-    /// Largest spread allowed.
+    /// Spread of a fixed piece of work over the same boots: the noise floor of the machine.
+    pub machine_variation: Option<f64>,
+    /// Largest spread allowed on a quiet machine; it is raised to the noise floor where that is higher.
     pub max_variation: f64,
     /// The spread is required; false where the clock cannot be trusted (TCG).
     pub variation_required: bool,

@@ -574,6 +574,7 @@ mod tests {
                 unchanged_boots: 0,
                 window: 3,
                 token_time_variation: None,
+                machine_variation: None,
                 max_variation: 0.01,
                 variation_required: true,
                 reason: "58 % of kernel time is in kernels still being tuned".into(),

@@ -122,7 +122,6 @@ fn work(platform: &mut dyn Platform, reporter: &mut Reporter, request: Request<'
     let mut history = History::open(platform, reporter, &options, request.image, &identity);
     let boot = history.snapshot.boot_count.saturating_add(1);
     history.snapshot.boot_count = boot;
-    let mut work_done = TuningWork::default();
     #[cfg(feature = "jit")]
     let mut tuner = match options.tier {
         Tier::Compiled if request.image != ImageKind::Native => Tuner::start(platform, reporter, &options, boot, isa),
@@ -158,10 +157,11 @@ fn work(platform: &mut dyn Platform, reporter: &mut Reporter, request: Request<'
     // Before tuning: the table below shows what this boot ran with, not what it found.
     let clock = platform.clock();
     let trusted_hz = clock.trusted.then_some(clock.tsc_hz);
-    #[cfg(feature = "jit")]
     let rows_running = running.clone();
     #[cfg(not(feature = "jit"))]
-    let rows_running = running;
+    let work_done = TuningWork::default();
+    #[cfg(feature = "jit")]
+    let mut work_done = TuningWork::default();
     #[cfg(feature = "jit")]
     if let Some(tuner) = tuner.take()
         && options.tune_budget_ms > 0
@@ -489,6 +489,7 @@ fn convergence(options: &Options, clock: &Clock, snapshot: &Snapshot) -> Converg
         unchanged_boots: decided.unchanged_boots,
         window: decided.window,
         token_time_variation: decided.token_time_variation,
+        machine_variation: decided.machine_variation,
         max_variation: decided.max_variation,
         variation_required: decided.variation_required,
         reason: decided.reason,

@@ -152,7 +152,7 @@ impl Bench {
         };
         let ended = error.transcript.end.map(|(status, _)| status);
         ensure!(ended == Some(ExitStatus::Fatal), "expected the status fatal, found {ended:?}: {error}");
-        ensure!(matches!(error.failure, BootFailure::Status { .. }), "expected a clean end, found {:?}", error.failure);
+        ensure!(matches!(error.failure, BootFailure::Guest { .. }), "expected a clean end, found {:?}", error.failure);
         let notes: Vec<&str> = error
             .transcript
             .notes

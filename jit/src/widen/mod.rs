@@ -229,7 +229,6 @@ mod tests {
 
     #[test]
     fn refusals_are_typed() {
-        use alloc::vec;
         let refused = |width, build: &dyn Fn(&mut CodeAssembler) -> Result<(), iced_x86::IcedError>| {
             widened(width, |a| build(a)).unwrap_err()
         };
@@ -261,7 +260,7 @@ mod tests {
         let sign = refused(Width::Z512, &|a| a.vpsubsb(xmm1, xmm2, xmm3));
         assert_eq!(sign, JitError::NoWidth { offset: 0, code: Code::VEX_Vpsubsb_xmm_xmm_xmmm128, bits: 512 });
         let mut counted = crate::error::Refusals::default();
-        for error in vec![spill, pool, sign] {
+        for error in [spill, pool, sign] {
             counted.count(&error);
         }
         assert_eq!((counted.spill, counted.constant_pool, counted.unlisted, counted.total()), (1, 1, 1, 3));

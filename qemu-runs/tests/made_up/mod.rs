@@ -134,6 +134,7 @@ pub fn made_up_boot(boot: u32) -> BootReport {
             unchanged_boots: boot.saturating_sub(5),
             window: 3,
             token_time_variation: (boot > 2).then_some(0.0062),
+            machine_variation: None,
             max_variation: 0.01,
             variation_required: true,
             reason: if boot >= 8 { String::new() } else { "kernels are still being tuned".into() },
