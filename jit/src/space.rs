@@ -216,7 +216,7 @@ fn cycles(key: &KernelKey, plan: &Plan) -> u64 {
         _ => 102,
     };
     // A tile narrower than the panel comes back for the rest of each line.
-    let split = if plan.m == 1 { 100 + 10 * (PANEL / plan.columns - 1) as u64 } else { 100 };
+    let split = if plan.m <= 4 { 100 + 10 * (PANEL / plan.columns - 1) as u64 } else { 100 };
     let memory = key.weight_bytes() / 4 * distance * side_by_side * split / 1_000_000;
     // They overlap, though never perfectly.
     compute.max(memory) + compute.min(memory) / 4
