@@ -2,7 +2,7 @@
 //!
 //! Converged means: the keys that cover nearly all kernel cycles are settled, no kernel changed for a window of boots, and
 //! the token time stopped moving over that window. The last is required only where the clock can be trusted, and only down to
-//! the noise floor: the spread, over the same boots, of a fixed piece of work that no kernel can change.
+//! the noise floor of the machine: how much equal work varies in those boots, whatever the kernels.
 
 use alloc::format;
 use alloc::string::String;
@@ -36,6 +36,8 @@ pub struct BootEvidence {
     pub kernels_changed: u32,
     /// Median time of one generated token, in any unit that stays the same; `None` when none was generated.
     pub token_time: Option<f64>,
+    /// Relative spread of the token times inside this boot, where every token is the same work by the same kernels.
+    pub token_spread: Option<f64>,
     /// Median time of a fixed piece of work measured between those tokens. When every boot of the window has one, token
     /// times are taken relative to it: that divides out how fast the machine as a whole was in that boot.
     pub reference_time: Option<f64>,
@@ -56,7 +58,8 @@ pub struct Convergence {
     pub token_time_variation: Option<f64>,
     /// The spread is of token times relative to the reference work.
     pub relative_to_reference: bool,
-    /// Spread of the reference work over the window: the noise floor of the machine, below which no limit is enforced.
+    /// Noise floor of the machine, below which no limit is enforced: the spread of the reference work over the window, or
+    /// of the tokens inside one of its boots, whichever is larger.
     pub machine_variation: Option<f64>,
     /// Largest spread allowed on a quiet machine.
     pub max_variation: f64,
@@ -78,7 +81,7 @@ pub fn decide(config: &ConvergenceConfig, boots: &[BootEvidence]) -> Convergence
 
     let settled = settled_share >= config.settled_share;
     let unchanged = unchanged_boots >= window;
-    // Tokens cannot be asked to be steadier than a fixed piece of work on the same machine in the same boots.
+    // Boots cannot be asked to be steadier than equal tokens inside one of them, or than a fixed piece of work in them.
     let allowed = machine_variation.map_or(config.max_variation, |machine| machine.max(config.max_variation));
     let steady = token_time_variation.is_some_and(|variation| variation <= allowed);
     let converged = settled && unchanged && (steady || !config.variation_required);
@@ -95,7 +98,7 @@ pub fn decide(config: &ConvergenceConfig, boots: &[BootEvidence]) -> Convergence
         Some(variation) => {
             let machine = match machine_variation {
                 Some(machine) if machine > config.max_variation => {
-                    format!(", raised to the {} by which fixed work varies on this machine", percent(machine))
+                    format!(", raised to the {} by which equal work varies on this machine", percent(machine))
                 }
                 _ => String::new(),
             };
@@ -130,7 +133,7 @@ struct Variation {
     /// Spread of the token times, as they are or relative to the reference work, whichever is smaller.
     token: Option<f64>,
     relative_to_reference: bool,
-    /// Spread of the reference work's time.
+    /// Noise floor: spread of the reference work over the boots, or of the tokens inside one, whichever is larger.
     machine: Option<f64>,
 }
 
@@ -141,10 +144,11 @@ impl Variation {
         let times: Option<Vec<f64>> = boots.iter().map(|boot| usable(boot.token_time)).collect();
         let Some(times) = times else { return Self::default() };
         let raw = spread(&times);
+        let inside = boots.iter().filter_map(|boot| usable(boot.token_spread)).max_by(f64::total_cmp);
         let Some(references) = references else {
-            return Self { token: raw, ..Self::default() };
+            return Self { token: raw, relative_to_reference: false, machine: inside };
         };
-        let machine = spread(&references);
+        let machine = spread(&references).into_iter().chain(inside).max_by(f64::total_cmp);
         let ratios: Vec<f64> = times.iter().zip(references).map(|(time, reference)| time / reference).collect();
         // The reference divides out a machine that changes speed; on a steady one it only adds its own noise.
         match (raw, spread(&ratios)) {
@@ -188,7 +192,13 @@ mod tests {
     use alloc::vec;
 
     fn boot(settled_share: f64, kernels_changed: u32, token_time: f64) -> BootEvidence {
-        BootEvidence { settled_share, kernels_changed, token_time: Some(token_time), reference_time: None }
+        BootEvidence {
+            token_spread: None,
+            settled_share,
+            kernels_changed,
+            token_time: Some(token_time),
+            reference_time: None,
+        }
     }
 
     #[test]
@@ -267,6 +277,7 @@ mod tests {
             settled_share: 1.0,
             kernels_changed: 0,
             token_time: Some(50.0 * d),
+            token_spread: None,
             reference_time: Some(8.0 * d * 1.002),
         });
         let config = ConvergenceConfig::default();
@@ -295,6 +306,10 @@ mod tests {
         // Tokens vary by 20 %, fixed work by 12 %: something else moves.
         let decision = decide(&config, &boots([50.0, 70.0, 52.0], [8.0, 8.2, 9.5]));
         assert!(!decision.converged, "{}", decision.reason);
+        // Fixed work stands still, but tokens inside one boot vary by 5 %, and so may boots.
+        let mut inside = boots([50.0, 51.5, 52.0], [8.0, 8.0, 8.0]);
+        inside[1].token_spread = Some(0.05);
+        assert!(decide(&config, &inside).converged);
         // Fixed work that stands still raises nothing.
         let decision = decide(&config, &boots([50.0, 51.5, 52.0], [8.0, 8.0, 8.0]));
         assert!(!decision.converged, "{}", decision.reason);

@@ -39,6 +39,8 @@ const MAX_CONFIG_BYTES: u64 = 64 << 10;
 const MAX_TOKENIZER_BYTES: u64 = 64 << 20;
 /// Context when neither the options nor the model ask for less.
 const DEFAULT_CONTEXT: usize = 4096;
+/// Standard deviation of normal noise, in median absolute deviations.
+const MAD_TO_DEVIATION: f64 = 1.4826;
 /// Repetitions to measure what recording one call costs.
 const RECORD_REPETITIONS: u32 = 20_000;
 
@@ -151,7 +153,7 @@ fn work(platform: &mut dyn Platform, reporter: &mut Reporter, request: Request<'
 
     let out = generate(platform, reporter, &mut engine, &mut session, &description, &options, &prompt_tokens)?;
 
-    let limits = limits::measure(engine.weights(), engine.table().level(), platform.workers(), threads);
+    let limits = limits::measure(engine.weights(), engine.table().level(), isa, platform.workers(), threads);
     reporter.stage(platform, "measure_limits");
     record_profile(&engine, &running, &mut history.snapshot);
     // Before tuning: the table below shows what this boot ran with, not what it found.
@@ -479,6 +481,8 @@ fn convergence(options: &Options, clock: &Clock, snapshot: &Snapshot) -> Converg
             settled_share: f64::from(line.settled_share),
             kernels_changed: line.kernels_changed,
             token_time: (line.token_us_median > 0.0).then(|| f64::from(line.token_us_median)),
+            token_spread: (line.token_us_median > 0.0)
+                .then(|| MAD_TO_DEVIATION * f64::from(line.token_us_mad) / f64::from(line.token_us_median)),
             reference_time: line.reference_us.map(f64::from),
         })
         .collect();

@@ -5,6 +5,7 @@
 
 use super::{Level, cycles};
 use crate::forward::Engine;
+use crate::isa::Isa;
 use crate::workers::Workers;
 use core::sync::atomic::{AtomicU64, Ordering};
 
@@ -29,12 +30,49 @@ const ARITHMETIC_ITERATIONS: u64 = 4000;
 
 /// Measures all limits of the first `cores` workers. `memory` should be larger than the last-level cache, best the
 /// weights themselves.
-pub fn measure(memory: &[u8], level: Level, workers: &dyn Workers, cores: usize) -> Limits {
+///
+/// Arithmetic is measured with the best instructions of `isa` that this CPU has: a compiled kernel may use them.
+pub fn measure(memory: &[u8], level: Level, isa: Isa, workers: &dyn Workers, cores: usize) -> Limits {
     let cores = cores.clamp(1, workers.count());
+    let wide = Wide::new(isa);
     Limits {
         read_bytes_per_cycle: read_bandwidth(memory, level, workers, cores),
-        fma_flops_per_cycle: best_rate(workers, cores, || fma_probe(level, ARITHMETIC_ITERATIONS)),
-        int8_ops_per_cycle: best_rate(workers, cores, || int8_probe(level, ARITHMETIC_ITERATIONS)),
+        fma_flops_per_cycle: best_rate(workers, cores, || fma_probe(level, ARITHMETIC_ITERATIONS)).max(best_rate(
+            workers,
+            cores,
+            || wide.fma(ARITHMETIC_ITERATIONS),
+        )),
+        int8_ops_per_cycle: best_rate(workers, cores, || int8_probe(level, ARITHMETIC_ITERATIONS)).max(best_rate(
+            workers,
+            cores,
+            || wide.int8(ARITHMETIC_ITERATIONS),
+        )),
+    }
+}
+
+/// Which 512-bit probes may run: allowed by the caller and there.
+#[derive(Clone, Copy)]
+struct Wide {
+    avx512: bool,
+    avx512_vnni: bool,
+}
+
+impl Wide {
+    fn new(isa: Isa) -> Self {
+        let here = Isa::detect();
+        Self { avx512: isa.avx512 && here.avx512, avx512_vnni: isa.avx512_vnni && here.avx512_vnni }
+    }
+
+    /// Operations done; 0 where the instructions are missing.
+    fn fma(self, iterations: u64) -> u64 {
+        // SAFETY: `new` saw AVX-512 F with its register state enabled.
+        if self.avx512 { unsafe { avx512::fma(iterations) } } else { 0 }
+    }
+
+    /// Operations done; 0 where the instructions are missing.
+    fn int8(self, iterations: u64) -> u64 {
+        // SAFETY: `new` saw AVX-512 VNNI with its register state enabled.
+        if self.avx512_vnni { unsafe { avx512::int8(iterations) } } else { 0 }
     }
 }
 
@@ -204,7 +242,7 @@ mod avx2 {
     #[target_feature(enable = "avx2")]
     pub(super) fn int8(iterations: u64) -> u64 {
         let ones = _mm256_set1_epi16(1);
-        let mut sums = core::hint::black_box([_mm256_setzero_si256(); 6]);
+        let mut sums = core::hint::black_box([_mm256_setzero_si256(); 8]);
         let mut weights = _mm256_set1_epi8(3);
         for _ in 0..iterations {
             for sum in &mut sums {
@@ -219,6 +257,38 @@ mod avx2 {
     }
 }
 
+mod avx512 {
+    use core::arch::x86_64::*;
+
+    const CHAINS: usize = 12;
+
+    #[target_feature(enable = "avx512f")]
+    pub(super) fn fma(iterations: u64) -> u64 {
+        let (a, b) = (_mm512_set1_ps(0.999), _mm512_set1_ps(0.001));
+        let mut sums = core::hint::black_box([_mm512_set1_ps(1.0); CHAINS]);
+        for _ in 0..iterations {
+            for sum in &mut sums {
+                *sum = _mm512_fmadd_ps(*sum, a, b);
+            }
+        }
+        core::hint::black_box(sums);
+        iterations * CHAINS as u64 * 16 * 2
+    }
+
+    #[target_feature(enable = "avx512f,avx512vnni")]
+    pub(super) fn int8(iterations: u64) -> u64 {
+        let (a, b) = (_mm512_set1_epi8(3), core::hint::black_box(_mm512_set1_epi8(5)));
+        let mut sums = core::hint::black_box([_mm512_setzero_si512(); CHAINS]);
+        for _ in 0..iterations {
+            for sum in &mut sums {
+                *sum = _mm512_dpbusd_epi32(*sum, a, b);
+            }
+        }
+        core::hint::black_box(sums);
+        iterations * CHAINS as u64 * 64 * 2
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -229,7 +299,7 @@ mod tests {
     fn every_probe_measures_something() {
         let memory = vec![7u8; 1 << 20];
         for level in [Level::Portable, Level::detect()] {
-            let limits = measure(&memory, level, &Single, 1);
+            let limits = measure(&memory, level, Isa::detect(), &Single, 1);
             assert!(limits.read_bytes_per_cycle > 0.0 && limits.read_bytes_per_cycle.is_finite());
             // More than a core can do means that the probe was optimised away: 2 x 16 lanes x 2 ports, and 4 times that.
             assert!(limits.fma_flops_per_cycle > 0.0 && limits.fma_flops_per_cycle < 128.0);
