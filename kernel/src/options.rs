@@ -7,6 +7,7 @@
 //! |---|---|
 //! | `kernel.cores=N` | start at most N cores |
 //! | `kernel.memory=SIZE` | use at most SIZE bytes of RAM; K, M and G are binary |
+//! | `kernel.crash=KIND` | fail on purpose, to see what a host makes of it: panic, fault, stack_overflow or out_of_memory |
 //! | `kernel.scratch_lba=N` | the self-test may overwrite (and restore) 2 MiB of the boot disk from sector N on |
 
 use alloc::string::{String, ToString};
@@ -18,15 +19,32 @@ pub struct KernelOptions {
     pub cores: Option<usize>,
     /// Most bytes of RAM to use.
     pub memory_bytes: Option<u64>,
+    /// Fail on purpose, right after the start.
+    pub crash: Option<Crash>,
     /// First sector of the boot disk that the self-test may write.
     pub scratch_lba: Option<u64>,
+}
+
+/// A way to fail.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Crash {
+    /// A Rust panic: exit code 37.
+    Panic,
+    /// A write to address 0: exit code 37 and a fault message.
+    Fault,
+    /// Recursion without end into the stack's guard page: likewise.
+    StackOverflow,
+    /// Allocation without end: exit code 39.
+    OutOfMemory,
 }
 
 /// A word the kernel cannot take.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum KernelOptionError {
     /// No such word.
-    #[error("unknown kernel option `{word}`; there are kernel.cores, kernel.memory and kernel.scratch_lba")]
+    #[error(
+        "unknown kernel option `{word}`; there are kernel.cores, kernel.memory, kernel.crash and kernel.scratch_lba"
+    )]
     Unknown {
         /// The word.
         word: String,
@@ -86,6 +104,15 @@ fn take(options: &mut KernelOptions, word: &str, setting: &str) -> Result<(), Ke
             options.cores = Some(cores);
         }
         "memory" => options.memory_bytes = Some(size(value).ok_or(bad("a size such as 512M or 4G"))?),
+        "crash" => {
+            options.crash = Some(match value {
+                "panic" => Crash::Panic,
+                "fault" => Crash::Fault,
+                "stack_overflow" => Crash::StackOverflow,
+                "out_of_memory" => Crash::OutOfMemory,
+                _ => return Err(bad("panic, fault, stack_overflow or out_of_memory")),
+            });
+        }
         "scratch_lba" => options.scratch_lba = Some(value.parse().map_err(|_| bad("a sector number"))?),
         _ => return Err(KernelOptionError::Unknown { word: word.to_string() }),
     }
@@ -112,8 +139,8 @@ mod tests {
     fn kernel_words_are_taken_out_and_quotes_are_respected() {
         let text = "mode=smoke kernel.cores=2 prompt=\"say kernel.cores=9 \\\" x\"  kernel.memory=512M seed=3";
         let (options, rest) = split(text).unwrap();
-        assert_eq!(options, KernelOptions { cores: Some(2), memory_bytes: Some(512 << 20), scratch_lba: None });
-        assert_eq!(rest, "mode=smoke  prompt=\"say kernel.cores=9 \\\" x\"    seed=3");
+        assert_eq!(options, KernelOptions { cores: Some(2), memory_bytes: Some(512 << 20), ..Default::default() });
+        assert_eq!(rest, "mode=smoke  prompt=\"say kernel.cores=9 \\\" x\"   seed=3");
     }
 
     #[test]
@@ -129,7 +156,8 @@ mod tests {
     fn bad_words_are_errors() {
         let unknown = KernelOptionError::Unknown { word: "kernel.core=1".to_string() };
         assert_eq!(split("kernel.core=1"), Err(unknown));
-        for word in ["kernel.cores=0", "kernel.cores", "kernel.memory=lots", "kernel.scratch_lba=-1"] {
+        for word in ["kernel.cores=0", "kernel.cores", "kernel.memory=lots", "kernel.crash=no", "kernel.scratch_lba=-1"]
+        {
             assert!(matches!(split(word), Err(KernelOptionError::BadValue { word: w, .. }) if w == word), "{word}");
         }
     }

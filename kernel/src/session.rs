@@ -1,6 +1,6 @@
 //! What an image does once the machine is up: the options decide between generating, self-tests and a smoke boot.
 
-use crate::platform::power;
+use crate::platform::{power, traps};
 use crate::{Machine, selftest, smoke};
 use alloc::string::ToString;
 use report::{ExitStatus, ImageKind, Level, Message, PROTOCOL};
@@ -12,6 +12,9 @@ use runtime::{BUILD_ID, Options};
 
 /// Does what the command line says and switches off.
 pub fn run(mut machine: Machine, image: ImageKind, linked: &[LinkedKernel]) -> ! {
+    if let Some(kind) = machine.boot_facts().options.crash {
+        traps::crash(kind);
+    }
     let mut options = Options::default();
     // A command line that cannot be read is reported by the runtime, which reads it again.
     let mode = options.apply(machine.command_line()).map_or(Mode::Generate, |()| options.mode);

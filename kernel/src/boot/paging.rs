@@ -279,7 +279,6 @@ mod tests {
         tables.map(5 << 30, 5 << 30, LARGE_PAGE_BYTES, Access::READ).unwrap();
         let page = (5u64 << 30) / LARGE_PAGE_BYTES;
         let address = tables.ram_directory() + 8 * page;
-        drop(tables);
         let entry = memory[((address - BASE) / PAGE_BYTES) as usize].0[(address % PAGE_BYTES) as usize / 8];
         assert_eq!(entry, (5 << 30) | PRESENT | USER | LARGE | NO_EXECUTE);
     }

@@ -232,7 +232,7 @@ fn panic(info: &core::panic::PanicInfo<'_>) -> ! {
         power::send(&Message::Note { level: Level::Error, text });
         power::end(ExitStatus::Fatal)
     }
-    let text = format!("panic: {info}");
+    let text = format!("{info}");
     crate::println!("\nPANIC: {text}");
     super::traps::print_own_backtrace();
     power::send(&Message::Note { level: Level::Error, text });

@@ -7,6 +7,7 @@
 use super::{code, power};
 use crate::boot::area::{AREA_BYTES, AREA_FAULT_STACK, AREA_FAULT_STACK_END, AREA_STACK};
 use crate::boot::gates;
+use crate::options::Crash;
 use alloc::vec::Vec;
 use core::arch::{asm, global_asm};
 use core::sync::atomic::{AtomicU64, Ordering};
@@ -15,6 +16,8 @@ use report::{ExitStatus, Fault, Message};
 
 /// Most return addresses of a backtrace.
 const BACKTRACE: usize = 32;
+/// The unmapped page below each stack.
+const GUARD_BYTES: u64 = 4096;
 
 /// Registers at a fault, in the order entry.s stores them.
 #[derive(Clone, Copy, Debug)]
@@ -122,6 +125,9 @@ fn report_fault(frame: &FaultFrame) -> ! {
         };
         let why = if frame.error_code & 1 != 0 { "not allowed there" } else { "nothing is mapped there" };
         crate::println!("{what} {:#018x}: {why}", frame.address);
+        if stack_around(frame.rsp).is_some_and(|(start, _)| (start - GUARD_BYTES..start).contains(&frame.address)) {
+            crate::println!("the stack has overflowed");
+        }
     }
     let registers = [
         ("rax", frame.rax),
@@ -182,7 +188,7 @@ pub fn print_own_backtrace() {
     print_backtrace(&backtrace(print_own_backtrace as *const () as u64, rsp, rbp));
 }
 
-/// The ring-3 stack that `rsp` points into.
+/// The ring-3 stack that `rsp` points into, or into the guard page below.
 fn stack_around(rsp: u64) -> Option<(u64, u64)> {
     let others = super::cores::areas();
     let area = match others {
@@ -192,7 +198,7 @@ fn stack_around(rsp: u64) -> Option<(u64, u64)> {
     [(AREA_STACK, AREA_BYTES), (AREA_FAULT_STACK, AREA_FAULT_STACK_END)]
         .into_iter()
         .map(|(start, end)| (area + start, area + end))
-        .find(|&(start, end)| (start..end).contains(&rsp))
+        .find(|&(start, end)| (start - GUARD_BYTES..end).contains(&rsp))
 }
 
 /// Return addresses along the frame pointers, `rip` first. Reads only the stack that `rsp` points into.
@@ -215,6 +221,32 @@ fn backtrace(rip: u64, rsp: u64, rbp: u64) -> Vec<u64> {
         frame = next;
     }
     out
+}
+
+/// Fails in the way asked for.
+pub fn crash(kind: Crash) -> ! {
+    match kind {
+        Crash::Panic => panic!("kernel.crash=panic"),
+        // SAFETY: not sound, and that is the purpose: nothing is mapped at 0, so the write faults and changes nothing.
+        Crash::Fault => unsafe { asm!("mov byte ptr [{}], 0", in(reg) 0u64) },
+        Crash::StackOverflow => {
+            recurse(0);
+        }
+        Crash::OutOfMemory => {
+            let mut pieces = Vec::new();
+            loop {
+                pieces.push(alloc::vec![1u8; 16 << 20]);
+            }
+        }
+    }
+    panic!("kernel.crash had no effect")
+}
+
+#[inline(never)]
+#[expect(unconditional_recursion, reason = "the stack is to overflow")]
+fn recurse(depth: u64) -> u64 {
+    let frame = core::hint::black_box([depth; 64]);
+    core::hint::black_box(recurse(depth + 1)) + frame[0]
 }
 
 pub mod probe {
