@@ -3,7 +3,8 @@
 //! Between jobs a core spins, because in a forward pass the next job comes within microseconds. After [`SPIN_CYCLES`]
 //! without one it asks ring 0 to park it: on a host with no more cores than the guest, a spinning core would otherwise take
 //! the time of the very thread that serves the disk. The core that waits for the others parks after [`WAIT_CYCLES`]: one
-//! that takes so much longer has been put aside by the host, and gets to run sooner when this one does not spin.
+//! that takes so much longer has been put aside by the host, and gets to run sooner when this one does not spin. Where
+//! that happens again and again (two cores of the guest on one of a busy host) both give way sooner.
 
 use super::clock;
 use crate::boot::area::MAX_CPUS;
@@ -14,8 +15,13 @@ use engine::workers::Workers;
 
 /// TSC ticks without a job before a core parks: about a millisecond, longer than any gap inside a forward pass.
 const SPIN_CYCLES: u64 = 3_000_000;
-/// TSC ticks of waiting for the other cores before the waiting one parks.
+/// The same after a job whose end woke the waiting core: that core was off the host's CPU, perhaps to leave it to this
+/// one, and gets it back when this one parks.
+const SPIN_CYCLES_AFTER_WAKE: u64 = 60_000;
+/// TSC ticks of waiting for the other cores before the waiting one parks: about what parking and waking cost.
 const WAIT_CYCLES: u64 = 300_000;
+/// The same after a wait that was longer than [`WAIT_CYCLES`].
+const WAIT_CYCLES_AFTER_PARKING: u64 = 60_000;
 /// In [`Board::parked`]: this core is awake.
 const AWAKE: u16 = 0;
 /// Set beside the APIC id of a core that is parked or about to.
@@ -33,6 +39,8 @@ struct Board {
     arrived: AtomicUsize,
     busy: AtomicBool,
     areas: AtomicU64,
+    /// TSC ticks the boot CPU spins before it parks.
+    patience: AtomicU64,
     /// For each worker [`AWAKE`], or [`PARKED`] with its APIC id.
     parked: [AtomicU16; MAX_CPUS],
 }
@@ -51,6 +59,7 @@ static BOARD: Board = Board {
     arrived: AtomicUsize::new(0),
     busy: AtomicBool::new(false),
     areas: AtomicU64::new(0),
+    patience: AtomicU64::new(WAIT_CYCLES),
     parked: [const { AtomicU16::new(AWAKE) }; MAX_CPUS],
 };
 
@@ -93,11 +102,12 @@ extern "sysv64" fn core_main() -> ! {
     let index = before + 1;
     let parked = parked_state();
     let mut idle_since = clock::tsc();
+    let mut spin_cycles = SPIN_CYCLES;
     loop {
         let round = BOARD.round.0.load(Ordering::Acquire);
         if round == seen {
             core::hint::spin_loop();
-            if clock::tsc().wrapping_sub(idle_since) > SPIN_CYCLES {
+            if clock::tsc().wrapping_sub(idle_since) > spin_cycles {
                 // Announced before the last look at the round; `run` raises the round before it looks here. So
                 // either this core sees the round or `run` sees the announcement and wakes it.
                 park_while(&BOARD.parked[index], parked, || BOARD.round.0.load(Ordering::SeqCst) == seen);
@@ -112,7 +122,7 @@ extern "sysv64" fn core_main() -> ! {
             unsafe { (*job)(index) };
         }
         BOARD.done.0.fetch_add(1, Ordering::SeqCst);
-        wake_if_parked(&BOARD.parked[0]);
+        spin_cycles = if wake_if_parked(&BOARD.parked[0]) { SPIN_CYCLES_AFTER_WAKE } else { SPIN_CYCLES };
         idle_since = clock::tsc();
     }
 }
@@ -133,13 +143,16 @@ fn park_while(place: &AtomicU16, state: u16, idle: impl Fn() -> bool) {
     place.store(AWAKE, Ordering::SeqCst);
 }
 
-/// Wakes the core whose state `place` is, if it is parked.
-fn wake_if_parked(place: &AtomicU16) {
+/// Wakes the core whose state `place` is, if it is parked; returns whether it was.
+fn wake_if_parked(place: &AtomicU16) -> bool {
     let state = place.load(Ordering::SeqCst);
-    if state & PARKED != 0 && place.compare_exchange(state, AWAKE, Ordering::SeqCst, Ordering::SeqCst).is_ok() {
+    let parked =
+        state & PARKED != 0 && place.compare_exchange(state, AWAKE, Ordering::SeqCst, Ordering::SeqCst).is_ok();
+    if parked {
         // Refused only where no core was started, and then nobody is parked.
         let _ = gates::wake(state as u8);
     }
+    parked
 }
 
 /// The cores of this machine. Used from the boot CPU.
@@ -154,6 +167,27 @@ impl Cores {
     /// `count` cores, the calling one included.
     pub(crate) fn new(count: usize) -> Self {
         Self { count: count.clamp(1, 1 + arrived()), parked: parked_state() }
+    }
+}
+
+impl Cores {
+    /// Waits until `others` cores are done.
+    fn wait_for(&self, others: usize) {
+        let start = clock::tsc();
+        let mut since = start;
+        let mut patience = BOARD.patience.load(Ordering::Relaxed);
+        while BOARD.done.0.load(Ordering::Acquire) != others {
+            core::hint::spin_loop();
+            let now = clock::tsc();
+            if now.wrapping_sub(since) > patience {
+                park_while(&BOARD.parked[0], self.parked, || BOARD.done.0.load(Ordering::SeqCst) != others);
+                since = clock::tsc();
+                patience = WAIT_CYCLES_AFTER_PARKING;
+            }
+        }
+        let waited = clock::tsc().wrapping_sub(start);
+        let next = if waited > WAIT_CYCLES { WAIT_CYCLES_AFTER_PARKING } else { WAIT_CYCLES };
+        BOARD.patience.store(next, Ordering::Relaxed);
     }
 }
 
@@ -186,14 +220,7 @@ impl Workers for Cores {
             wake_if_parked(place);
         }
         job(0);
-        let mut waiting_since = clock::tsc();
-        while BOARD.done.0.load(Ordering::Acquire) != others {
-            core::hint::spin_loop();
-            if clock::tsc().wrapping_sub(waiting_since) > WAIT_CYCLES {
-                park_while(&BOARD.parked[0], self.parked, || BOARD.done.0.load(Ordering::SeqCst) != others);
-                waiting_since = clock::tsc();
-            }
-        }
+        self.wait_for(others);
         BOARD.busy.store(false, Ordering::Release);
     }
 }
