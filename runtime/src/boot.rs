@@ -8,7 +8,9 @@ use crate::load::{self, Loaded, Location};
 use crate::options::{IsaLimit, Options, Tier};
 use crate::platform::Platform;
 use crate::reporter::Reporter;
-use crate::rows::{kernel_rows, limit_fraction};
+use crate::rows::kernel_rows;
+#[cfg(feature = "jit")]
+use crate::rows::limit_fraction;
 #[cfg(feature = "jit")]
 use crate::tune::Tuner;
 use crate::{platform::Clock, prompt};

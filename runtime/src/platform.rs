@@ -85,6 +85,7 @@ pub trait Platform {
     ///
     /// # Errors
     /// [`OutOfMemory`] with the numbers.
+    #[allow(clippy::mut_from_ref, reason = "the memory outlives the platform and is handed out once")]
     fn arena(&mut self, name: &'static str, len_bytes: usize) -> Result<&'static mut [u8], OutOfMemory>;
     /// Gives up `weights` for writing: from here on it is mapped read-only.
     fn freeze(&mut self, weights: &'static mut [u8]) -> &'static [u8];

@@ -14,14 +14,6 @@ pub struct Package {
 
 /// The emulator.
 pub const QEMU: Package = Package { name: "qemu-system-x86", file: "/usr/bin/qemu-system-x86_64" };
-/// What `bootimage --bootable` and the firmware boots need.
-pub const BOOTABLE: [Package; 3] = [
-    Package { name: "grub-pc-bin", file: "/usr/lib/grub/i386-pc/boot.img" },
-    Package { name: "grub-efi-amd64-bin", file: "/usr/lib/grub/x86_64-efi/moddep.lst" },
-    Package { name: "ovmf", file: "/usr/share/ovmf/OVMF.fd" },
-];
-/// `grub-mkimage` itself.
-pub const GRUB_MKIMAGE: Package = Package { name: "grub-common", file: "/usr/bin/grub-mkimage" };
 /// `pip`, for the demo model.
 pub const PIP: Package = Package { name: "python3-pip", file: "/usr/bin/pip3" };
 
