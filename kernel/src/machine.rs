@@ -59,6 +59,9 @@ impl Machine {
             };
             notes.push(alloc::format!("{} of {} cores are used: {why}", facts.cores, facts.cores_listed));
         }
+        if !cpu::has_no_execute() {
+            notes.push("this CPU has no NX bit: data can be executed".to_string());
+        }
         let mut disks = Vec::new();
         for found in facts.disks.as_slice() {
             match VirtioDisk::new(found, calibration.tsc_hz) {

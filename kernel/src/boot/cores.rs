@@ -16,6 +16,10 @@ use crate::platform::{clock, cores};
 const SPURIOUS: u64 = 0xf0;
 /// Offset of the interrupt command register, low half; the high half is 16 bytes on.
 const COMMAND: u64 = 0x300;
+/// Offset of the register that says what the interrupt line LINT1 does.
+const LINT1: u64 = 0x350;
+/// LINT1 raises NMIs, as on every PC: a monitor's `nmi` command then shows where the machine is.
+const DELIVER_NMI: u32 = 0x400;
 /// How long a core may take to reach ring 3.
 const PATIENCE_US: u64 = 200_000;
 
@@ -24,7 +28,16 @@ const PATIENCE_US: u64 = 200_000;
 /// # Safety
 /// Before the seal; the areas of `wanted` cores must be filled and the final page tables complete.
 pub(super) unsafe fn start(acpi: &AcpiFacts, plan: &Plan, wanted: usize) -> usize {
-    let (Some(apic), true) = (acpi.local_apic, wanted > 1) else { return 1 };
+    let Some(apic) = acpi.local_apic else { return 1 };
+    let register = |offset: u64| (apic + offset) as *mut u32;
+    // SAFETY: the local APIC's registers, mapped until the seal; no other interrupt can arrive, they are all masked.
+    unsafe {
+        register(SPURIOUS).write_volatile(register(SPURIOUS).read_volatile() | 0x1ff);
+        register(LINT1).write_volatile(DELIVER_NMI);
+    }
+    if wanted == 1 {
+        return 1;
+    }
     cores::set_areas(plan.areas.start);
     // SAFETY: the trampoline page is unused RAM below 1 MiB (checked by the caller) and holds the whole copy; the ring-0
     // variables are read only by cores that are not started yet.
@@ -38,10 +51,7 @@ pub(super) unsafe fn start(acpi: &AcpiFacts, plan: &Plan, wanted: usize) -> usiz
         (&raw mut ring0_core_areas).write_volatile(plan.areas.start);
         (&raw mut ring0_core_count).write_volatile((1 + plan.areas.len_bytes() / AREA_BYTES).min(wanted as u64) as u32);
     }
-    let register = |offset: u64| (apic + offset) as *mut u32;
     let own = (core::arch::x86_64::__cpuid(1).ebx >> 24) as u8;
-    // SAFETY: the local APIC's registers, mapped until the seal; no interrupt can arrive, they are all masked.
-    unsafe { register(SPURIOUS).write_volatile(register(SPURIOUS).read_volatile() | 0x1ff) };
     let send = |id: u8, command: u32| {
         // SAFETY: as above; the command starts a core in the trampoline, which touches only its own area.
         unsafe {

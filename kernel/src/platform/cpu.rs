@@ -18,6 +18,11 @@ pub fn brand_bytes() -> [u8; 48] {
     out
 }
 
+/// The CPU can forbid execution page by page.
+pub fn has_no_execute() -> bool {
+    __cpuid(0x8000_0000).eax >= 0x8000_0001 && __cpuid(0x8000_0001).edx >> 20 & 1 == 1
+}
+
 /// Brand string, or vendor when there is none.
 pub fn brand() -> String {
     let cpuid = CpuId::new();
