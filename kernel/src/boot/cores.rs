@@ -17,7 +17,7 @@ const SPURIOUS: u64 = 0xf0;
 /// Offset of the interrupt command register, low half; the high half is 16 bytes on.
 const COMMAND: u64 = 0x300;
 /// Offset of the register that says what the interrupt line LINT1 does.
-const LINT1: u64 = 0x350;
+const LINT1: u64 = 0x360;
 /// LINT1 raises NMIs, as on every PC: a monitor's `nmi` command then shows where the machine is.
 const DELIVER_NMI: u32 = 0x400;
 /// How long a core may take to reach ring 3.
