@@ -15,9 +15,9 @@ use engine::workers::Workers;
 
 /// TSC ticks without a job before a core parks: about a millisecond, longer than any gap inside a forward pass.
 const SPIN_CYCLES: u64 = 3_000_000;
-/// The same after a job whose end woke the waiting core: that core was off the host's CPU, perhaps to leave it to this
-/// one, and gets it back when this one parks.
-const SPIN_CYCLES_AFTER_WAKE: u64 = 60_000;
+/// The same after a job that woke this core, or whose end woke the waiting core: one of the two may be off the host's CPU
+/// because the other is on it, and gets it when that one parks.
+const SPIN_CYCLES_AFTER_WAKE: u64 = 100_000;
 /// TSC ticks of waiting for the other cores before the waiting one parks: about what parking and waking cost.
 const WAIT_CYCLES: u64 = 300_000;
 /// The same after a wait that was longer than [`WAIT_CYCLES`].
@@ -103,6 +103,7 @@ extern "sysv64" fn core_main() -> ! {
     let parked = parked_state();
     let mut idle_since = clock::tsc();
     let mut spin_cycles = SPIN_CYCLES;
+    let mut was_parked = false;
     loop {
         let round = BOARD.round.0.load(Ordering::Acquire);
         if round == seen {
@@ -111,6 +112,7 @@ extern "sysv64" fn core_main() -> ! {
                 // Announced before the last look at the round; `run` raises the round before it looks here. So
                 // either this core sees the round or `run` sees the announcement and wakes it.
                 park_while(&BOARD.parked[index], parked, || BOARD.round.0.load(Ordering::SeqCst) == seen);
+                was_parked = true;
             }
             continue;
         }
@@ -122,7 +124,9 @@ extern "sysv64" fn core_main() -> ! {
             unsafe { (*job)(index) };
         }
         BOARD.done.0.fetch_add(1, Ordering::SeqCst);
-        spin_cycles = if wake_if_parked(&BOARD.parked[0]) { SPIN_CYCLES_AFTER_WAKE } else { SPIN_CYCLES };
+        let woke = wake_if_parked(&BOARD.parked[0]);
+        spin_cycles = if woke || was_parked { SPIN_CYCLES_AFTER_WAKE } else { SPIN_CYCLES };
+        was_parked = false;
         idle_since = clock::tsc();
     }
 }
