@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 const TARGET: &str = "x86_64-unknown-linux-gnu";
-const PROFILE: &str = "image";
+const JIT_PROFILE: &str = "image";
+const NATIVE_PROFILE: &str = "native";
 
 /// Compiler flags of the guest; the linker script's path is filled in.
 ///
@@ -53,9 +54,9 @@ pub fn cargo(workspace: &Path, verb: &str) -> Result<Command> {
 /// When the build fails.
 pub fn jit_image(workspace: &Path) -> Result<PathBuf> {
     let mut command = cargo(workspace, "build")?;
-    command.args(["--profile", PROFILE, "--features", "bare-metal,jit", "--bin", "bareflow"]);
+    command.args(["--profile", JIT_PROFILE, "--features", "bare-metal,jit", "--bin", "bareflow"]);
     run(&mut command, "the JIT image")?;
-    Ok(target_dir(workspace).join(TARGET).join(PROFILE).join("bareflow"))
+    Ok(target_dir(workspace).join(TARGET).join(JIT_PROFILE).join("bareflow"))
 }
 
 /// Builds the compiler-free kernel as a static library for `export-tool` and returns it.
@@ -64,10 +65,10 @@ pub fn jit_image(workspace: &Path) -> Result<PathBuf> {
 /// When the build fails.
 pub fn native_library(workspace: &Path) -> Result<PathBuf> {
     let mut command = cargo(workspace, "rustc")?;
-    command.args(["--profile", PROFILE, "--no-default-features", "--features", "bare-metal"]);
+    command.args(["--profile", NATIVE_PROFILE, "--no-default-features", "--features", "bare-metal"]);
     command.args(["--lib", "--crate-type", "staticlib"]);
     run(&mut command, "the native kernel library")?;
-    Ok(target_dir(workspace).join(TARGET).join(PROFILE).join("libkernel.a"))
+    Ok(target_dir(workspace).join(TARGET).join(NATIVE_PROFILE).join("libkernel.a"))
 }
 
 fn run(command: &mut Command, what: &str) -> Result<()> {
