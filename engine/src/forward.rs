@@ -233,6 +233,17 @@ impl<'m> Session<'m> {
     /// # Errors
     /// [`EngineError::SessionMemory`] when the memory is too small.
     pub fn new(engine: &Engine<'_>, context: usize, memory: &'m mut [u8]) -> Result<Self, EngineError> {
+        // Spare rows, padding columns and masked positions are read: they must be finite.
+        memory.fill(0);
+        Self::in_zeroed(engine, context, memory)
+    }
+
+    /// [`Session::new`] for memory that is known to be all zero: writing it again would cost more than loading the model.
+    /// (Other content makes wrong logits, nothing worse.)
+    ///
+    /// # Errors
+    /// [`EngineError::SessionMemory`] when the memory is too small.
+    pub fn in_zeroed(engine: &Engine<'_>, context: usize, memory: &'m mut [u8]) -> Result<Self, EngineError> {
         let threads = engine.plan.threads;
         let sizes = Sizes::new(engine.config(), context, threads);
         let need_bytes = Self::memory_bytes(engine.config(), context, threads);
@@ -250,10 +261,7 @@ impl<'m> Session<'m> {
             let line = WEIGHT_ALIGN / size_of::<f32>();
             let (buffer, after) = core::mem::take(&mut rest).split_at_mut(len.next_multiple_of(line));
             rest = after;
-            let buffer = &mut buffer[..len];
-            // Spare rows, padding columns and masked positions are read: they must be finite.
-            buffer.fill(0.0);
-            Some(buffer)
+            Some(&mut buffer[..len])
         });
         let mut taken = buffers.iter_mut().map(|buffer| buffer.take().unwrap_or_default());
         let mut next = || taken.next().unwrap_or_default();

@@ -26,7 +26,7 @@ pub fn print(file: &Path, tokenizer: Option<&Path>, as_json: bool) -> Result<()>
             None => types.push((tensor.ty.name(), 1, tensor.len_bytes)),
         }
     }
-    let context = (config.seq_len as usize).min(4096);
+    let context = (config.seq_len as usize).min(2048);
     let plan = Plan::new(&description, 1);
     let weights_bytes = plan.as_ref().map(Plan::arena_bytes).ok();
     let session_bytes = Session::memory_bytes(config, context, 1);

@@ -3,6 +3,7 @@
 //! Data path: flags -> [`runtime::Options`] -> [`platform::Process`] -> [`runtime::run`] -> text or JSON.
 #![deny(unsafe_code)]
 
+mod convert;
 mod info;
 #[allow(unsafe_code)]
 mod platform;
@@ -38,6 +39,19 @@ enum Command {
         /// Rounds.
         #[arg(long, default_value_t = 3)]
         rounds: u32,
+    },
+    /// Write a GGUF file again with its weights in another type.
+    Convert {
+        /// GGUF file to read.
+        input: PathBuf,
+        /// GGUF file to write.
+        output: PathBuf,
+        /// Type of the matrices: F32, F16, BF16, Q8_0, Q4_0 or Q4_1.
+        #[arg(long = "type")]
+        ty: String,
+        /// Type of the token embedding and output head; default: as --type.
+        #[arg(long)]
+        embedding: Option<String>,
     },
     /// Say what a model file is: architecture, sizes, tensor types, tokenizer, memory needed.
     Info {
@@ -81,7 +95,7 @@ struct GenerateArgs {
     /// Sampling temperature; 0 is greedy.
     #[arg(long, default_value_t = 0.0)]
     temp: f32,
-    /// Longest context in tokens; 0 takes the model's, at most 4096.
+    /// Longest context in tokens; 0 takes the model's, at most 2048.
     #[arg(long, default_value_t = 0)]
     context: u32,
     /// Disk image that keeps kernels and profile from run to run; made when missing. A guest's disk works too.
@@ -112,6 +126,7 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Generate(args) => generate(&args, entry_tsc),
         Command::Bench { generate, rounds } => bench(&generate, rounds),
+        Command::Convert { input, output, ty, embedding } => convert::run(&input, &output, &ty, embedding.as_deref()),
         Command::Info { file, tokenizer, json } => info::print(&file, tokenizer.as_deref(), json),
     };
     match result {

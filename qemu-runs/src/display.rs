@@ -4,7 +4,7 @@ use crate::run_report::BootRecord;
 use crate::runs::{Phase, Progress};
 use crate::session::Event;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use report::{Message, TrialOutcome};
+use report::{ImageKind, Message, TrialOutcome};
 use std::io::IsTerminal;
 use std::time::Duration;
 
@@ -81,6 +81,12 @@ fn passed(phase: Phase, record: &BootRecord) -> String {
         b.kernels_loaded,
         b.trials.len(),
         record.trials_with(TrialOutcome::Kept),
-        if b.convergence.converged { "converged" } else { b.convergence.reason.as_str() },
+        if b.image == ImageKind::Native {
+            "no compiler in it"
+        } else if b.convergence.converged {
+            "converged"
+        } else {
+            b.convergence.reason.as_str()
+        },
     )
 }

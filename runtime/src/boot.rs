@@ -40,7 +40,7 @@ const MAX_CONFIG_BYTES: u64 = 64 << 10;
 /// Longest tokenizer file.
 const MAX_TOKENIZER_BYTES: u64 = 64 << 20;
 /// Context when neither the options nor the model ask for less.
-const DEFAULT_CONTEXT: usize = 4096;
+const DEFAULT_CONTEXT: usize = 2048;
 /// Standard deviation of normal noise, in median absolute deviations.
 const MAD_TO_DEVIATION: f64 = 1.4826;
 /// Repetitions to measure what recording one call costs.
@@ -119,7 +119,7 @@ fn work(platform: &mut dyn Platform, reporter: &mut Reporter, request: Request<'
     let threads = threads(&options, platform.workers());
     let (mut engine, loaded) = load_engine(platform, &location, &description, &options, isa, threads)?;
     let session_bytes = Session::memory_bytes(&description.config, context, threads);
-    let mut session = Session::new(&engine, context, platform.arena("session", session_bytes)?)?;
+    let mut session = Session::in_zeroed(&engine, context, platform.arena("session", session_bytes)?)?;
     reporter.stage(platform, "load_model");
 
     let identity = identity(platform.cpu(), loaded.fingerprint);
@@ -197,7 +197,10 @@ fn work(platform: &mut dyn Platform, reporter: &mut Reporter, request: Request<'
     let settled_share = kernels.iter().filter(|row| row.settled).fold(0.0, |sum, row| sum + row.time_share);
     let line = boot_line(&clock, &out, boot, &work_done, settled_share, &history, threads, platform.unix_time());
     history.snapshot.push_boot(line);
-    let convergence = convergence(&options, &clock, &history.snapshot);
+    let mut convergence = convergence(&options, &clock, &history.snapshot);
+    if request.image == ImageKind::Native {
+        convergence.reason = "a native image does not tune: its kernels are part of it".into();
+    }
     history.save(platform, reporter, &identity);
     reporter.stage(platform, "save_snapshot");
     let load = load_facts(platform, &clock, &location, &loaded);
@@ -400,8 +403,9 @@ impl History {
             }
             Err(cold) => {
                 history.status.outcome = SnapshotOutcome::Cold;
-                history.status.reason = Some(cold.to_string());
-                reporter.note(platform, Level::Info, format!("cold start: {cold}"));
+                let text = cold.to_string();
+                history.status.reason = Some(text.trim_start_matches("cold start: ").into());
+                reporter.note(platform, Level::Info, text);
             }
         }
         history

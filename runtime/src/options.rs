@@ -48,7 +48,7 @@ pub struct Options {
     pub temperature: f32,
     /// Seed of the sampler (`seed=1`).
     pub seed: u64,
-    /// Longest context in tokens; 0 takes the model's, at most 4096 (`context=2048`).
+    /// Longest context in tokens; 0 takes the model's, at most 2048 (`context=2048`).
     pub context: u32,
     /// Cores to use; 0 is all (`threads=1`).
     pub threads: u32,

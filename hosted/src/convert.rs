@@ -1,0 +1,83 @@
+//! `bareflow convert`: a GGUF file again, with its weights in another type.
+
+use anyhow::{Context, Result, bail};
+use indicatif::{ProgressBar, ProgressDrawTarget};
+use model::ModelError;
+use model::TensorType;
+use model::convert::{ConvertError, Target, convert};
+use std::fs::File;
+use std::io::{BufWriter, IsTerminal, Write};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+/// First guess at the header's size; it grows as the reader asks.
+const HEADER_GUESS_BYTES: u64 = 2 << 20;
+
+/// Writes `input` to `output` with matrices of type `matrices`, and the embedding and head of type `embedding`
+/// (`None`: the same).
+///
+/// # Errors
+/// An input that is no GGUF model, an unsupported type, or a file that cannot be read or written. `output` appears only
+/// when it is complete.
+pub fn run(input: &Path, output: &Path, matrices: &str, embedding: Option<&str>) -> Result<()> {
+    let target = Target { matrices: tensor_type(matrices)?, embedding: tensor_type(embedding.unwrap_or(matrices))? };
+    let file = File::open(input).with_context(|| format!("opening {}", input.display()))?;
+    let file_bytes = file.metadata()?.len();
+    let part = output.with_extension("part");
+    let bar = if std::io::stderr().is_terminal() {
+        ProgressBar::with_draw_target(Some(file_bytes), ProgressDrawTarget::stderr())
+    } else {
+        ProgressBar::hidden()
+    };
+    let mut have = HEADER_GUESS_BYTES.min(file_bytes);
+    let summary = loop {
+        let mut header = vec![0; usize::try_from(have)?];
+        file.read_exact_at(&mut header, 0).with_context(|| format!("reading {}", input.display()))?;
+        let mut out = BufWriter::new(File::create(&part).with_context(|| format!("creating {}", part.display()))?);
+        let result = convert::<std::io::Error>(
+            &header,
+            file_bytes,
+            target,
+            &mut |offset, buf| {
+                bar.set_position(offset);
+                file.read_exact_at(buf, offset)
+            },
+            &mut |bytes| out.write_all(bytes),
+        );
+        match result {
+            Ok(summary) => {
+                out.flush().with_context(|| format!("writing {}", part.display()))?;
+                break summary;
+            }
+            Err(ConvertError::Model(ModelError::Truncated { need_bytes, .. })) if have < file_bytes => {
+                have = need_bytes.max(have * 2).min(file_bytes);
+            }
+            Err(error) => {
+                let _ = std::fs::remove_file(&part);
+                bail!("{}: {error}", input.display());
+            }
+        }
+    };
+    std::fs::rename(&part, output).with_context(|| format!("writing {}", output.display()))?;
+    bar.finish_and_clear();
+    println!(
+        "{}: {} bytes, {} tensors converted, {} copied",
+        output.display(),
+        summary.written_bytes,
+        summary.converted,
+        summary.copied
+    );
+    if !summary.kept.is_empty() {
+        println!("kept as they were, because their rows are not whole blocks: {}", summary.kept.join(" "));
+    }
+    Ok(())
+}
+
+fn tensor_type(name: &str) -> Result<TensorType> {
+    let known = TensorType::ALL.iter().copied().filter(|ty| ty.is_supported());
+    let names: Vec<&str> = known.clone().map(TensorType::name).collect();
+    let mut known = known;
+    known
+        .find(|ty| ty.name().eq_ignore_ascii_case(name))
+        .with_context(|| format!("unknown type `{name}`: expected one of {}", names.join(" ")))
+}
