@@ -19,6 +19,8 @@ const PIECE_BYTES: u64 = 64 << 20;
 /// One sample of [`SAMPLE_BYTES`] goes into the fingerprint from each stretch of this length.
 const SAMPLE_EVERY_BYTES: u64 = 1 << 20;
 const SAMPLE_BYTES: u64 = 4 << 10;
+/// Files up to this length go into the fingerprint whole.
+const WHOLE_BYTES: u64 = 4 << 20;
 /// Bytes read to measure the raw device rate.
 const RAW_RATE_BYTES: u64 = 64 << 20;
 
@@ -135,27 +137,30 @@ pub fn boot_file(platform: &mut dyn Platform, name: &str, max_bytes: u64) -> Res
     Ok(Some(bytes))
 }
 
-/// Identity of a model's content: SHA-256 over its length and samples spread evenly over the file.
+/// Identity of a model's content: SHA-256 over its length and samples spread evenly over the file (a small file: all of it).
 ///
 /// Sampling keeps loading at memory speed; it tells models apart but does not prove integrity: `model.sha256=` does.
 pub struct Fingerprint {
     hasher: Sha256,
     at: u64,
+    /// Bytes of each stretch that are hashed.
+    sample_bytes: u64,
 }
 
 impl Fingerprint {
     fn new(file_bytes: u64) -> Self {
         let mut hasher = Sha256::new();
         hasher.update(file_bytes.to_le_bytes());
-        Self { hasher, at: 0 }
+        let sample_bytes = if file_bytes <= WHOLE_BYTES { SAMPLE_EVERY_BYTES } else { SAMPLE_BYTES };
+        Self { hasher, at: 0, sample_bytes }
     }
 
     /// Takes in the next bytes of the file.
     fn update(&mut self, mut bytes: &[u8]) {
         while !bytes.is_empty() {
             let phase = self.at % SAMPLE_EVERY_BYTES;
-            let inside = phase < SAMPLE_BYTES;
-            let until = if inside { SAMPLE_BYTES } else { SAMPLE_EVERY_BYTES };
+            let inside = phase < self.sample_bytes;
+            let until = if inside { self.sample_bytes } else { SAMPLE_EVERY_BYTES };
             let take = usize::try_from(until - phase).unwrap_or(usize::MAX).min(bytes.len());
             if inside {
                 self.hasher.update(&bytes[..take]);
@@ -274,4 +279,48 @@ pub fn raw_rate(platform: &mut dyn Platform, location: &Location) -> Result<(u64
         source.stream(0, len_bytes, &mut |_| {})?;
         Ok((len_bytes, engine::cycles().saturating_sub(start)))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn fingerprint(bytes: &[u8], chunk: usize) -> [u8; 32] {
+        let mut fingerprint = Fingerprint::new(bytes.len() as u64);
+        bytes.chunks(chunk).for_each(|chunk| fingerprint.update(chunk));
+        fingerprint.hasher.finalize().into()
+    }
+
+    #[test]
+    fn fingerprints_do_not_depend_on_chunks_and_see_every_byte_of_a_small_file() {
+        let small: Vec<u8> = (0..100_000u32).map(|i| (i * 31 % 251) as u8).collect();
+        let id = fingerprint(&small, 4096);
+        assert_eq!(id, fingerprint(&small, 777));
+        for at in [0, 5000, 99_999] {
+            let mut other = small.clone();
+            other[at] ^= 1;
+            assert_ne!(id, fingerprint(&other, 4096), "byte {at}");
+        }
+        let large = vec![7u8; WHOLE_BYTES as usize + 5000];
+        let id = fingerprint(&large, 1 << 20);
+        assert_eq!(id, fingerprint(&large, 100_001));
+        let mut other = large.clone();
+        other[3 << 20] ^= 1;
+        assert_ne!(id, fingerprint(&other, 1 << 20));
+        assert_ne!(id, fingerprint(&large[..large.len() - 1], 1 << 20), "the length counts");
+    }
+
+    #[test]
+    fn a_file_hash_finds_the_end_that_the_source_hides() {
+        let file: Vec<u8> = (0..1000u32).map(|i| i as u8).collect();
+        let mut disk = file.clone();
+        disk.resize(1024, 0);
+        for data_end in [1000, 980] {
+            let mut hash = FileHash::new(data_end);
+            disk.chunks(100).for_each(|chunk| hash.update(chunk));
+            // Data up to 980 is padded to 992, not to 1000: then only the end of the source could match.
+            let found = hash.finish().contains(&Sha256::digest(&file).into());
+            assert_eq!(found, data_end == 1000);
+        }
+    }
 }
