@@ -3,11 +3,11 @@
 use crate::platform::FileDisk;
 use anyhow::{Context, Result};
 use engine::{Plan, Session};
-use model::formats::{FileFormat, sniff};
-use model::{ModelDescription, ModelError, gguf, llama2c};
+use model::ModelDescription;
+use runtime::load::describe_source;
 use serde_json::json;
 use std::path::Path;
-use storage::{ByteSource, RawDisk};
+use storage::RawDisk;
 
 /// Reads the header of `file` and prints what it says.
 ///
@@ -81,25 +81,9 @@ pub fn print(file: &Path, tokenizer: Option<&Path>, as_json: bool) -> Result<()>
 
 fn describe(file: &Path, tokenizer: Option<&Path>) -> Result<ModelDescription> {
     let mut disk = FileDisk::open(file, false).with_context(|| format!("opening {}", file.display()))?;
-    let file_bytes = disk.file_bytes();
-    let mut source = RawDisk::new(&mut disk);
     let tokenizer = match tokenizer {
-        Some(path) => std::fs::read(path).with_context(|| format!("reading {}", path.display()))?,
-        None => Vec::new(),
+        Some(path) => Some(std::fs::read(path).with_context(|| format!("reading {}", path.display()))?),
+        None => None,
     };
-    let mut have = (2u64 << 20).min(file_bytes);
-    loop {
-        let mut header = vec![0; usize::try_from(have)?];
-        source.read_at(0, &mut header)?;
-        let read = match sniff(&header, file_bytes)? {
-            FileFormat::Gguf => gguf::read(&header, file_bytes),
-            FileFormat::Llama2c => llama2c::read(&header, file_bytes, &tokenizer),
-        };
-        match read {
-            Err(ModelError::Truncated { need_bytes, .. }) if need_bytes <= file_bytes && have < file_bytes => {
-                have = need_bytes.max(have * 2).min(file_bytes);
-            }
-            other => return Ok(other?),
-        }
-    }
+    Ok(describe_source(&mut RawDisk::new(&mut disk), tokenizer.as_deref())?)
 }

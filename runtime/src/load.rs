@@ -81,7 +81,7 @@ fn with_source<T>(
     })
 }
 
-/// Reads the header and describes the model. `tokenizer` is the content of a llama2.c tokenizer file.
+/// Reads the header of the model at `location` and describes it. `tokenizer` is the content of a llama2.c tokenizer file.
 ///
 /// # Errors
 /// Storage errors, or [`RunError::Model`] with what is wrong in the file.
@@ -90,11 +90,19 @@ pub fn describe(
     location: &Location,
     tokenizer: Option<&[u8]>,
 ) -> Result<ModelDescription, RunError> {
-    let mut file_bytes = with_source(platform, location, |source| Ok(source.len_bytes()))?;
+    with_source(platform, location, |source| Ok(describe_source(source, tokenizer)))?
+}
+
+/// Reads the header of a model and describes it.
+///
+/// # Errors
+/// As [`describe`].
+pub fn describe_source(source: &mut dyn ByteSource, tokenizer: Option<&[u8]>) -> Result<ModelDescription, RunError> {
+    let mut file_bytes = source.len_bytes();
     let mut have = HEADER_GUESS_BYTES.min(file_bytes);
     loop {
         let mut header = vec![0; usize::try_from(have).unwrap_or(usize::MAX)];
-        with_source(platform, location, |source| source.read_at(0, &mut header))?;
+        source.read_at(0, &mut header)?;
         match read_header(&header, file_bytes, tokenizer) {
             // Headers grow in steps, so that a damaged length cannot make us read the whole file at once.
             Err(ModelError::Truncated { need_bytes, .. }) if need_bytes <= file_bytes && have < file_bytes => {

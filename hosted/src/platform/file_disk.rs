@@ -29,11 +29,6 @@ impl FileDisk {
         Ok(Self { file, file_bytes, read_only: !writable })
     }
 
-    /// Length of the file itself, not rounded up.
-    pub fn file_bytes(&self) -> u64 {
-        self.file_bytes
-    }
-
     fn read_padded(&self, offset: u64, buf: &mut [u8]) -> std::io::Result<()> {
         let have = self.file_bytes.saturating_sub(offset).min(buf.len() as u64) as usize;
         self.file.read_exact_at(&mut buf[..have], offset)?;
