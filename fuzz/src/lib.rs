@@ -1,7 +1,7 @@
 //! Fuzz targets: functions that take any bytes and must return. Panics, hangs and unbounded memory are the failures.
 //!
-//! With `cargo fuzz run TARGET` (feature `libfuzzer`) coverage guides them; `cargo test` runs each for a second on
-//! deterministic mutations of good inputs, so that a target cannot rot unnoticed.
+//! `cargo test` runs each for a second on deterministic mutations of good inputs, so that a target cannot rot unnoticed.
+//! No coverage guides them yet.
 
 mod mutate;
 mod targets;

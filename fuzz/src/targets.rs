@@ -9,7 +9,7 @@ use storage::{BlockDevice, FatVolume, MemoryDisk};
 
 /// One target.
 pub struct Target {
-    /// Name, as in `cargo fuzz run NAME`.
+    /// Name, as the test prints it.
     pub name: &'static str,
     /// What is run.
     pub run: fn(&[u8]),

@@ -32,7 +32,7 @@ struct Cli {
 enum Command {
     /// Generate text from a prompt.
     Generate(GenerateArgs),
-    /// Generate several times in one process image each, tuning in between, and print tokens per second of every round.
+    /// Generate with the hand-written and with the compiled kernels in turn, and print the rates of every round.
     Bench {
         #[command(flatten)]
         generate: GenerateArgs,

@@ -43,8 +43,6 @@ const MAX_TOKENIZER_BYTES: u64 = 64 << 20;
 const DEFAULT_CONTEXT: usize = 2048;
 /// Standard deviation of normal noise, in median absolute deviations.
 const MAD_TO_DEVIATION: f64 = 1.4826;
-/// Repetitions to measure what recording one call costs.
-const RECORD_REPETITIONS: u32 = 20_000;
 
 /// What is to be run.
 pub struct Request<'a> {
@@ -519,17 +517,7 @@ fn load_facts(platform: &mut dyn Platform, clock: &Clock, location: &Location, l
 
 /// Cost of two time-stamps and one record, measured here and now, as a share of the time in kernels.
 fn profiler_overhead(engine: &Engine<'_>) -> f64 {
-    let profile = engine.table().profile();
-    let calls: u64 = profile.iter().map(|(_, _, stats)| stats.count()).sum();
-    let Some(key) = profile.iter().map(|(_, key, _)| key).next() else { return 0.0 };
-    let mut scratch = Profile::new([key]);
-    let start = engine::cycles();
-    for _ in 0..RECORD_REPETITIONS {
-        let before = engine::cycles();
-        scratch.record(0, engine::cycles().wrapping_sub(before));
-    }
-    let each = engine::cycles().saturating_sub(start) as f64 / f64::from(RECORD_REPETITIONS);
-    each * calls as f64 / profile.total_cycles().max(1) as f64
+    engine.table().profile().overhead(Profile::measure_record_cycles(engine::cycles)).unwrap_or(0.0)
 }
 
 fn model_facts(description: &ModelDescription, loaded: &Loaded) -> ModelFacts {
