@@ -54,7 +54,18 @@ boot_start32:
     or edi, 0x800                       # EFER.NXE
 7:  mov dword ptr [ring0_efer], edi
 
+    # The two upper levels of the boot page tables, which take no room in the file.
     mov eax, offset boot_pml4
+    mov ecx, offset boot_pdpt + 7
+    mov dword ptr [eax], ecx
+    mov ecx, offset boot_pd + 7
+    mov dword ptr [boot_pdpt], ecx
+    add ecx, 0x1000
+    mov dword ptr [boot_pdpt + 8], ecx
+    add ecx, 0x1000
+    mov dword ptr [boot_pdpt + 16], ecx
+    add ecx, 0x1000
+    mov dword ptr [boot_pdpt + 24], ecx
     mov cr3, eax
     mov eax, cr4
     or eax, 0x620                       # PAE, OSFXSR, OSXMMEXCPT
@@ -409,27 +420,23 @@ gate_refuse:
 
 # ---------------------------------------------------------------------------------------------------------------
 
-    .section .ring0.data,"aw",@progbits
+    .section .ring0.bss,"aw",@nobits
     .balign 4096
 # 4 GiB of identity mapping, readable, writable and executable from ring 3: in force until the seal.
-boot_pml4:
-    .quad boot_pdpt + 7
-    .fill 511, 8, 0
-boot_pdpt:
-    .quad boot_pd + 0x0007
-    .quad boot_pd + 0x1007
-    .quad boot_pd + 0x2007
-    .quad boot_pd + 0x3007
-    .fill 508, 8, 0
+boot_pml4: .skip 4096
+boot_pdpt: .skip 4096
+    .globl ring0_idt
+ring0_idt: .skip 4096                   # filled by boot/early.rs
+
+    .section .ring0.data,"aw",@progbits
+    .balign 4096
+# Its lowest level is in the file: a loop of 2048 steps would cost milliseconds where the host emulates ring 0.
 boot_pd:
     .set page, 0
     .rept 2048
     .quad page * 0x200000 + 0x87
     .set page, page + 1
     .endr
-    .globl ring0_idt
-ring0_idt:
-    .fill 512, 8, 0                     # filled by boot/early.rs
     .globl ring0_gdt
 ring0_gdt:
     .quad 0
