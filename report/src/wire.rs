@@ -7,6 +7,10 @@
 
 use crate::Message;
 use alloc::vec::Vec;
+use crc::{CRC_32_ISO_HDLC, Crc};
+
+/// The CRC-32 of IEEE 802.3.
+const CRC32: Crc<u32> = Crc::<u32>::new(&CRC_32_ISO_HDLC);
 
 /// Longest frame a reader accepts, in bytes.
 pub const MAX_FRAME_BYTES: usize = 4 << 20;
@@ -47,7 +51,7 @@ impl core::error::Error for WireError {}
 /// Never in practice: every [`Message`] serialises.
 pub fn encode(message: &Message) -> Vec<u8> {
     let mut body = postcard::to_allocvec(message).expect("messages hold only serialisable types");
-    let crc = crc32fast::hash(&body);
+    let crc = CRC32.checksum(&body);
     body.extend_from_slice(&crc.to_le_bytes());
     let mut out = Vec::with_capacity(body.len() + body.len() / 254 + 3);
     if matches!(message, Message::Hello { .. }) {
@@ -98,7 +102,7 @@ fn decode(frame: &[u8]) -> Result<Message, WireError> {
     let body = uncobs(frame).ok_or(WireError::Framing)?;
     let at = body.len().checked_sub(4).ok_or(WireError::Framing)?;
     let (body, crc) = body.split_at(at);
-    if crc32fast::hash(body).to_le_bytes() != crc {
+    if CRC32.checksum(body).to_le_bytes() != crc {
         return Err(WireError::Checksum);
     }
     postcard::from_bytes(body).map_err(|_| WireError::Schema)
