@@ -11,6 +11,7 @@ use alloc::vec::Vec;
 use core::ops::Range;
 use model::kernel::{DType, KernelKey, M_BUCKETS, Op};
 use model::layout::{PANEL, WEIGHT_ALIGN, op_weight_bytes, panel_bytes, panels};
+use model::order::sorted_by_key;
 use model::{Config, ModelDescription, Role, Tensor, TensorType};
 
 /// One packed matrix and how its op is shared between workers.
@@ -177,8 +178,8 @@ impl Plan {
         let head = planner.matrix(Op::LmHead, None, head_role, &[])?;
         let embedding = if config.tied_head { Embedding::Head } else { planner.embedding_rows()? };
         planner.norm(Role::OutputNorm, None, 2 * config.n_layers as usize)?;
-        let Planner { matrices, mut tensors, at, .. } = planner;
-        tensors.sort_by_key(|planned| planned.tensor.offset);
+        let Planner { matrices, tensors, at, .. } = planner;
+        let tensors = sorted_by_key(&tensors, |planned| planned.tensor.offset);
         Ok(Plan { config, threads, matrices, layers, head, embedding, tensors, arena_len: at })
     }
 

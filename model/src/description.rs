@@ -7,6 +7,7 @@
 use crate::chat::ChatTemplate;
 use crate::config::Config;
 use crate::error::{MAX_NAMES_LISTED, ModelError};
+use crate::order::sorted_by_key;
 use crate::quant::{SUPPORTED_NAMES, TensorType};
 use crate::tokenizer::Tokenizer;
 use alloc::format;
@@ -218,7 +219,7 @@ impl ModelDescription {
                 None => bytes.push((tensor.ty, tensor.len_bytes)),
             }
         }
-        bytes.sort_by_key(|&(ty, sum)| (core::cmp::Reverse(sum), ty));
+        let bytes = sorted_by_key(&bytes, |&(ty, sum)| (core::cmp::Reverse(sum), ty));
         let names: Vec<String> = bytes.iter().map(|(ty, _)| ty.name().to_ascii_lowercase()).collect();
         names.join("+")
     }
@@ -229,12 +230,12 @@ impl ModelDescription {
 /// # Errors
 /// The first of: a type that cannot run, a wrong shape, a partial block, a wrong length, a tensor outside the file or
 /// the configuration, a duplicate, every missing tensor by name, an overlap.
-pub fn check_tensors(config: &Config, mut tensors: Vec<Tensor>, file_bytes: u64) -> Result<Vec<Tensor>, ModelError> {
+pub fn check_tensors(config: &Config, tensors: Vec<Tensor>, file_bytes: u64) -> Result<Vec<Tensor>, ModelError> {
     for tensor in &tensors {
         check_tensor(config, tensor, file_bytes)?;
     }
     check_complete(config, &tensors)?;
-    tensors.sort_by_key(|t| t.offset);
+    let tensors = sorted_by_key(&tensors, |t| t.offset);
     for (first, second) in tensors.iter().zip(tensors.iter().skip(1)) {
         if second.offset < first.end() {
             return Err(ModelError::Overlap { first: first.name(), second: second.name(), at_byte: second.offset });
@@ -282,8 +283,8 @@ fn check_tensor(config: &Config, tensor: &Tensor, file_bytes: u64) -> Result<(),
 }
 
 fn check_complete(config: &Config, tensors: &[Tensor]) -> Result<(), ModelError> {
-    let mut present: Vec<(Option<u32>, Role)> = tensors.iter().map(|t| (t.layer, t.role)).collect();
-    present.sort_unstable();
+    let present: Vec<(Option<u32>, Role)> = tensors.iter().map(|t| (t.layer, t.role)).collect();
+    let present = sorted_by_key(&present, |&place| place);
     for (a, b) in present.iter().zip(present.iter().skip(1)) {
         if a == b {
             return Err(ModelError::Duplicate { what: "tensor", name: a.1.tensor_name(a.0) });

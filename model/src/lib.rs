@@ -31,6 +31,7 @@ pub mod llama2c;
 // The constants are written as their sources print them; each is the nearest f32.
 #[allow(clippy::excessive_precision)]
 pub mod numerics;
+pub mod order;
 pub mod quant;
 pub mod synthetic;
 pub mod tokenizer;

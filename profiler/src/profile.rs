@@ -3,6 +3,7 @@
 use crate::stats::KeyStats;
 use alloc::vec::Vec;
 use model::kernel::{DType, KernelKey, Op};
+use model::order::sorted_by_key;
 
 /// Statistics by slot of the kernel table. Recorded by one core; the others' work is inside its measurements.
 #[derive(Clone, Debug, Default)]
@@ -88,7 +89,7 @@ impl Profile {
     /// Keys that were called, most cycles first; ties in slot order.
     pub fn hot_list(&self) -> Vec<HotKey> {
         let total = self.total_cycles();
-        let mut hot: Vec<HotKey> = self
+        let hot: Vec<HotKey> = self
             .iter()
             .filter(|(_, _, stats)| stats.count() > 0)
             .map(|(slot, key, stats)| HotKey {
@@ -98,8 +99,7 @@ impl Profile {
                 share: share(stats.total_cycles(), total),
             })
             .collect();
-        hot.sort_by_key(|hot| (core::cmp::Reverse(hot.total_cycles), hot.slot));
-        hot
+        sorted_by_key(&hot, |hot| (core::cmp::Reverse(hot.total_cycles), hot.slot))
     }
 
     /// Share of all cycles, 0..=1, that is in slots for which `settled` holds; `None` before anything was recorded.

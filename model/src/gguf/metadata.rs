@@ -2,6 +2,7 @@
 
 use crate::cursor::Cursor;
 use crate::error::ModelError;
+use crate::order::order;
 use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
@@ -264,8 +265,7 @@ impl<'a> Metadata<'a> {
     /// # Errors
     /// [`ModelError::Duplicate`].
     pub(super) fn new(entries: Vec<(&'a str, Value<'a>)>) -> Result<Self, ModelError> {
-        let mut by_key: Vec<usize> = (0..entries.len()).collect();
-        by_key.sort_unstable_by_key(|&i| entries[i].0);
+        let by_key = order(entries.len(), &|a, b| entries[a].0.cmp(entries[b].0));
         for (&a, &b) in by_key.iter().zip(by_key.iter().skip(1)) {
             if entries[a].0 == entries[b].0 {
                 return Err(ModelError::Duplicate { what: "metadata key", name: entries[a].0.to_string() });

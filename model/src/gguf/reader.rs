@@ -4,6 +4,7 @@ use super::metadata::{Metadata, Value, ValueType};
 use super::{DEFAULT_ALIGNMENT, MAGIC, MAX_DIMS};
 use crate::cursor::Cursor;
 use crate::error::ModelError;
+use crate::order::order;
 use crate::quant::{SUPPORTED_NAMES, TensorType};
 use alloc::format;
 use alloc::string::ToString;
@@ -169,10 +170,11 @@ fn parse_tensor<'a>(cursor: &mut Cursor<'a>, alignment: u64) -> Result<TensorInf
 }
 
 fn check_names(tensors: &[TensorInfo<'_>]) -> Result<(), ModelError> {
-    let mut names: Vec<&str> = tensors.iter().map(|t| t.name).collect();
-    names.sort_unstable();
-    match names.iter().zip(names.iter().skip(1)).find(|(a, b)| a == b) {
-        Some((name, _)) => Err(ModelError::Duplicate { what: "tensor", name: name.to_string() }),
+    let by_name = order(tensors.len(), &|a, b| tensors[a].name.cmp(tensors[b].name));
+    let mut names = by_name.iter().map(|&i| tensors[i].name);
+    let mut last = names.next();
+    match names.find(|&name| last.replace(name) == Some(name)) {
+        Some(name) => Err(ModelError::Duplicate { what: "tensor", name: name.to_string() }),
         None => Ok(()),
     }
 }

@@ -22,6 +22,7 @@ pub use stream::TextStream;
 pub(crate) use vocab::parse_byte_token;
 pub use vocab::{TokenKind, Vocab};
 
+use crate::order::sorted_by_key;
 use alloc::string::String;
 use alloc::vec::Vec;
 
@@ -191,7 +192,7 @@ impl Tokenizer {
     fn add_known_ends(&mut self) {
         let eog = &mut self.special.eog;
         eog.extend(END_OF_GENERATION.iter().filter_map(|text| self.vocab.special_id(text)));
-        eog.sort_unstable();
+        *eog = sorted_by_key(eog, |&id| id);
         eog.dedup();
     }
 

@@ -1,6 +1,26 @@
 //! The character classes that pre-tokenizers are written in: `\p{L}`, `\p{N}`, `\p{P}`, `\s`.
 
-use unicode_general_category::{GeneralCategory, get_general_category};
+/// Runs of characters of one class, in ascending order, made by `build.rs`.
+mod runs {
+    use super::Class;
+
+    /// A run's first character and its class in one word.
+    const fn run(start: u32, class: Class) -> u32 {
+        start << 3 | class as u32
+    }
+
+    include!(concat!(env!("OUT_DIR"), "/unicode_runs.rs"));
+
+    /// The class of the run that `c` is in; white space is among `Other`.
+    pub(super) fn class(c: char) -> Class {
+        let after = RUNS.partition_point(|&run| run >> 3 <= c as u32);
+        let run = RUNS[after.saturating_sub(1)];
+        [Class::Letter, Class::Number, Class::Space, Class::Punctuation, Class::Other]
+            .into_iter()
+            .find(|&class| class as u32 == run & 7)
+            .unwrap_or(Class::Other)
+    }
+}
 
 /// Class of a character, or of a byte that is not part of one.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -20,25 +40,10 @@ pub(super) enum Class {
 impl Class {
     pub(super) fn of(c: char) -> Self {
         match c {
-            'a'..='z' | 'A'..='Z' => return Class::Letter,
-            '0'..='9' => return Class::Number,
-            _ if c.is_whitespace() => return Class::Space,
-            _ => {}
-        }
-        use GeneralCategory as G;
-        match get_general_category(c) {
-            G::UppercaseLetter | G::LowercaseLetter | G::TitlecaseLetter | G::ModifierLetter | G::OtherLetter => {
-                Class::Letter
-            }
-            G::DecimalNumber | G::LetterNumber | G::OtherNumber => Class::Number,
-            G::ConnectorPunctuation
-            | G::DashPunctuation
-            | G::OpenPunctuation
-            | G::ClosePunctuation
-            | G::InitialPunctuation
-            | G::FinalPunctuation
-            | G::OtherPunctuation => Class::Punctuation,
-            _ => Class::Other,
+            'a'..='z' | 'A'..='Z' => Class::Letter,
+            '0'..='9' => Class::Number,
+            _ if c.is_whitespace() => Class::Space,
+            _ => runs::class(c),
         }
     }
 
@@ -67,6 +72,7 @@ pub(super) fn first_char(text: &[u8]) -> (Option<char>, usize) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use unicode_general_category::{GeneralCategory, get_general_category};
 
     /// `\p{L}` is not `char::is_alphabetic`, `\p{N}` is `char::is_numeric`: the corners where hand-made tables go wrong.
     #[test]
@@ -97,6 +103,22 @@ mod tests {
             ('😀', Class::Other),
         ] {
             assert_eq!(Class::of(c), class, "U+{:04X}", c as u32);
+        }
+    }
+
+    #[test]
+    fn runs_agree_with_the_category_table() {
+        use GeneralCategory as G;
+        for c in '\0'..=char::MAX {
+            let category = get_general_category(c);
+            let letter = matches!(
+                category,
+                G::UppercaseLetter | G::LowercaseLetter | G::TitlecaseLetter | G::ModifierLetter | G::OtherLetter
+            );
+            assert_eq!(Class::of(c) == Class::Letter, letter, "U+{:04X}", c as u32);
+            let number = matches!(category, G::DecimalNumber | G::LetterNumber | G::OtherNumber);
+            assert_eq!(Class::of(c) == Class::Number, number, "U+{:04X}", c as u32);
+            assert_eq!(Class::of(c) == Class::Space, c.is_whitespace(), "U+{:04X}", c as u32);
         }
     }
 

@@ -1,6 +1,7 @@
 //! The vocabulary: one buffer of decoded token bytes, found by id, by bytes, or as special text.
 
 use super::{TokenizerError, alphabet};
+use crate::order::sorted_by_key;
 use alloc::boxed::Box;
 use alloc::vec::Vec;
 use core::hash::BuildHasher;
@@ -168,9 +169,7 @@ impl Vocab {
             // `count` bounds the ids below 2^24.
             vocab.index(vocab.kinds.len() as u32 - 1, kind);
         }
-        let mut special = core::mem::take(&mut vocab.special);
-        special.sort_by(|&a, &b| vocab.piece(a).cmp(vocab.piece(b)));
-        vocab.special = special;
+        vocab.special = sorted_by_key(&vocab.special, |&id| vocab.piece(id));
         Ok(vocab)
     }
 
