@@ -45,11 +45,11 @@ mod native;
 pub mod options;
 #[cfg(feature = "bare-metal")]
 pub mod platform;
-#[cfg(feature = "bare-metal")]
+#[cfg(all(feature = "bare-metal", feature = "jit"))]
 pub mod selftest;
 #[cfg(feature = "bare-metal")]
 pub mod session;
-#[cfg(feature = "bare-metal")]
+#[cfg(all(feature = "bare-metal", feature = "jit"))]
 pub mod smoke;
 
 #[cfg(feature = "bare-metal")]

@@ -1,41 +1,53 @@
 //! What an image does once the machine is up: the options decide between generating, self-tests and a smoke boot.
 
+use crate::Machine;
 use crate::platform::{power, traps};
-use crate::{Machine, selftest, smoke};
+#[cfg(feature = "jit")]
+use crate::{selftest, smoke};
 use alloc::string::ToString;
-use report::{ExitStatus, ImageKind, Level, Message, PROTOCOL};
-use runtime::boot::{Request, Settings};
+use report::{ExitStatus, ImageKind, Level, Message};
+use runtime::boot::{Request, Settings, read_options};
 use runtime::kernels::LinkedKernel;
 use runtime::options::Mode;
 use runtime::platform::Platform;
-use runtime::{BUILD_ID, Options};
 
-/// Does what the command line says and switches off.
+/// Does what the settings say and switches off.
 pub fn run(mut machine: Machine, image: ImageKind, linked: &[LinkedKernel]) -> ! {
     if let Some(kind) = machine.boot_facts().options.crash {
         traps::crash(kind);
     }
-    let mut options = Options::default();
-    // A command line that cannot be read is reported by the runtime, which reads it again.
-    let mode = options.apply(machine.command_line()).map_or(Mode::Generate, |()| options.mode);
-    let work: fn(&mut Machine) -> ExitStatus = match mode {
-        Mode::Generate => generate_and_end(machine, image, linked),
-        Mode::SelfTest => selftest::run,
-        Mode::Smoke => smoke::run,
-    };
-    power::send(&Message::Hello { protocol: PROTOCOL, image, build_id: BUILD_ID.to_string() });
-    let status = work(&mut machine);
-    power::end(status)
-}
-
-fn generate_and_end(mut machine: Machine, image: ImageKind, linked: &[LinkedKernel]) -> ! {
     let text = machine.command_line().to_string();
-    let request = Request { image, settings: Settings::CommandLine(&text), linked, tokenizer: None };
+    let settings = match read_options(&mut machine, &text) {
+        Ok(options) => {
+            #[cfg(not(feature = "jit"))]
+            if options.mode != Mode::Generate {
+                give_up("a native image only generates: mode=selftest and mode=smoke are the JIT image's");
+            }
+            #[cfg(feature = "jit")]
+            match options.mode {
+                Mode::Generate => {}
+                Mode::SelfTest => examine(&mut machine, image, selftest::run),
+                Mode::Smoke => examine(&mut machine, image, smoke::run),
+            }
+            Settings::Given(options)
+        }
+        // The runtime reads them again and says what is wrong with them.
+        Err(_) => Settings::CommandLine(&text),
+    };
     for note in machine.notes().to_vec() {
         machine.print(&alloc::format!("note: {note}\n"));
     }
     // The runtime sends every message from Hello to End itself.
-    power::off(runtime::run(&mut machine, request).status)
+    power::off(runtime::run(&mut machine, Request { image, settings, linked, tokenizer: None }).status)
+}
+
+/// A boot that looks at the machine instead of running a model.
+#[cfg(feature = "jit")]
+fn examine(machine: &mut Machine, image: ImageKind, work: fn(&mut Machine) -> ExitStatus) -> ! {
+    let build_id = runtime::BUILD_ID.to_string();
+    power::send(&Message::Hello { protocol: report::PROTOCOL, image, build_id });
+    let status = work(machine);
+    power::end(status)
 }
 
 /// Ends a boot that cannot go on before the runtime runs.

@@ -158,6 +158,20 @@ pub struct SnapshotStatus {
     pub kernels_restored: u32,
 }
 
+impl SnapshotStatus {
+    /// No snapshot is read or written; the caller says why.
+    pub fn disabled() -> Self {
+        Self {
+            outcome: SnapshotOutcome::Disabled,
+            reason: None,
+            generation_loaded: None,
+            generation_saved: None,
+            saved_bytes: None,
+            kernels_restored: 0,
+        }
+    }
+}
+
 /// Use made of the snapshot.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

@@ -1,20 +1,19 @@
 //! One boot as it reads: options, model, kernels, generation, tuning, snapshot, report.
 
 use crate::error::RunError;
+#[cfg(not(feature = "jit"))]
+use crate::frozen::Kernels;
 use crate::generate::{Generated, generate, median};
 use crate::identity::{BUILD_ID, hex, identity};
-use crate::kernels::{LinkedKernel, RunningKernels, install_linked, restore};
+use crate::kernels::LinkedKernel;
+#[cfg(feature = "jit")]
+use crate::learning::Kernels;
 use crate::load::{self, Loaded, Location};
 use crate::options::{IsaLimit, Options, Tier};
-use crate::platform::Platform;
+use crate::platform::{Clock, Platform};
+use crate::prompt;
 use crate::reporter::Reporter;
 use crate::rows::kernel_rows;
-#[cfg(feature = "jit")]
-use crate::rows::limit_fraction;
-#[cfg(feature = "jit")]
-use crate::tune::Tuner;
-use crate::{platform::Clock, prompt};
-use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::vec;
 use alloc::vec::Vec;
@@ -23,12 +22,7 @@ use engine::workers::Workers;
 use engine::{Engine, Isa, Loader, Plan, Session};
 use model::ModelDescription;
 use profiler::Profile;
-use profiler::convergence::{BootEvidence, ConvergenceConfig, decide};
-use report::{
-    BootReport, Convergence, ExitStatus, ImageKind, Level, LoadFacts, MemoryRow, Message, ModelFacts, SnapshotOutcome,
-    SnapshotStatus, TrialRow, screen,
-};
-use snapshot_format::{BootLine, CodeUse, DiskMedium, Identity, SlotReason, Snapshot};
+use report::{BootReport, ExitStatus, ImageKind, Level, LoadFacts, MemoryRow, Message, ModelFacts, TrialRow, screen};
 use storage::{FatVolume, write_in_place};
 
 /// Name of the settings file on the boot volume.
@@ -41,8 +35,6 @@ const MAX_CONFIG_BYTES: u64 = 64 << 10;
 const MAX_TOKENIZER_BYTES: u64 = 64 << 20;
 /// Context when neither the options nor the model ask for less.
 const DEFAULT_CONTEXT: usize = 2048;
-/// Standard deviation of normal noise, in median absolute deviations.
-const MAD_TO_DEVIATION: f64 = 1.4826;
 
 /// What is to be run.
 pub struct Request<'a> {
@@ -121,85 +113,25 @@ fn work(platform: &mut dyn Platform, reporter: &mut Reporter, request: Request<'
     reporter.stage(platform, "load_model");
 
     let identity = identity(platform.cpu(), loaded.fingerprint);
-    let mut history = History::open(platform, reporter, &options, request.image, &identity);
-    let boot = history.snapshot.boot_count.saturating_add(1);
-    history.snapshot.boot_count = boot;
-    #[cfg(feature = "jit")]
-    let mut tuner = match options.tier {
-        Tier::Compiled if request.image != ImageKind::Native => Tuner::start(platform, reporter, &options, boot, isa),
-        _ => None,
-    };
-    let mut running = RunningKernels::none(engine.table().len());
-    if options.tier == Tier::Compiled && isa.avx2 {
-        if request.linked.is_empty() {
-            let snapshot = &mut history.snapshot;
-            #[cfg(feature = "jit")]
-            let mut rebuild = |record: &snapshot_format::KeyRecord| {
-                let variant = record.incumbent.as_ref()?.variant;
-                tuner.as_mut()?.rebuild(&record.key, &variant)
-            };
-            #[cfg(not(feature = "jit"))]
-            let mut rebuild = |_: &snapshot_format::KeyRecord| None;
-            running = restore(platform, reporter, &mut engine, snapshot, &mut rebuild);
-        } else {
-            running = install_linked(platform, reporter, &mut engine, request.linked);
-        }
-    }
-    if request.image == ImageKind::Native && running.count() == 0 && isa.avx2 {
-        return Err(RunError::NoLinkedKernel { model: description.name.clone() });
-    }
-    history.status.kernels_restored = running.count() as u32;
+    let mut kernels = Kernels::start(platform, reporter, &options, isa, identity, request.linked);
+    kernels.install(platform, reporter, &mut engine)?;
     reporter.stage(platform, "restore_kernels");
 
     let out = generate(platform, reporter, &mut engine, &mut session, &description, &options, &prompt_tokens)?;
 
     let limits = limits::measure(engine.weights(), engine.table().level(), isa, platform.workers(), threads);
     reporter.stage(platform, "measure_limits");
-    record_profile(&engine, &running, &mut history.snapshot);
-    // Before tuning: the table below shows what this boot ran with, not what it found.
+    // The table shows what this boot ran with, not what it goes on to find.
+    let ran_with = kernels.running().clone();
+    let work = kernels.improve(platform, reporter, &mut engine, &limits);
+
     let clock = platform.clock();
     let trusted_hz = clock.trusted.then_some(clock.tsc_hz);
-    let rows_running = running.clone();
-    #[cfg(not(feature = "jit"))]
-    let work_done = TuningWork::default();
-    #[cfg(feature = "jit")]
-    let mut work_done = TuningWork::default();
-    #[cfg(feature = "jit")]
-    if let Some(tuner) = tuner.take()
-        && options.tune_budget_ms > 0
-    {
-        let fractions: Vec<Option<f64>> = (0..engine.table().len())
-            .map(|slot| trusted_hz.and_then(|_| limit_fraction(&engine, &limits, slot)))
-            .collect();
-        let fraction = |slot: usize| fractions.get(slot).copied().flatten();
-        let snapshot = &mut history.snapshot;
-        let tuned = tuner.run(platform, reporter, &mut engine, snapshot, &mut running, &fraction);
-        work_done = TuningWork {
-            trials: tuned.trials,
-            compiled: tuned.compiled,
-            changed: tuned.changed,
-            compile_ms: tuned.compile_ms,
-        };
-        reporter.stage(platform, "tune");
-    }
-
-    #[cfg(feature = "jit")]
-    let target = crate::tune::target(isa);
-    #[cfg(feature = "jit")]
-    let variants_total =
-        |key: &model::kernel::KernelKey| crate::tune::space_len(&options, jit::space::variants(key, target).len());
-    #[cfg(not(feature = "jit"))]
-    let variants_total = |_: &model::kernel::KernelKey| 0;
-    let kernels = kernel_rows(&engine, &limits, &history.snapshot, &rows_running, trusted_hz, &variants_total);
+    let rows = kernel_rows(&engine, &limits, &ran_with, trusted_hz, &|key| kernels.remembered(key));
     // Summed from 0.0: the sum of no floats is -0.0.
-    let settled_share = kernels.iter().filter(|row| row.settled).fold(0.0, |sum, row| sum + row.time_share);
-    let line = boot_line(&clock, &out, boot, &work_done, settled_share, &history, threads, platform.unix_time());
-    history.snapshot.push_boot(line);
-    let mut convergence = convergence(&options, &clock, &history.snapshot);
-    if request.image == ImageKind::Native {
-        convergence.reason = "a native image does not tune: its kernels are part of it".into();
-    }
-    history.save(platform, reporter, &identity);
+    let settled_share = rows.iter().filter(|row| row.settled).fold(0.0, |sum, row| sum + row.time_share);
+    let figures = BootFigures { generated: &out, settled_share, kernels_changed: work.changed, threads };
+    let (convergence, snapshot) = kernels.conclude(platform, reporter, &figures);
     reporter.stage(platform, "save_snapshot");
     let load = load_facts(platform, &clock, &location, &loaded);
 
@@ -208,7 +140,7 @@ fn work(platform: &mut dyn Platform, reporter: &mut Reporter, request: Request<'
     let ms = |ticks: u64| ticks as f64 * 1e3 / clock.tsc_hz as f64;
     let gigahertz = clock.tsc_hz as f64 / 1e9;
     let mut report = BootReport {
-        boot,
+        boot: kernels.boot(),
         image: request.image,
         build_id: BUILD_ID.into(),
         hypervisor: platform.cpu().hypervisor.clone().unwrap_or_else(|| "none".into()),
@@ -237,19 +169,20 @@ fn work(platform: &mut dyn Platform, reporter: &mut Reporter, request: Request<'
             .into_iter()
             .map(|m| MemoryRow { name: m.name.into(), used_bytes: m.used_bytes, capacity_bytes: m.capacity_bytes })
             .collect(),
-        kernels,
-        trials: work_done.trials,
-        kernels_loaded: history.status.kernels_restored,
-        kernels_compiled: work_done.compiled,
-        kernels_changed: work_done.changed,
-        compile_ms_total: work_done.compile_ms,
-        snapshot: history.status,
+        kernels: rows,
+        trials: work.trials,
+        kernels_loaded: kernels.restored(),
+        kernels_compiled: work.compiled,
+        kernels_changed: work.changed,
+        compile_ms_total: work.compile_ms,
+        snapshot,
         convergence,
     };
     if options.report {
         let text = screen::boot_screen(&report);
         platform.print(&text);
-        if history_writable(request.image) {
+        // A native image leaves the volume as it is.
+        if request.image != ImageKind::Native {
             write_report(platform, &text);
         }
     }
@@ -257,16 +190,49 @@ fn work(platform: &mut dyn Platform, reporter: &mut Reporter, request: Request<'
     Ok(report)
 }
 
-/// What the tuner of this boot did; all zero where there is none.
+/// What the search of this boot did; all zero where there was none.
 #[derive(Default)]
-struct TuningWork {
-    trials: Vec<TrialRow>,
-    compiled: u32,
-    changed: u32,
-    compile_ms: f64,
+pub struct TuningWork {
+    /// Every variant tried, in order.
+    pub trials: Vec<TrialRow>,
+    /// Kernels compiled.
+    pub compiled: u32,
+    /// Keys whose kernel changed.
+    pub changed: u32,
+    /// Sum of compile times, ms.
+    pub compile_ms: f64,
 }
 
-fn read_options(platform: &mut dyn Platform, command_line: &str) -> Result<Options, RunError> {
+/// What earlier boots and this one found out about a key.
+#[derive(Clone, Copy, Default, Debug)]
+pub struct Remembered {
+    /// Median cycles of the hand-written op.
+    pub baseline_cycles: Option<u64>,
+    /// Variants tried.
+    pub tried: u32,
+    /// Variants in the search.
+    pub variants: u32,
+    /// None is left to try.
+    pub exhausted: bool,
+}
+
+/// What one boot measured, for the decision whether the search has converged.
+pub struct BootFigures<'a> {
+    /// The generation, with its times.
+    pub generated: &'a Generated,
+    /// Share of the kernel cycles in settled keys.
+    pub settled_share: f64,
+    /// Keys whose kernel changed.
+    pub kernels_changed: u32,
+    /// Cores at work.
+    pub threads: usize,
+}
+
+/// The settings of a guest: `BAREFLOW.CFG` on the boot volume, then the command line.
+///
+/// # Errors
+/// [`RunError`] of the volume, or of a setting that cannot be read.
+pub fn read_options(platform: &mut dyn Platform, command_line: &str) -> Result<Options, RunError> {
     let mut options = Options::default();
     if let Some(bytes) = load::boot_file(platform, CONFIG_FILE, MAX_CONFIG_BYTES)? {
         options.apply(&String::from_utf8_lossy(&bytes))?;
@@ -324,184 +290,6 @@ fn load_engine(
     let model = loader.finish()?;
     let weights = platform.freeze(arena);
     Ok((Engine::new(model, weights, isa, tier)?, loaded))
-}
-
-/// The snapshot of this machine: what earlier boots left, and what became of it.
-struct History {
-    snapshot: Snapshot,
-    status: SnapshotStatus,
-    writable: bool,
-}
-
-/// Only the self-optimising images learn; a native image leaves the volume as it is.
-fn history_writable(image: ImageKind) -> bool {
-    image != ImageKind::Native
-}
-
-impl History {
-    fn open(
-        platform: &mut dyn Platform,
-        reporter: &mut Reporter,
-        options: &Options,
-        image: ImageKind,
-        identity: &Identity,
-    ) -> Self {
-        let mut history = Self {
-            snapshot: Snapshot::default(),
-            status: SnapshotStatus {
-                outcome: SnapshotOutcome::Disabled,
-                reason: None,
-                generation_loaded: None,
-                generation_saved: None,
-                saved_bytes: None,
-                kernels_restored: 0,
-            },
-            writable: false,
-        };
-        if !options.snapshot || !history_writable(image) {
-            let reason = if options.snapshot { "a native image learns nothing" } else { "switched off (snapshot=)" };
-            history.status.reason = Some(reason.into());
-            return history;
-        }
-        let Some(disk) = platform.boot_disk() else {
-            history.status.reason = Some("there is no boot volume: nothing learnt is kept".into());
-            return history;
-        };
-        let mut medium = match DiskMedium::open(disk) {
-            Ok(medium) => medium,
-            Err(error) => {
-                let reason = format!("the boot volume cannot be used: {error}");
-                reporter.note(platform, Level::Warning, reason.clone());
-                history.status.reason = Some(reason);
-                return history;
-            }
-        };
-        history.writable = true;
-        let opened = snapshot_format::open(&mut medium, identity);
-        match opened {
-            Ok(opened) => {
-                history.status.generation_loaded = Some(opened.generation);
-                let mut reasons: Vec<String> = Vec::new();
-                history.status.outcome = match &opened.code {
-                    CodeUse::Full => SnapshotOutcome::Loaded,
-                    CodeUse::ProfileOnly(why) => {
-                        reasons.push(why.to_string());
-                        SnapshotOutcome::ProfileOnly
-                    }
-                };
-                // The other slot is empty until the second save: not worth a word.
-                if let Some(why) = opened.passed_over.filter(|why| !matches!(why, SlotReason::Empty)) {
-                    reasons.push(format!("the other slot was passed over: {why}"));
-                }
-                for reason in &reasons {
-                    reporter.note(platform, Level::Warning, format!("snapshot: {reason}"));
-                }
-                history.status.reason = (!reasons.is_empty()).then(|| reasons.join("; "));
-                history.snapshot = opened.snapshot;
-            }
-            Err(cold) => {
-                history.status.outcome = SnapshotOutcome::Cold;
-                let text = cold.to_string();
-                history.status.reason = Some(text.trim_start_matches("cold start: ").into());
-                reporter.note(platform, Level::Info, text);
-            }
-        }
-        history
-    }
-
-    fn save(&mut self, platform: &mut dyn Platform, reporter: &mut Reporter, identity: &Identity) {
-        if !self.writable {
-            return;
-        }
-        let Some(disk) = platform.boot_disk() else { return };
-        let saved = match DiskMedium::open(disk) {
-            Ok(mut medium) => snapshot_format::save(&mut medium, identity, &self.snapshot).map_err(|e| e.to_string()),
-            Err(error) => Err(format!("snapshot not saved: {error}")),
-        };
-        match saved {
-            Ok(saved) => {
-                self.status.generation_saved = Some(saved.generation);
-                self.status.saved_bytes = Some(saved.payload_bytes);
-            }
-            Err(reason) => reporter.note(platform, Level::Warning, reason),
-        }
-    }
-}
-
-/// Keeps this boot's medians, and the hand-written kernel's where it ran.
-fn record_profile(engine: &Engine<'_>, running: &RunningKernels, snapshot: &mut Snapshot) {
-    for hot in engine.table().profile().hot_list() {
-        let median = engine.table().profile().stats(hot.slot).median_cycles();
-        let record = snapshot.record_mut(hot.key);
-        record.last_median_cycles = median;
-        if running.variant(hot.slot).is_none() && record.baseline_median_cycles.is_none() {
-            record.baseline_median_cycles = median;
-        }
-    }
-}
-
-#[allow(clippy::too_many_arguments)]
-fn boot_line(
-    clock: &Clock,
-    out: &Generated,
-    boot: u32,
-    work: &TuningWork,
-    settled_share: f64,
-    history: &History,
-    threads: usize,
-    unix_time: Option<u64>,
-) -> BootLine {
-    let us = |ticks: u64| (ticks as f64 * 1e6 / clock.tsc_hz as f64) as f32;
-    let middle = median(&out.decode_ticks).unwrap_or(0);
-    let away: Vec<u64> = out.decode_ticks.iter().map(|ticks| ticks.abs_diff(middle)).collect();
-    let ticks: u64 = out.decode_ticks.iter().sum();
-    BootLine {
-        boot,
-        unix_time,
-        token_us_median: us(middle),
-        token_us_mad: us(median(&away).unwrap_or(0)),
-        reference_us: median(&out.reference_ticks).map(us),
-        decode_tok_s: (out.decode_ticks.len() as f64 * clock.tsc_hz as f64 / ticks.max(1) as f64) as f32,
-        ttft_ms: us(out.first_token_tsc.saturating_sub(clock.entry_tsc)) / 1e3,
-        kernels_changed: work.changed,
-        settled_share: settled_share as f32,
-        generation: history.status.generation_loaded.unwrap_or(0),
-        threads: threads as u32,
-        clock_trusted: clock.trusted,
-    }
-}
-
-fn convergence(options: &Options, clock: &Clock, snapshot: &Snapshot) -> Convergence {
-    let config = ConvergenceConfig {
-        window: options.converge_window,
-        settled_share: options.converge_coverage,
-        max_variation: options.converge_max_variance,
-        variation_required: clock.trusted,
-    };
-    let boots: Vec<BootEvidence> = snapshot
-        .boots
-        .iter()
-        .map(|line| BootEvidence {
-            settled_share: f64::from(line.settled_share),
-            kernels_changed: line.kernels_changed,
-            token_time: (line.token_us_median > 0.0).then(|| f64::from(line.token_us_median)),
-            token_spread: (line.token_us_median > 0.0)
-                .then(|| MAD_TO_DEVIATION * f64::from(line.token_us_mad) / f64::from(line.token_us_median)),
-            reference_time: line.reference_us.map(f64::from),
-        })
-        .collect();
-    let decided = decide(&config, &boots);
-    Convergence {
-        converged: decided.converged,
-        settled_share: decided.settled_share,
-        unchanged_boots: decided.unchanged_boots,
-        window: decided.window,
-        token_time_variation: decided.token_time_variation,
-        machine_variation: decided.machine_variation,
-        max_variation: decided.max_variation,
-        variation_required: decided.variation_required,
-        reason: decided.reason,
-    }
 }
 
 /// Load rate beside the raw rate of the same device; `None` when the device cannot be read again.

@@ -66,12 +66,9 @@ pub enum RunError {
     },
     /// An image without a compiler whose linked kernels do not fit the model.
     #[error(
-        "this native image holds no kernel for this model ({model}); it was exported for another model, thread count or batch: export again or boot the JIT image"
+        "this native image holds no kernel for this model; it was exported for another model, thread count or batch: export again or boot the JIT image"
     )]
-    NoLinkedKernel {
-        /// Model name.
-        model: String,
-    },
+    NoLinkedKernel,
 }
 
 fn no_model(looked_for: &str, found: &[String]) -> String {

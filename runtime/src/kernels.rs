@@ -3,15 +3,20 @@
 
 use crate::platform::{KernelFault, Platform};
 use crate::reporter::Reporter;
+#[cfg(feature = "jit")]
+use alloc::string::String;
 use alloc::vec;
 use alloc::vec::Vec;
 use core::fmt;
 use engine::dispatch::Kernel;
 use engine::verify::{Mismatch, VerifyError};
 use engine::{Engine, EngineError};
+#[cfg(feature = "jit")]
+use model::kernel::KernelKey;
 use model::kernel::Variant;
 use report::Level;
-use snapshot_format::{KeyRecord, Snapshot, StoredKernel, TrialOutcome};
+#[cfg(feature = "jit")]
+use snapshot_format::{Snapshot, StoredKernel, TrialOutcome};
 
 /// A kernel that was linked into the image.
 #[derive(Clone, Copy, Debug)]
@@ -61,6 +66,7 @@ pub enum Rejected {
     Unusable(EngineError),
 }
 
+#[cfg(feature = "jit")]
 impl Rejected {
     /// What the snapshot's history says of it.
     pub fn outcome(&self) -> TrialOutcome {
@@ -103,6 +109,7 @@ pub fn verify(
     })
 }
 
+#[cfg(not(feature = "jit"))]
 /// Verifies and installs the kernels linked into a native image; returns those in use.
 pub fn install_linked(
     platform: &mut dyn Platform,
@@ -126,6 +133,7 @@ pub fn install_linked(
     running
 }
 
+#[cfg(feature = "jit")]
 /// Publishes, verifies and installs the snapshot's kernels; returns those in use. `rebuild` compiles a kernel again whose
 /// code belongs to another build or CPU. A kernel that is refused here is quarantined.
 pub fn restore(
@@ -133,16 +141,18 @@ pub fn restore(
     reporter: &mut Reporter,
     engine: &mut Engine<'_>,
     snapshot: &mut Snapshot,
-    rebuild: &mut dyn FnMut(&KeyRecord) -> Option<StoredKernel>,
+    rebuild: &mut dyn FnMut(&KernelKey, &Variant) -> Result<StoredKernel, String>,
 ) -> RunningKernels {
     let mut running = RunningKernels::none(engine.table().len());
     for record in &mut snapshot.entries {
         let Some(slot) = engine.table().find(&record.key) else { continue };
         let Some(mut stored) = record.incumbent.clone() else { continue };
         if !stored.is_intact() {
-            match rebuild(record) {
-                Some(rebuilt) => stored = rebuilt,
-                None => {
+            match rebuild(&record.key, &stored.variant) {
+                Ok(rebuilt) => stored = rebuilt,
+                Err(why) => {
+                    let text = alloc::format!("{} {}: not built again: {why}", record.key, stored.variant);
+                    reporter.note(platform, Level::Warning, text);
                     record.incumbent = None;
                     continue;
                 }

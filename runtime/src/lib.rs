@@ -1,7 +1,8 @@
 //! The boot-to-report loop, generic over a [`platform::Platform`]: the only place where all parts meet.
 //!
 //! Data path: [`boot::run`] -> [`options`] -> [`load`] (model into the weights arena) -> [`kernels`] (restore and verify
-//! machine code) -> [`generate`] -> `tune` (compile and try variants) -> snapshot -> report.
+//! machine code) -> [`generate`] -> `tune` (compile and try variants) -> snapshot -> report. What differs between an
+//! image that learns and one that does not is `learning` and `frozen`.
 //!
 //! What it does not do: touch hardware, run unchecked machine code, or parse anything by itself.
 //!
@@ -16,9 +17,13 @@ extern crate std;
 
 pub mod boot;
 pub mod error;
+#[cfg(not(feature = "jit"))]
+mod frozen;
 pub mod generate;
 pub mod identity;
 pub mod kernels;
+#[cfg(feature = "jit")]
+mod learning;
 pub mod load;
 pub mod options;
 pub mod platform;

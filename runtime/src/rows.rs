@@ -1,5 +1,6 @@
 //! The kernel table of the report: statistics of this boot beside what the snapshot remembers.
 
+use crate::boot::Remembered;
 use crate::kernels::RunningKernels;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
@@ -8,7 +9,6 @@ use engine::simd::limits::Limits;
 use model::kernel::KernelKey;
 use profiler::{Roofline, Settled};
 use report::KernelRow;
-use snapshot_format::Snapshot;
 
 /// The roofline of one core's slice of `key`, from limits of `threads` cores together.
 pub fn roofline(limits: &Limits, key: &KernelKey, threads: usize) -> Roofline {
@@ -28,15 +28,14 @@ pub fn limit_fraction(engine: &Engine<'_>, limits: &Limits, slot: usize) -> Opti
 pub fn kernel_rows(
     engine: &Engine<'_>,
     limits: &Limits,
-    snapshot: &Snapshot,
     running: &RunningKernels,
     tsc_hz: Option<u64>,
-    variants_total: &dyn Fn(&KernelKey) -> usize,
+    remembered: &dyn Fn(&KernelKey) -> Remembered,
 ) -> Vec<KernelRow> {
     let profile = engine.table().profile();
     let row = |hot: profiler::HotKey| {
         let stats = profile.stats(hot.slot);
-        let record = snapshot.record(&hot.key);
+        let known = remembered(&hot.key);
         let median = stats.median_cycles().unwrap_or(0);
         let slices = engine.table().slices(hot.slot) as u64;
         let fraction = limit_fraction(engine, limits, hot.slot);
@@ -53,14 +52,14 @@ pub fn kernel_rows(
             min_cycles: stats.min_cycles().unwrap_or(0),
             max_cycles: stats.max_cycles().unwrap_or(0),
             median_cycles: median,
-            baseline_cycles: record.and_then(|r| r.baseline_median_cycles),
+            baseline_cycles: known.baseline_cycles,
             bytes_per_call: hot.key.weight_bytes() * slices,
             gb_s: rate(hot.key.weight_bytes()),
             gflop_s: rate(hot.key.flops()),
             limit_fraction: tsc_hz.and(fraction),
-            variants_tried: record.map_or(0, |r| r.trials.len() as u32),
-            variants_total: variants_total(&hot.key) as u32,
-            settled: Settled::of(record.is_some_and(|r| r.space_exhausted), fraction).is_settled(),
+            variants_tried: known.tried,
+            variants_total: known.variants,
+            settled: Settled::of(known.exhausted, fraction).is_settled(),
         }
     };
     profile.hot_list().into_iter().map(row).collect()

@@ -4,6 +4,7 @@
 //! variants give the same bits, so nothing here can change a token. Whatever happens to a variant is written into the
 //! snapshot's history, so no boot repeats another's work.
 
+use crate::boot::TuningWork;
 use crate::kernels::{RunningKernels, verify};
 use crate::options::Options;
 use crate::platform::Platform;
@@ -27,19 +28,6 @@ const MIN_SHARE: f64 = 0.001;
 /// few enough that every key gets its best guesses early.
 const VARIANTS_IN_A_ROW: usize = 6;
 
-/// What one boot's tuning did.
-#[derive(Default)]
-pub struct Tuned {
-    /// Every variant tried, in order.
-    pub trials: Vec<TrialRow>,
-    /// Kernels compiled.
-    pub compiled: u32,
-    /// Keys whose kernel changed.
-    pub changed: u32,
-    /// Sum of compile times, ms.
-    pub compile_ms: f64,
-}
-
 /// The tuner of one boot.
 pub struct Tuner<'a> {
     compiler: Compiler,
@@ -48,7 +36,7 @@ pub struct Tuner<'a> {
     end_tsc: u64,
     tsc_hz: u64,
     changed_keys: Vec<KernelKey>,
-    tuned: Tuned,
+    work: TuningWork,
 }
 
 impl<'a> Tuner<'a> {
@@ -72,18 +60,21 @@ impl<'a> Tuner<'a> {
         };
         let tsc_hz = platform.clock().tsc_hz;
         let end_tsc = engine::cycles().saturating_add(options.tune_budget_ms.saturating_mul(tsc_hz / 1000));
-        Some(Self { compiler, options, boot, end_tsc, tsc_hz, changed_keys: Vec::new(), tuned: Tuned::default() })
+        Some(Self { compiler, options, boot, end_tsc, tsc_hz, changed_keys: Vec::new(), work: TuningWork::default() })
     }
 
     /// Compiles a kernel of an earlier boot again whose code could not be used.
-    pub fn rebuild(&mut self, key: &KernelKey, variant: &Variant) -> Option<StoredKernel> {
+    ///
+    /// # Errors
+    /// Why the compiler of this build refuses it.
+    pub fn rebuild(&mut self, key: &KernelKey, variant: &Variant) -> Result<StoredKernel, String> {
         let start = engine::cycles();
         let compiled = self.compiler.compile(key, variant);
         let us = self.us_since(start);
-        self.tuned.compile_ms += us / 1e3;
-        let compiled = compiled.ok()?;
-        self.tuned.compiled += 1;
-        Some(StoredKernel::new(*variant, compiled.code))
+        self.work.compile_ms += us / 1e3;
+        let compiled = compiled.map_err(|error| error.to_string())?;
+        self.work.compiled += 1;
+        Ok(StoredKernel::new(*variant, compiled.code))
     }
 
     /// Tries variants until the budget is spent or every hot key is settled.
@@ -95,7 +86,7 @@ impl<'a> Tuner<'a> {
         snapshot: &mut Snapshot,
         running: &mut RunningKernels,
         limit_fraction: &dyn Fn(usize) -> Option<f64>,
-    ) -> Tuned {
+    ) -> TuningWork {
         let hot: Vec<(usize, KernelKey)> = engine
             .table()
             .profile()
@@ -129,13 +120,13 @@ impl<'a> Tuner<'a> {
         }
     }
 
-    fn finish(mut self) -> Tuned {
-        self.tuned.changed = self.changed_keys.len() as u32;
-        self.tuned
+    fn finish(mut self) -> TuningWork {
+        self.work.changed = self.changed_keys.len() as u32;
+        self.work
     }
 
     fn spent(&self) -> bool {
-        engine::cycles() >= self.end_tsc || self.tuned.trials.len() >= self.options.tune_max_trials as usize
+        engine::cycles() >= self.end_tsc || self.work.trials.len() >= self.options.tune_max_trials as usize
     }
 
     fn us_since(&self, start: u64) -> f64 {
@@ -165,14 +156,14 @@ impl<'a> Tuner<'a> {
         let start = engine::cycles();
         let compiled = self.compiler.compile(&record.key, &variant);
         let compile_us = self.us_since(start);
-        self.tuned.compile_ms += compile_us / 1e3;
+        self.work.compile_ms += compile_us / 1e3;
         let (outcome, ratio, code_bytes) = match compiled {
             Err(error) => {
                 reporter.note(platform, Level::Info, format!("{} {variant}: refused: {error}", record.key));
                 (TrialOutcome::Refused, None, 0)
             }
             Ok(compiled) => {
-                self.tuned.compiled += 1;
+                self.work.compiled += 1;
                 let code_bytes = compiled.code.len() as u32;
                 match platform.publish(record.key, &compiled.code) {
                     Err(full) => {
@@ -215,7 +206,7 @@ impl<'a> Tuner<'a> {
             compile_us: compile_us as u32,
             code_bytes,
         });
-        self.tuned.trials.push(TrialRow {
+        self.work.trials.push(TrialRow {
             key: record.key.to_string(),
             variant: variant.to_string(),
             incumbent: incumbent.map_or_else(|| String::from(engine.table().own_name()), |v| v.to_string()),

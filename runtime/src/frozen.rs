@@ -1,0 +1,111 @@
+//! What an image without a compiler does with kernels: uses those that are linked into it. `learning` is the
+//! counterpart of the self-optimising images.
+
+use crate::boot::{BootFigures, Remembered, TuningWork};
+use crate::error::RunError;
+use crate::kernels::{LinkedKernel, RunningKernels, install_linked};
+use crate::options::{Options, Tier};
+use crate::platform::Platform;
+use crate::reporter::Reporter;
+use engine::simd::limits::Limits;
+use engine::{Engine, Isa};
+use model::kernel::KernelKey;
+use report::{Convergence, SnapshotStatus};
+use snapshot_format::Identity;
+
+/// The kernels of one boot.
+pub struct Kernels<'a> {
+    options: &'a Options,
+    isa: Isa,
+    linked: &'a [LinkedKernel],
+    running: RunningKernels,
+}
+
+impl<'a> Kernels<'a> {
+    /// Takes the kernels of the image.
+    pub fn start(
+        _platform: &mut dyn Platform,
+        _reporter: &mut Reporter,
+        options: &'a Options,
+        isa: Isa,
+        _identity: Identity,
+        linked: &'a [LinkedKernel],
+    ) -> Self {
+        Self { options, isa, linked, running: RunningKernels::none(0) }
+    }
+
+    /// Installs the kernels of the image, each after its check against the reference.
+    ///
+    /// # Errors
+    /// [`RunError::NoLinkedKernel`] when none is for this model.
+    pub fn install(
+        &mut self,
+        platform: &mut dyn Platform,
+        reporter: &mut Reporter,
+        engine: &mut Engine<'_>,
+    ) -> Result<(), RunError> {
+        self.running = RunningKernels::none(engine.table().len());
+        if self.options.tier == Tier::Compiled && self.isa.avx2 {
+            self.running = install_linked(platform, reporter, engine, self.linked);
+            if self.running.count() == 0 {
+                return Err(RunError::NoLinkedKernel);
+            }
+        }
+        Ok(())
+    }
+
+    /// Which variant runs in each slot.
+    pub fn running(&self) -> &RunningKernels {
+        &self.running
+    }
+
+    /// A native image does not count its boots.
+    pub fn boot(&self) -> u32 {
+        1
+    }
+
+    /// Kernels in use.
+    pub fn restored(&self) -> u32 {
+        self.running.count() as u32
+    }
+
+    /// Nothing: what was learnt is in the kernels.
+    pub fn remembered(&self, _key: &KernelKey) -> Remembered {
+        Remembered::default()
+    }
+
+    /// There is no compiler to improve anything with.
+    pub fn improve(
+        &mut self,
+        _platform: &mut dyn Platform,
+        _reporter: &mut Reporter,
+        _engine: &mut Engine<'_>,
+        _limits: &Limits,
+    ) -> TuningWork {
+        TuningWork::default()
+    }
+
+    /// Nothing is decided and nothing saved.
+    pub fn conclude(
+        &mut self,
+        _platform: &mut dyn Platform,
+        _reporter: &mut Reporter,
+        figures: &BootFigures<'_>,
+    ) -> (Convergence, SnapshotStatus) {
+        let convergence = Convergence {
+            converged: false,
+            settled_share: figures.settled_share,
+            unchanged_boots: 0,
+            window: 0,
+            token_time_variation: None,
+            machine_variation: None,
+            max_variation: 0.0,
+            variation_required: false,
+            reason: "a native image does not tune: its kernels are part of it".into(),
+        };
+        let mut status = SnapshotStatus::disabled();
+        status.reason = Some("a native image learns nothing".into());
+        status.kernels_restored = self.restored();
+        (convergence, status)
+    }
+}

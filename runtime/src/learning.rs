@@ -1,0 +1,292 @@
+//! What a self-optimising image does with kernels: starts from what earlier boots learnt, searches on, decides whether it
+//! has converged, and leaves what it knows for the next boot. `frozen` is the counterpart of images without a compiler.
+
+use crate::boot::{BootFigures, Remembered, TuningWork};
+use crate::error::RunError;
+use crate::generate::median;
+use crate::kernels::{LinkedKernel, RunningKernels, restore};
+use crate::options::{Options, Tier};
+use crate::platform::{Clock, Platform};
+use crate::reporter::Reporter;
+use crate::rows::limit_fraction;
+use crate::tune::{Tuner, space_len, target};
+use alloc::format;
+use alloc::string::{String, ToString};
+use alloc::vec::Vec;
+use engine::simd::limits::Limits;
+use engine::{Engine, Isa};
+use jit::space;
+use model::kernel::KernelKey;
+use profiler::convergence::{BootEvidence, ConvergenceConfig, decide};
+use report::{Convergence, Level, SnapshotOutcome, SnapshotStatus};
+use snapshot_format::{BootLine, CodeUse, DiskMedium, Identity, SlotReason, Snapshot};
+
+/// Standard deviation of normal noise, in median absolute deviations.
+const MAD_TO_DEVIATION: f64 = 1.4826;
+
+/// The kernels of one boot.
+pub struct Kernels<'a> {
+    options: &'a Options,
+    isa: Isa,
+    identity: Identity,
+    snapshot: Snapshot,
+    status: SnapshotStatus,
+    writable: bool,
+    tuner: Option<Tuner<'a>>,
+    running: RunningKernels,
+}
+
+impl<'a> Kernels<'a> {
+    /// Opens the snapshot and starts the tuner, whose budget runs from here.
+    pub fn start(
+        platform: &mut dyn Platform,
+        reporter: &mut Reporter,
+        options: &'a Options,
+        isa: Isa,
+        identity: Identity,
+        _linked: &'a [LinkedKernel],
+    ) -> Self {
+        let mut kernels = Self {
+            options,
+            isa,
+            identity,
+            snapshot: Snapshot::default(),
+            status: SnapshotStatus::disabled(),
+            writable: false,
+            tuner: None,
+            running: RunningKernels::none(0),
+        };
+        kernels.open(platform, reporter);
+        kernels.snapshot.boot_count = kernels.snapshot.boot_count.saturating_add(1);
+        if options.tier == Tier::Compiled {
+            kernels.tuner = Tuner::start(platform, reporter, options, kernels.snapshot.boot_count, isa);
+        }
+        kernels
+    }
+
+    /// Installs what the snapshot brought, each kernel after its check against the reference.
+    ///
+    /// # Errors
+    /// None: what cannot be used is noted and left out.
+    pub fn install(
+        &mut self,
+        platform: &mut dyn Platform,
+        reporter: &mut Reporter,
+        engine: &mut Engine<'_>,
+    ) -> Result<(), RunError> {
+        self.running = RunningKernels::none(engine.table().len());
+        if self.options.tier == Tier::Compiled && self.isa.avx2 {
+            let tuner = &mut self.tuner;
+            let mut rebuild = |key: &KernelKey, variant: &model::kernel::Variant| match tuner {
+                Some(tuner) => tuner.rebuild(key, variant),
+                None => Err("there is no compiler for this CPU".into()),
+            };
+            self.running = restore(platform, reporter, engine, &mut self.snapshot, &mut rebuild);
+        }
+        self.status.kernels_restored = self.running.count() as u32;
+        Ok(())
+    }
+
+    /// Which variant runs in each slot.
+    pub fn running(&self) -> &RunningKernels {
+        &self.running
+    }
+
+    /// Number of this boot, from 1, over the life of the snapshot.
+    pub fn boot(&self) -> u32 {
+        self.snapshot.boot_count
+    }
+
+    /// Kernels that were there before this boot compiled any.
+    pub fn restored(&self) -> u32 {
+        self.status.kernels_restored
+    }
+
+    /// What is known of `key`.
+    pub fn remembered(&self, key: &KernelKey) -> Remembered {
+        let record = self.snapshot.record(key);
+        let available = space::variants(key, target(self.isa)).len();
+        Remembered {
+            baseline_cycles: record.and_then(|record| record.baseline_median_cycles),
+            tried: record.map_or(0, |record| record.trials.len() as u32),
+            variants: space_len(self.options, available) as u32,
+            exhausted: record.is_some_and(|record| record.space_exhausted),
+        }
+    }
+
+    /// Searches within the budget of this boot. Also keeps the medians the boot ran with, which must be read before.
+    pub fn improve(
+        &mut self,
+        platform: &mut dyn Platform,
+        reporter: &mut Reporter,
+        engine: &mut Engine<'_>,
+        limits: &Limits,
+    ) -> TuningWork {
+        self.record_profile(engine);
+        let Some(tuner) = self.tuner.take().filter(|_| self.options.tune_budget_ms > 0) else {
+            return TuningWork::default();
+        };
+        let trusted = platform.clock().trusted;
+        let fractions: Vec<Option<f64>> = (0..engine.table().len())
+            .map(|slot| if trusted { limit_fraction(engine, limits, slot) } else { None })
+            .collect();
+        let fraction = |slot: usize| fractions.get(slot).copied().flatten();
+        let work = tuner.run(platform, reporter, engine, &mut self.snapshot, &mut self.running, &fraction);
+        reporter.stage(platform, "tune");
+        work
+    }
+
+    /// Decides convergence and saves the snapshot.
+    pub fn conclude(
+        &mut self,
+        platform: &mut dyn Platform,
+        reporter: &mut Reporter,
+        figures: &BootFigures<'_>,
+    ) -> (Convergence, SnapshotStatus) {
+        let clock = platform.clock();
+        let line = self.boot_line(&clock, figures, platform.unix_time());
+        self.snapshot.push_boot(line);
+        let convergence = self.convergence(&clock);
+        self.save(platform, reporter);
+        (convergence, self.status.clone())
+    }
+
+    fn open(&mut self, platform: &mut dyn Platform, reporter: &mut Reporter) {
+        if !self.options.snapshot {
+            self.status.reason = Some("switched off (snapshot=)".into());
+            return;
+        }
+        let Some(disk) = platform.boot_disk() else {
+            self.status.reason = Some("there is no boot volume: nothing learnt is kept".into());
+            return;
+        };
+        let mut medium = match DiskMedium::open(disk) {
+            Ok(medium) => medium,
+            Err(error) => {
+                let reason = format!("the boot volume cannot be used: {error}");
+                reporter.note(platform, Level::Warning, reason.clone());
+                self.status.reason = Some(reason);
+                return;
+            }
+        };
+        self.writable = true;
+        let opened = snapshot_format::open(&mut medium, &self.identity);
+        match opened {
+            Ok(opened) => {
+                self.status.generation_loaded = Some(opened.generation);
+                let mut reasons: Vec<String> = Vec::new();
+                self.status.outcome = match &opened.code {
+                    CodeUse::Full => SnapshotOutcome::Loaded,
+                    CodeUse::ProfileOnly(why) => {
+                        reasons.push(why.to_string());
+                        SnapshotOutcome::ProfileOnly
+                    }
+                };
+                // The other slot is empty until the second save: not worth a word.
+                if let Some(why) = opened.passed_over.filter(|why| !matches!(why, SlotReason::Empty)) {
+                    reasons.push(format!("the other slot was passed over: {why}"));
+                }
+                for reason in &reasons {
+                    reporter.note(platform, Level::Warning, format!("snapshot: {reason}"));
+                }
+                self.status.reason = (!reasons.is_empty()).then(|| reasons.join("; "));
+                self.snapshot = opened.snapshot;
+            }
+            Err(cold) => {
+                self.status.outcome = SnapshotOutcome::Cold;
+                let text = cold.to_string();
+                self.status.reason = Some(text.trim_start_matches("cold start: ").into());
+                reporter.note(platform, Level::Info, text);
+            }
+        }
+    }
+
+    fn save(&mut self, platform: &mut dyn Platform, reporter: &mut Reporter) {
+        if !self.writable {
+            return;
+        }
+        let Some(disk) = platform.boot_disk() else { return };
+        let saved = match DiskMedium::open(disk) {
+            Ok(mut medium) => {
+                snapshot_format::save(&mut medium, &self.identity, &self.snapshot).map_err(|e| e.to_string())
+            }
+            Err(error) => Err(format!("snapshot not saved: {error}")),
+        };
+        match saved {
+            Ok(saved) => {
+                self.status.generation_saved = Some(saved.generation);
+                self.status.saved_bytes = Some(saved.payload_bytes);
+            }
+            Err(reason) => reporter.note(platform, Level::Warning, reason),
+        }
+    }
+
+    /// Keeps this boot's medians, and the hand-written kernel's where it ran.
+    fn record_profile(&mut self, engine: &Engine<'_>) {
+        let profile = engine.table().profile();
+        for hot in profile.hot_list() {
+            let median = profile.stats(hot.slot).median_cycles();
+            let record = self.snapshot.record_mut(hot.key);
+            record.last_median_cycles = median;
+            if self.running.variant(hot.slot).is_none() && record.baseline_median_cycles.is_none() {
+                record.baseline_median_cycles = median;
+            }
+        }
+    }
+
+    fn boot_line(&self, clock: &Clock, figures: &BootFigures<'_>, unix_time: Option<u64>) -> BootLine {
+        let us = |ticks: u64| (ticks as f64 * 1e6 / clock.tsc_hz as f64) as f32;
+        let out = figures.generated;
+        let middle = median(&out.decode_ticks).unwrap_or(0);
+        let away: Vec<u64> = out.decode_ticks.iter().map(|ticks| ticks.abs_diff(middle)).collect();
+        let ticks: u64 = out.decode_ticks.iter().sum();
+        BootLine {
+            boot: self.boot(),
+            unix_time,
+            token_us_median: us(middle),
+            token_us_mad: us(median(&away).unwrap_or(0)),
+            reference_us: median(&out.reference_ticks).map(us),
+            decode_tok_s: (out.decode_ticks.len() as f64 * clock.tsc_hz as f64 / ticks.max(1) as f64) as f32,
+            ttft_ms: us(out.first_token_tsc.saturating_sub(clock.entry_tsc)) / 1e3,
+            kernels_changed: figures.kernels_changed,
+            settled_share: figures.settled_share as f32,
+            generation: self.status.generation_loaded.unwrap_or(0),
+            threads: figures.threads as u32,
+            clock_trusted: clock.trusted,
+        }
+    }
+
+    fn convergence(&self, clock: &Clock) -> Convergence {
+        let config = ConvergenceConfig {
+            window: self.options.converge_window,
+            settled_share: self.options.converge_coverage,
+            max_variation: self.options.converge_max_variance,
+            variation_required: clock.trusted,
+        };
+        let boots: Vec<BootEvidence> = self
+            .snapshot
+            .boots
+            .iter()
+            .map(|line| BootEvidence {
+                settled_share: f64::from(line.settled_share),
+                kernels_changed: line.kernels_changed,
+                token_time: (line.token_us_median > 0.0).then(|| f64::from(line.token_us_median)),
+                token_spread: (line.token_us_median > 0.0)
+                    .then(|| MAD_TO_DEVIATION * f64::from(line.token_us_mad) / f64::from(line.token_us_median)),
+                reference_time: line.reference_us.map(f64::from),
+            })
+            .collect();
+        let decided = decide(&config, &boots);
+        Convergence {
+            converged: decided.converged,
+            settled_share: decided.settled_share,
+            unchanged_boots: decided.unchanged_boots,
+            window: decided.window,
+            token_time_variation: decided.token_time_variation,
+            machine_variation: decided.machine_variation,
+            max_variation: decided.max_variation,
+            variation_required: decided.variation_required,
+            reason: decided.reason,
+        }
+    }
+}
