@@ -20,7 +20,7 @@ use anyhow::{Context, Result, bail};
 use model::kernel::KernelKey;
 use serde::Serialize;
 use snapshot_format::header::{HEADER_BYTES, Header};
-use snapshot_format::{DiskMedium, Medium, Slot, Snapshot, StoredKernel};
+use snapshot_format::{DiskMedium, Identity, Medium, Slot, Snapshot, StoredKernel};
 use std::path::{Path, PathBuf};
 use storage::MemoryDisk;
 
@@ -67,7 +67,7 @@ pub struct Exported {
 /// # Errors
 /// No usable snapshot, nothing to link, a linker error, or a failed audit; each says what to do.
 pub fn export(spec: &ExportSpec) -> Result<Exported> {
-    let (generation, snapshot) = read_snapshot(&spec.disk)?;
+    let OnDisk { generation, snapshot, .. } = read_snapshot(&spec.disk)?;
     let kernels = kernels(&snapshot);
     if kernels.is_empty() {
         bail!(
@@ -111,8 +111,22 @@ pub fn export(spec: &ExportSpec) -> Result<Exported> {
     })
 }
 
+/// A snapshot as it lies on a disk.
+#[derive(Clone, Debug)]
+pub struct OnDisk {
+    /// Build, CPU and model it belongs to.
+    pub identity: Identity,
+    /// Which save it is.
+    pub generation: u64,
+    /// Its content.
+    pub snapshot: Snapshot,
+}
+
 /// The newest whole snapshot on a disk image, whichever build, CPU and model it belongs to.
-fn read_snapshot(disk: &Path) -> Result<(u64, Snapshot)> {
+///
+/// # Errors
+/// No readable image, no boot volume on it, no whole snapshot.
+pub fn read_snapshot(disk: &Path) -> Result<OnDisk> {
     let image = std::fs::read(disk).with_context(|| format!("reading {}", disk.display()))?;
     let mut device = MemoryDisk::new(image).with_read_only(true);
     let mut medium = DiskMedium::open(&mut device).with_context(|| format!("no boot volume on {}", disk.display()))?;
@@ -127,7 +141,9 @@ fn read_snapshot(disk: &Path) -> Result<(u64, Snapshot)> {
         bail!("no snapshot on {}; boot the JIT image with it first", disk.display());
     };
     match snapshot_format::open(&mut medium, &newest.identity) {
-        Ok(opened) => Ok((opened.generation, opened.snapshot)),
+        Ok(opened) => {
+            Ok(OnDisk { identity: newest.identity, generation: opened.generation, snapshot: opened.snapshot })
+        }
         Err(cold) => bail!("no usable snapshot on {}: {cold}", disk.display()),
     }
 }

@@ -48,6 +48,9 @@ pub enum ModelError {
         /// Real length.
         found_bytes: u64,
     },
+    /// A file of no bytes.
+    #[error("the model file is empty (0 bytes): expected a GGUF file or a llama2.c .bin; download it again")]
+    Empty,
     /// Neither GGUF nor llama2.c.
     #[error(
         "not a model file: it starts with {first_bytes:02x?}; expected a GGUF file (`GGUF`) or a llama2.c version 0 .bin (seven small integers)"

@@ -18,8 +18,11 @@ pub const SNIFF_BYTES: usize = llama2c::HEADER_BYTES;
 /// Tells the format of a file of `file_bytes` that begins with `header` (at least [`SNIFF_BYTES`] where the file has them).
 ///
 /// # Errors
-/// [`ModelError::Truncated`], [`ModelError::UnsupportedVersion`] for newer llama2.c files, [`ModelError::UnknownFormat`].
+/// [`ModelError::Empty`], [`ModelError::Truncated`], [`ModelError::UnsupportedVersion`] for newer llama2.c files, [`ModelError::UnknownFormat`].
 pub fn sniff(header: &[u8], file_bytes: u64) -> Result<FileFormat, ModelError> {
+    if file_bytes == 0 {
+        return Err(ModelError::Empty);
+    }
     if header.starts_with(&gguf::MAGIC) {
         return Ok(FileFormat::Gguf);
     }

@@ -503,7 +503,7 @@ mod tests {
             boot: 3,
             image: ImageKind::Jit,
             build_id: "00ff".into(),
-            hypervisor: "KVMKVMKVM".into(),
+            hypervisor: "KVM".into(),
             cpu: "Made-up(R) Test CPU @ 2.70GHz".into(),
             isa: "avx2".into(),
             threads: 2,

@@ -26,6 +26,8 @@ enum Command {
     Demo(demo::DemoArgs),
     /// Run every test: formatting, lints, host tests, fuzz targets, guest self-tests and scenarios.
     Test,
+    /// Boot every scenario under QEMU: the last step of `test` alone.
+    Scenarios,
     /// Build the self-optimising image and print its path.
     JitImage,
     /// Build the compiler-free kernel library for export-tool and print its path.
@@ -47,6 +49,14 @@ fn run(workspace: &Path, command: Command) -> Result<()> {
     match command {
         Command::Demo(args) => demo::run(workspace, &args),
         Command::Test => test::run(workspace),
+        Command::Scenarios => {
+            packages::ensure(&[&packages::QEMU])?;
+            let kernel = kernel_build::jit_image(workspace)?;
+            let library = kernel_build::native_library(workspace)?;
+            let passed = scenarios::run(&kernel, &library, workspace, &workspace.join("out/scenarios"))?;
+            println!("{passed} passed, 0 failed");
+            Ok(())
+        }
         Command::JitImage => {
             println!("{}", kernel_build::jit_image(workspace)?.display());
             Ok(())

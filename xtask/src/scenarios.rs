@@ -5,14 +5,16 @@
 
 use anyhow::{Context, Result, bail, ensure};
 use bootimage::ImageSpec;
-use export_tool::ExportSpec;
+use export_tool::{ExportSpec, OnDisk};
 use model::synthetic::{self, Spec};
 use model::{Role, TensorType};
 use qemu_runs::{Accel, BootFailure, BootFrom, Deadlines, Drive, Machine, Qemu, Session, Transcript};
 use report::{BootReport, ExitStatus, Level, SnapshotOutcome};
 use runtime::options::setting;
+use snapshot_format::{DiskMedium, StoredKernel};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
+use storage::MemoryDisk;
 
 const DEADLINE: Duration = Duration::from_secs(180);
 const MEMORY_MIB: u32 = 512;
@@ -37,9 +39,14 @@ const SCENARIOS: &[Scenario] = &[
     ("cold boot, then warm boots restore code and give the same tokens", cold_then_warm),
     ("a damaged newest snapshot falls back to the one before", damaged_newest),
     ("both snapshots damaged: cold start with a reason", damaged_both),
+    ("another CPU: the profile is kept, the kernels are built again", other_cpu),
+    ("another build: the profile is kept, the kernels are built again", other_build),
+    ("kernels that fault or compute something else are quarantined", bad_kernels),
     ("another model does not use this model's snapshot", other_model),
     ("a read-only boot volume is said, and the run goes on", read_only_volume),
+    ("a setting in BAREFLOW.CFG that cannot be read", bad_config),
     ("a file that is no model", not_a_model),
+    ("an empty model file", empty_model),
     ("a truncated model", truncated_model),
     ("no model at all", no_model),
     ("a model larger than memory", too_large),
@@ -174,6 +181,17 @@ impl Bench {
         Ok(report.token_ids)
     }
 
+    /// Commits an edited copy of the newest snapshot; returns what was committed.
+    fn edit_snapshot(&self, edit: impl FnOnce(&mut OnDisk)) -> Result<OnDisk> {
+        let mut on_disk = export_tool::read_snapshot(&self.disk())?;
+        edit(&mut on_disk);
+        let mut device = MemoryDisk::new(std::fs::read(self.disk())?);
+        let mut medium = DiskMedium::open(&mut device)?;
+        snapshot_format::save(&mut medium, &on_disk.identity, &on_disk.snapshot)?;
+        std::fs::write(self.disk(), device.into_bytes())?;
+        Ok(on_disk)
+    }
+
     fn damage(&self, name: &str) -> Result<()> {
         let entries = bootimage::list(&self.disk())?;
         let entry = entries.iter().find(|e| e.path == name).with_context(|| format!("no {name} on the disk"))?;
@@ -245,6 +263,65 @@ fn damaged_both(bench: &mut Bench) -> Result<()> {
     Ok(())
 }
 
+/// Boots on a snapshot whose code belongs elsewhere: what was learnt must survive, the code must not be run.
+fn rebuilds(bench: &Bench, machine: &Machine, before: &OnDisk) -> Result<()> {
+    let kept = before.snapshot.entries.iter().filter(|record| record.incumbent.is_some()).count();
+    ensure!(kept > 0, "there is no kernel on the disk to build again");
+    let after = bench.report(machine)?;
+    ensure!(after.snapshot.outcome == SnapshotOutcome::ProfileOnly, "{:?}", after.snapshot);
+    ensure!(after.snapshot.reason.is_some(), "no reason: {:?}", after.snapshot);
+    ensure!(after.kernels_loaded as usize == kept, "{} of {kept} kernels came back", after.kernels_loaded);
+    ensure!(after.kernels_compiled as usize >= kept, "{} kernels were compiled", after.kernels_compiled);
+    ensure!(after.boot == before.snapshot.boot_count + 1, "boot {}", after.boot);
+    ensure!(after.token_ids == bench.reference_tokens()?, "tokens changed");
+    Ok(())
+}
+
+fn other_cpu(bench: &mut Bench) -> Result<()> {
+    let mut machine = bench.machine("");
+    machine.cpu_model = Some("max,stepping=9".to_owned());
+    rebuilds(bench, &machine, &export_tool::read_snapshot(&bench.disk())?)
+}
+
+fn other_build(bench: &mut Bench) -> Result<()> {
+    let before = bench.edit_snapshot(|on_disk| on_disk.identity.build_id[0] ^= 1)?;
+    rebuilds(bench, &bench.machine(""), &before)
+}
+
+fn bad_kernels(bench: &mut Bench) -> Result<()> {
+    const UD2: [u8; 2] = [0x0f, 0x0b];
+    const RET: [u8; 1] = [0xc3];
+    let mut replaced = Vec::new();
+    bench.edit_snapshot(|on_disk| {
+        let stored = on_disk.snapshot.entries.iter_mut().filter(|record| record.incumbent.is_some());
+        for (record, code) in stored.zip([&UD2[..], &RET[..]]) {
+            let variant = record.incumbent.as_ref().map(|kernel| kernel.variant);
+            record.incumbent = variant.map(|variant| StoredKernel::new(variant, code.to_vec()));
+            replaced.push((record.key, variant));
+        }
+    })?;
+    ensure!(!replaced.is_empty(), "there is no kernel on the disk to replace");
+    let transcript = bench.boot(&bench.machine(""))?;
+    for ((key, _), word) in replaced.iter().zip(["exception 6", "differs from the reference"]) {
+        let key = key.to_string();
+        let said = |text: &str| text.contains(&key) && text.contains(word) && text.contains("quarantined");
+        ensure!(
+            transcript.notes.iter().any(|(_, text)| said(text)),
+            "{key}: no word of `{word}`: {:?}",
+            transcript.notes
+        );
+    }
+    let report = transcript.report.context("no report")?;
+    ensure!(report.token_ids == bench.reference_tokens()?, "tokens changed");
+    let after = export_tool::read_snapshot(&bench.disk())?.snapshot;
+    for (key, variant) in replaced {
+        let record = after.record(&key).context("the key is gone")?;
+        ensure!(record.quarantined.iter().any(|v| Some(*v) == variant), "{key} is not in quarantine");
+        ensure!(record.incumbent.as_ref().is_none_or(|kernel| Some(kernel.variant) != variant), "{key} came back");
+    }
+    Ok(())
+}
+
 fn other_model(bench: &mut Bench) -> Result<()> {
     let mut machine = bench.machine("");
     machine.drives[1].path = bench.other_model.clone();
@@ -272,6 +349,19 @@ fn with_model(bench: &Bench, name: &str, bytes: &[u8]) -> Result<Machine> {
     let mut machine = bench.machine("snapshot=false");
     machine.drives[1].path = path;
     Ok(machine)
+}
+
+fn bad_config(bench: &mut Bench) -> Result<()> {
+    let spec = ImageSpec { config: "max_tokens=many\n".into(), overwrite: true, ..ImageSpec::new(&bench.kernel) };
+    let disk = bench.dir.join("bad-config.img");
+    bootimage::build(&spec, &disk)?;
+    let mut machine = bench.machine("");
+    machine.drives[0].path = disk;
+    bench.refused(&machine, &["max_tokens", "many"])
+}
+
+fn empty_model(bench: &mut Bench) -> Result<()> {
+    bench.refused(&with_model(bench, "empty.gguf", &[])?, &["empty"])
 }
 
 fn not_a_model(bench: &mut Bench) -> Result<()> {

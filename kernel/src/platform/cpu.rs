@@ -39,13 +39,23 @@ pub fn fingerprint(isa: engine::Isa) -> String {
     runtime::platform::cpu_fingerprint(&vendor, __cpuid(1).eax, isa)
 }
 
-/// The hypervisor's signature as text, `None` without one.
+/// The hypervisor's name, or its signature where that is not known here; `None` without one.
 pub fn hypervisor() -> Option<String> {
     if !super::clock::hypervised() {
         return None;
     }
     let signature = super::clock::hypervisor_signature();
     let text: String = signature.iter().take_while(|&&b| b != 0).map(|&b| char::from(b)).collect();
+    let known = [
+        ("KVMKVMKVM", "KVM"),
+        ("TCGTCGTCGTCG", "QEMU TCG"),
+        ("VMwareVMware", "VMware"),
+        ("Microsoft Hv", "Hyper-V"),
+        ("XenVMMXenVMM", "Xen"),
+    ];
+    if let Some((_, name)) = known.iter().find(|(signature, _)| *signature == text) {
+        return Some((*name).to_string());
+    }
     let plain = !text.is_empty() && text.chars().all(|c| c.is_ascii_graphic() || c == ' ');
     Some(if plain { text } else { "unnamed".to_string() })
 }

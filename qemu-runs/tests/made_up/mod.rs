@@ -70,7 +70,7 @@ pub fn made_up_boot(boot: u32) -> BootReport {
         boot,
         image: ImageKind::Jit,
         build_id: "0123456789abcdef".into(),
-        hypervisor: "KVMKVMKVM".into(),
+        hypervisor: "KVM".into(),
         cpu: "Made-up(R) Test CPU @ 2.70GHz".into(),
         isa: "avx2".into(),
         threads: 2,
