@@ -1,23 +1,75 @@
 //! The KV cache and grouped-query attention over it.
 //!
-//! Keys lie in panels of 32 positions with the head dimension running slowest, so a score's lane is its position;
-//! values lie row by row, so an output's lane is its element. Neither product needs a horizontal sum. Both are one
-//! fused multiply-add per element in ascending order, so every level and every number of workers gives the same bits:
-//! `score[pos] = scale * sum_d fma(k[pos][d], q[d])`, `out[d] = (sum_pos fma(e[pos], v[pos][d])) * (1 / sum_pos e[pos])`
-//! with `e = exp(score - max)`.
+//! Each kv head's keys and values lie in blocks of [`KV_BLOCK`] positions, a block's values behind its keys, so that a
+//! pass over the context is one sequential read. Keys stand in panels of [`KV_PANEL`] positions with the head dimension
+//! running slowest, so a score's lane is its position; values stand row by row, so an output's lane is its element:
+//! neither product needs a horizontal sum. Blocks are computed on their own and joined in ascending order
+//! (`model::numerics`), so every level, every number of workers and every split of the work gives the same bits.
 //!
-//! The element type is f32, which keeps F32 models equal to their reference; f16 would halve the traffic and is worth
-//! its conversions only for contexts of thousands of tokens.
+//! One token's attention is shared between workers by blocks ([`attend`] then joins their partial results); that of
+//! several rows by rows.
 
-use crate::dispatch::ColumnsMut;
-use crate::math::softmax_numerators;
+use crate::dispatch::{ColumnsMut, Partition, SharedColumns};
+use crate::math::exp_with;
 use crate::reference::{ScalarArithmetic, Software};
-use crate::simd::{self, Avx2, Level};
+use crate::simd::{self, Level};
+use crate::workers::Workers;
 use core::ops::Range;
-use model::layout::{PANEL, padded};
+use half::f16;
+use model::layout::{KV_BLOCK, KV_PANEL};
+use model::numerics::REDUCE_LANES;
+use model::{ModelDescription, TensorType};
 
-/// Query heads that share the loads of their kv head in one pass.
-const HEADS: usize = 3;
+/// Multiply-adds below which attention is not worth waking the other workers.
+const PARALLEL: usize = 1 << 17;
+
+/// Queries that can share the loads of a block in one pass.
+pub(crate) const MAX_TILE: usize = 12;
+
+/// Type of the elements of a KV cache.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum KvType {
+    /// As computed.
+    F32,
+    /// Rounded to nearest even, magnitudes above 65504 clamped.
+    F16,
+    /// int8 with one f32 scale for each position and head.
+    Q8_0,
+}
+
+impl KvType {
+    /// The type that does a model's weights justice: f32 where they are unrounded, else f16.
+    pub fn for_model(model: &ModelDescription) -> KvType {
+        let unrounded = |ty| matches!(ty, TensorType::F32 | TensorType::BF16);
+        let matrices = model.tensors.iter().filter(|tensor| !tensor.role.is_norm());
+        if matrices.into_iter().all(|tensor| unrounded(tensor.ty)) { KvType::F32 } else { KvType::F16 }
+    }
+
+    /// Short name.
+    pub fn name(self) -> &'static str {
+        match self {
+            KvType::F32 => "f32",
+            KvType::F16 => "f16",
+            KvType::Q8_0 => "q8_0",
+        }
+    }
+
+    const fn bytes(self) -> usize {
+        match self {
+            KvType::F32 => 4,
+            KvType::F16 => 2,
+            KvType::Q8_0 => 1,
+        }
+    }
+
+    /// Bytes of a block's key scales, or value scales.
+    const fn scales_bytes(self) -> usize {
+        match self {
+            KvType::F32 | KvType::F16 => 0,
+            KvType::Q8_0 => KV_BLOCK * size_of::<f32>(),
+        }
+    }
+}
 
 /// Sizes of a KV cache.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -30,58 +82,158 @@ pub struct KvShape {
     pub n_kv_heads: usize,
     /// Elements of a head.
     pub head_dim: usize,
-    /// Positions, rounded up to whole panels of 32.
-    pub positions: usize,
+    /// Blocks of [`KV_BLOCK`] positions.
+    pub blocks: usize,
+    /// Type of the elements.
+    pub ty: KvType,
 }
 
 impl KvShape {
-    /// Elements of the whole cache.
-    pub fn len(&self) -> usize {
-        2 * self.n_layers * self.n_kv_heads * self.head_len()
+    /// Bytes of the whole cache.
+    pub fn len_bytes(&self) -> usize {
+        self.n_layers * self.n_kv_heads * self.blocks * self.block_bytes()
     }
 
-    /// True for a cache of no positions.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
+    /// Positions it has room for.
+    pub fn positions(&self) -> usize {
+        self.blocks * KV_BLOCK
     }
 
-    /// Elements of one head's keys, or values.
-    fn head_len(&self) -> usize {
-        self.positions * self.head_dim
+    /// f32 elements of scratch that [`attend`] needs.
+    pub fn partials_len(&self) -> usize {
+        self.n_kv_heads * self.blocks * self.partial_len()
     }
 
-    /// Where the keys of `(layer, kv_head)` lie; its values follow.
-    fn keys(&self, layer: usize, kv_head: usize) -> Range<usize> {
-        let start = 2 * (layer * self.n_kv_heads + kv_head) * self.head_len();
-        start..start + self.head_len()
+    /// Query heads of one kv head.
+    fn group(&self) -> usize {
+        self.n_heads / self.n_kv_heads
     }
 
-    fn values(&self, layer: usize, kv_head: usize) -> Range<usize> {
-        let keys = self.keys(layer, kv_head);
-        keys.end..keys.end + self.head_len()
+    /// Bytes of one block of one kv head: keys, values, key scales, value scales.
+    fn block_bytes(&self) -> usize {
+        2 * KV_BLOCK * self.head_dim * self.ty.bytes() + 2 * self.ty.scales_bytes()
     }
 
-    /// Elements of scratch one worker needs for [`attend`].
-    pub fn scores_len(&self) -> usize {
-        HEADS * self.positions
+    /// Elements of what [`attend_blocks`] leaves of one block for one kv head: for each query head the sum of values,
+    /// then for each query head the largest score and the sum of the numerators; whole cache lines.
+    fn partial_len(&self) -> usize {
+        (self.group() * (self.head_dim + 2)).next_multiple_of(16)
     }
+
+    fn block_range(&self, layer: usize, kv_head: usize, block: usize) -> Range<usize> {
+        let start = ((layer * self.n_kv_heads + kv_head) * self.blocks + block) * self.block_bytes();
+        start..start + self.block_bytes()
+    }
+
+    fn block<'a>(&self, cache: &'a [u8], layer: usize, kv_head: usize, block: usize) -> Block<'a> {
+        let half = KV_BLOCK * self.head_dim * self.ty.bytes();
+        let (keys, rest) = cache[self.block_range(layer, kv_head, block)].split_at(half);
+        let (values, scales) = rest.split_at(half);
+        let (key_scales, value_scales) = scales.split_at(self.ty.scales_bytes());
+        Block { ty: self.ty, head_dim: self.head_dim, keys, values, key_scales, value_scales }
+    }
+}
+
+/// One block of one kv head's cache.
+#[derive(Clone, Copy)]
+pub(crate) struct Block<'a> {
+    pub ty: KvType,
+    pub head_dim: usize,
+    /// `(KV_BLOCK / KV_PANEL, head_dim, KV_PANEL)`.
+    pub keys: &'a [u8],
+    /// `(KV_BLOCK, head_dim)`.
+    pub values: &'a [u8],
+    /// `(KV_BLOCK)` f32 for `Q8_0`, else empty.
+    pub key_scales: &'a [u8],
+    /// As `key_scales`.
+    pub value_scales: &'a [u8],
+}
+
+impl Block<'_> {
+    fn element<F: ScalarArithmetic>(&self, bytes: &[u8], index: usize) -> f32 {
+        match self.ty {
+            KvType::F32 => f32_at(bytes, index),
+            KvType::F16 => F::half([bytes[2 * index], bytes[2 * index + 1]]),
+            KvType::Q8_0 => f32::from(bytes[index].cast_signed()),
+        }
+    }
+}
+
+fn f32_at(bytes: &[u8], index: usize) -> f32 {
+    f32::from_le_bytes(crate::pack::field(bytes, 4 * index))
 }
 
 /// Stores the key and value rows (`n_kv_heads * head_dim` elements each) of position `pos`.
 ///
 /// # Panics
 /// When a slice is too short or `pos` is outside the cache.
-pub fn store(shape: &KvShape, cache: &mut [f32], layer: usize, pos: usize, k: &[f32], v: &[f32]) {
-    assert!(pos < shape.positions, "position {pos} of {}", shape.positions);
+pub fn store(level: Level, shape: &KvShape, cache: &mut [u8], layer: usize, pos: usize, k: &[f32], v: &[f32]) {
+    assert!(pos < shape.positions(), "position {pos} of {}", shape.positions());
+    let (head_dim, bytes) = (shape.head_dim, shape.ty.bytes());
+    let at = pos % KV_BLOCK;
     for kv_head in 0..shape.n_kv_heads {
-        let head = kv_head * shape.head_dim..(kv_head + 1) * shape.head_dim;
-        let keys = &mut cache[shape.keys(layer, kv_head)];
-        let panel = &mut keys[pos / PANEL * PANEL * shape.head_dim..][..PANEL * shape.head_dim];
-        for (lanes, &k) in panel.chunks_exact_mut(PANEL).zip(&k[head.clone()]) {
-            lanes[pos % PANEL] = k;
+        let head = kv_head * head_dim..(kv_head + 1) * head_dim;
+        let block = &mut cache[shape.block_range(layer, kv_head, pos / KV_BLOCK)];
+        let (keys, rest) = block.split_at_mut(KV_BLOCK * head_dim * bytes);
+        let (values, scales) = rest.split_at_mut(KV_BLOCK * head_dim * bytes);
+        let panel = &mut keys[at / KV_PANEL * KV_PANEL * head_dim * bytes..][..KV_PANEL * head_dim * bytes];
+        let (key, value) = (&k[head.clone()], &v[head]);
+        let (mut key_scale, mut value_scale) = (0.0, 0.0);
+        if shape.ty == KvType::Q8_0 {
+            (key_scale, value_scale) = (int8_scale(key), int8_scale(value));
+            let (key_scales, value_scales) = scales.split_at_mut(shape.ty.scales_bytes());
+            key_scales[4 * at..4 * at + 4].copy_from_slice(&key_scale.to_le_bytes());
+            value_scales[4 * at..4 * at + 4].copy_from_slice(&value_scale.to_le_bytes());
         }
-        let values = &mut cache[shape.values(layer, kv_head)];
-        values[pos * shape.head_dim..][..shape.head_dim].copy_from_slice(&v[head]);
+        // The lane of this position runs through the panel: converted a piece at a time, then scattered.
+        let mut piece = [0u8; 64 * size_of::<f32>()];
+        for (lines, key) in panel.chunks_mut(64 * KV_PANEL * bytes).zip(key.chunks(64)) {
+            let piece = &mut piece[..key.len() * bytes];
+            narrow(level, shape.ty, key, key_scale, piece);
+            for (line, element) in lines.chunks_exact_mut(KV_PANEL * bytes).zip(piece.chunks_exact(bytes)) {
+                line[at % KV_PANEL * bytes..][..bytes].copy_from_slice(element);
+            }
+        }
+        narrow(level, shape.ty, value, value_scale, &mut values[at * head_dim * bytes..][..head_dim * bytes]);
+    }
+}
+
+/// `max |x| / 127`.
+fn int8_scale(x: &[f32]) -> f32 {
+    x.iter().fold(0.0f32, |max, x| if x.abs() > max { x.abs() } else { max }) / 127.0
+}
+
+/// Elements of `x` as the cache holds them; `scale` is [`int8_scale`] of the head they belong to.
+fn narrow(level: Level, ty: KvType, x: &[f32], scale: f32, out: &mut [u8]) {
+    match ty {
+        KvType::F32 => {
+            for (out, x) in out.chunks_exact_mut(4).zip(x) {
+                out.copy_from_slice(&x.to_le_bytes());
+            }
+        }
+        KvType::F16 => {
+            let done = match level {
+                Level::Portable => 0,
+                Level::Avx2(avx2) => simd::attention::to_f16(avx2, x, out),
+            };
+            for (out, &x) in out[2 * done..].chunks_exact_mut(2).zip(&x[done..]) {
+                let clamped = if x.abs() > 65504.0 { f32::copysign(65504.0, x) } else { x };
+                out.copy_from_slice(&f16::from_f32(clamped).to_le_bytes());
+            }
+        }
+        KvType::Q8_0 => {
+            let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
+            let done = match level {
+                Level::Portable => 0,
+                Level::Avx2(avx2) => simd::attention::to_int8(avx2, x, inverse, out),
+            };
+            for (out, &x) in out[done..].iter_mut().zip(&x[done..]) {
+                let q = libm::rintf(x * inverse);
+                // As the saturating packs: NaN and what is out of range become the lowest value.
+                let q = if (-127.0..=2_147_483_520.0).contains(&q) { q.min(127.0) as i8 } else { -127 };
+                *out = q.cast_unsigned();
+            }
+        }
     }
 }
 
@@ -90,8 +242,8 @@ pub fn store(shape: &KvShape, cache: &mut [f32], layer: usize, pos: usize, k: &[
 pub struct Queries<'a> {
     /// Sizes.
     pub shape: &'a KvShape,
-    /// The cache, with the rows' own positions stored.
-    pub cache: &'a [f32],
+    /// The cache, with the rows' own positions stored; 64-byte aligned.
+    pub cache: &'a [u8],
     /// Layer.
     pub layer: usize,
     /// Query rows, `(rows, q_stride)`, of which the first `n_heads * head_dim` columns are used.
@@ -102,184 +254,435 @@ pub struct Queries<'a> {
     pub rows: usize,
     /// Position of row 0; row `r` sees positions `..=pos + r`.
     pub pos: usize,
+    /// Positions a row sees at most, its own included (sliding-window attention); `usize::MAX` for all.
+    pub window: usize,
+    /// Factor of the scores, usually `1 / sqrt(head_dim)`.
+    pub scale: f32,
 }
 
-/// Attention of the query heads `heads`; `out` is `(rows, heads.len() * head_dim)`, `scores` [`KvShape::scores_len`] elements.
+impl Queries<'_> {
+    /// Positions that row `r` sees.
+    fn visible(&self, r: usize) -> Range<usize> {
+        let end = self.pos + r + 1;
+        end.saturating_sub(self.window.max(1))..end
+    }
+
+    /// Blocks that row `r` sees something of.
+    fn blocks(&self, r: usize) -> Range<usize> {
+        let Range { start, end } = self.visible(r);
+        start / KV_BLOCK..end.div_ceil(KV_BLOCK)
+    }
+}
+
+/// The part of `block` that is among the positions `visible`, from its start.
+fn inside(block: usize, visible: &Range<usize>) -> Range<usize> {
+    let start = block * KV_BLOCK;
+    visible.start.saturating_sub(start).min(KV_BLOCK)..visible.end.saturating_sub(start).min(KV_BLOCK)
+}
+
+/// Attention of all rows and heads, on up to `parts` workers; `out` is `(rows, n_heads * head_dim)`, `partials`
+/// [`KvShape::partials_len`] elements.
 ///
 /// # Panics
 /// When a slice is too short or a position is outside the cache.
-pub fn attend(level: Level, queries: &Queries<'_>, heads: Range<usize>, mut out: ColumnsMut<'_>, scores: &mut [f32]) {
-    let Queries { shape, q, q_stride, rows, pos, .. } = *queries;
-    let group = shape.n_heads / shape.n_kv_heads;
-    assert!(heads.end <= shape.n_heads && pos + rows <= shape.positions, "{rows} rows from position {pos}");
-    for r in 0..rows {
-        let (q, out) = (&q[r * q_stride..], out.row(r));
-        let positions = pos + r + 1;
-        let mut head = heads.start;
-        while head < heads.end {
-            let kv_head = head / group;
-            let count = HEADS.min(heads.end - head).min((kv_head + 1) * group - head);
-            let q = &q[head * shape.head_dim..][..count * shape.head_dim];
-            let out = &mut out[(head - heads.start) * shape.head_dim..][..count * shape.head_dim];
-            let pass = Pass::new(queries, kv_head, positions);
-            match (level, count) {
-                (Level::Portable, _) => pass.run_portable(q, out, scores),
-                (Level::Avx2(avx2), 1) => pass.run_avx2::<1>(avx2, q, out, scores),
-                (Level::Avx2(avx2), 2) => pass.run_avx2::<2>(avx2, q, out, scores),
-                (Level::Avx2(avx2), _) => pass.run_avx2::<HEADS>(avx2, q, out, scores),
-            }
-            head += count;
+pub fn attend(
+    level: Level,
+    queries: &Queries<'_>,
+    workers: &dyn Workers,
+    parts: usize,
+    out: &mut [f32],
+    partials: &mut [f32],
+) {
+    let Queries { shape, rows, pos, .. } = *queries;
+    let q_dim = shape.n_heads * shape.head_dim;
+    assert!(rows > 0 && pos + rows <= shape.positions(), "{rows} rows from position {pos}");
+    let seen = queries.visible(rows - 1).len();
+    if parts == 1 || rows * seen * 2 * q_dim < PARALLEL {
+        return attend_rows(level, queries, 0..rows, &mut out[..rows * q_dim]);
+    }
+    if rows > 1 {
+        let cut = Partition::even(rows, q_dim, parts);
+        let shared = SharedColumns::new(ColumnsMut::new(out, 1, rows * q_dim, rows * q_dim), &cut);
+        return for_parts(workers, parts, &|part| {
+            let Some(mut out) = shared.take(part) else { return };
+            let columns = cut.range(part);
+            attend_rows(level, queries, columns.start / q_dim..columns.end / q_dim, out.row(0));
+        });
+    }
+    let (blocks, len) = (queries.blocks(0).len(), shape.partial_len());
+    let units = shape.n_kv_heads * blocks;
+    let cut = Partition::even(units, len, parts);
+    let shared = SharedColumns::new(ColumnsMut::new(partials, 1, units * len, units * len), &cut);
+    for_parts(workers, parts, &|part| {
+        let Some(mut partials) = shared.take(part) else { return };
+        let columns = cut.range(part);
+        attend_blocks(level, queries, columns.start / len..columns.end / len, partials.row(0));
+    });
+    join_blocks(level, shape, blocks, partials, &mut out[..q_dim]);
+}
+
+/// Runs `job` once for each part; with fewer workers than parts, each takes several.
+fn for_parts(workers: &dyn Workers, parts: usize, job: &(dyn Fn(usize) + Sync)) {
+    let stride = workers.count();
+    workers.run(&|worker| (worker..parts).step_by(stride).for_each(job));
+}
+
+/// What a query has taken in over its blocks so far.
+#[derive(Clone, Copy)]
+pub(crate) struct Running {
+    /// Largest score.
+    pub max: f32,
+    /// Sum of the numerators, relative to `max`.
+    pub sum: f32,
+    /// Nothing was taken in yet.
+    pub empty: bool,
+}
+
+impl Running {
+    const EMPTY: Running = Running { max: 0.0, sum: 0.0, empty: true };
+
+    /// Takes in a block's largest score and sum, and returns by what to multiply the values' sum so far and the block's;
+    /// `None` when this is the first.
+    #[inline(always)]
+    pub(crate) fn join<F: ScalarArithmetic>(&mut self, max: f32, sum: f32) -> Option<(f32, f32)> {
+        if self.empty {
+            *self = Running { max, sum, empty: false };
+            return None;
         }
+        let top = if max > self.max { max } else { self.max };
+        let (old, new) = (exp_with::<F>(self.max - top), exp_with::<F>(max - top));
+        *self = Running { max: top, sum: F::fma(new, sum, old * self.sum), empty: false };
+        Some((old, new))
     }
 }
 
-/// One pass over the keys and values of a kv head, for one row.
-struct Pass<'a> {
-    head_dim: usize,
-    scale: f32,
-    /// Panels that hold the visible positions, `(panels, head_dim, 32)`.
-    keys: &'a [f32],
-    /// Visible positions, `(positions, head_dim)`.
-    values: &'a [f32],
-    positions: usize,
-    /// Elements from one head's scores to the next's.
-    stride: usize,
+/// Up to [`MAX_TILE`] queries that see the same part of a block.
+#[derive(Clone, Copy)]
+pub(crate) struct Tile<'a> {
+    /// Query rows of all tiles.
+    pub q: &'a [f32],
+    /// Where each query starts in `q`.
+    pub q_at: [usize; MAX_TILE],
+    /// Where each query's output starts.
+    pub out_at: [usize; MAX_TILE],
+    pub scale: f32,
 }
 
-impl<'a> Pass<'a> {
-    fn new(queries: &Queries<'a>, kv_head: usize, positions: usize) -> Self {
-        let shape = queries.shape;
-        let head_dim = shape.head_dim;
-        Self {
-            head_dim,
-            scale: 1.0 / libm::sqrtf(head_dim as f32),
-            keys: &queries.cache[shape.keys(queries.layer, kv_head)][..padded(positions) * head_dim],
-            values: &queries.cache[shape.values(queries.layer, kv_head)][..positions * head_dim],
-            positions,
-            stride: shape.positions,
-        }
-    }
-
-    fn run_portable(&self, q: &[f32], out: &mut [f32], scores: &mut [f32]) {
-        for (q, out) in q.chunks_exact(self.head_dim).zip(out.chunks_exact_mut(self.head_dim)) {
-            for (panel, scores) in self.keys.chunks_exact(self.head_dim * PANEL).zip(scores.chunks_exact_mut(PANEL)) {
-                let mut acc = [0.0f32; PANEL];
-                for (keys, &q) in panel.chunks_exact(PANEL).zip(q) {
-                    for (acc, &key) in acc.iter_mut().zip(keys) {
-                        *acc = Software::fma(key, q, *acc);
+/// Attention of `rows`, all heads; `out` is `(rows.len(), n_heads * head_dim)`.
+fn attend_rows(level: Level, queries: &Queries<'_>, rows: Range<usize>, out: &mut [f32]) {
+    let shape = queries.shape;
+    let (group, head_dim) = (shape.group(), shape.head_dim);
+    // Heads of one row that share a tile, and rows of a tile.
+    let heads = group.min(MAX_TILE);
+    let tile_rows = MAX_TILE / heads;
+    for kv_head in 0..shape.n_kv_heads {
+        for first_head in (kv_head * group..(kv_head + 1) * group).step_by(heads) {
+            let heads = heads.min((kv_head + 1) * group - first_head);
+            for start in rows.clone().step_by(tile_rows) {
+                let tile_rows = start..rows.end.min(start + tile_rows);
+                let mut tile = Tile { q: queries.q, q_at: [0; MAX_TILE], out_at: [0; MAX_TILE], scale: queries.scale };
+                let mut count = 0;
+                for row in tile_rows.clone() {
+                    for head in first_head..first_head + heads {
+                        tile.q_at[count] = row * queries.q_stride + head * head_dim;
+                        tile.out_at[count] = ((row - rows.start) * shape.n_heads + head) * head_dim;
+                        count += 1;
                     }
                 }
-                for (score, acc) in scores.iter_mut().zip(acc) {
-                    *score = acc * self.scale;
+                let mut running = [Running::EMPTY; MAX_TILE];
+                for block in queries.blocks(start).start..queries.blocks(tile_rows.end - 1).end {
+                    let data = shape.block(queries.cache, queries.layer, kv_head, block);
+                    let whole = |row| inside(block, &queries.visible(row)).len() == KV_BLOCK;
+                    if tile_rows.clone().all(whole) {
+                        pass(level, &data, 0..KV_BLOCK, &tile, 0..count, &mut running, out);
+                        continue;
+                    }
+                    for (i, row) in tile_rows.clone().enumerate() {
+                        let inside = inside(block, &queries.visible(row));
+                        if !inside.is_empty() {
+                            pass(level, &data, inside, &tile, i * heads..(i + 1) * heads, &mut running, out);
+                        }
+                    }
+                }
+                for (at, running) in tile.out_at.iter().zip(&running).take(count) {
+                    let inverse = 1.0 / running.sum;
+                    out[*at..*at + head_dim].iter_mut().for_each(|out| *out *= inverse);
                 }
             }
-            let inverse = 1.0 / softmax_numerators(Level::Portable, scores, self.positions);
-            out.fill(0.0);
-            for (value, &weight) in self.values.chunks_exact(self.head_dim).zip(&*scores) {
-                for (out, &value) in out.iter_mut().zip(value) {
-                    *out = Software::fma(weight, value, *out);
-                }
-            }
-            out.iter_mut().for_each(|out| *out *= inverse);
         }
     }
+}
 
-    fn run_avx2<const R: usize>(&self, avx2: Avx2, q: &[f32], out: &mut [f32], scores: &mut [f32]) {
-        let q: [&[f32]; R] = core::array::from_fn(|r| &q[r * self.head_dim..][..self.head_dim]);
-        simd::math::attention_scores(avx2, q, self.keys, self.head_dim, self.scale, scores, self.stride);
-        let inverse: [f32; R] = core::array::from_fn(|r| {
-            1.0 / softmax_numerators(Level::Avx2(avx2), &mut scores[r * self.stride..][..self.stride], self.positions)
-        });
-        let mut d = 0;
-        while d + 32 <= self.head_dim {
-            let (values, scores) = (self.values, &*scores);
-            simd::math::attention_values::<R, 4>(avx2, scores, self.stride, values, self.head_dim, d, inverse, out);
-            d += 32;
-        }
-        while d + 8 <= self.head_dim {
-            let (values, scores) = (self.values, &*scores);
-            simd::math::attention_values::<R, 1>(avx2, scores, self.stride, values, self.head_dim, d, inverse, out);
-            d += 8;
-        }
-        // Head dimensions that are no multiple of 8 are rare: their last elements take the portable way.
-        for r in 0..R {
-            for d in d..self.head_dim {
-                let rows = self.values.chunks_exact(self.head_dim).zip(&scores[r * self.stride..]);
-                let sum = rows.fold(0.0, |sum, (value, &weight)| Software::fma(weight, value[d], sum));
-                out[r * self.head_dim + d] = sum * inverse[r];
+/// The partial results of row 0 in `units`, which count the blocks it sees of kv head 0, then of the next.
+fn attend_blocks(level: Level, queries: &Queries<'_>, units: Range<usize>, partials: &mut [f32]) {
+    let shape = queries.shape;
+    let (group, head_dim, len) = (shape.group(), shape.head_dim, shape.partial_len());
+    let (visible, blocks) = (queries.visible(0), queries.blocks(0));
+    for (unit, partial) in units.zip(partials.chunks_exact_mut(len)) {
+        let (kv_head, block) = (unit / blocks.len(), blocks.start + unit % blocks.len());
+        let data = shape.block(queries.cache, queries.layer, kv_head, block);
+        for first in (0..group).step_by(MAX_TILE) {
+            let count = MAX_TILE.min(group - first);
+            let mut tile = Tile { q: queries.q, q_at: [0; MAX_TILE], out_at: [0; MAX_TILE], scale: queries.scale };
+            for i in 0..count {
+                tile.q_at[i] = (kv_head * group + first + i) * head_dim;
+                tile.out_at[i] = (first + i) * head_dim;
+            }
+            let mut running = [Running::EMPTY; MAX_TILE];
+            pass(level, &data, inside(block, &visible), &tile, 0..count, &mut running, partial);
+            for (i, running) in running.iter().take(count).enumerate() {
+                let at = group * head_dim + 2 * (first + i);
+                (partial[at], partial[at + 1]) = (running.max, running.sum);
             }
         }
+    }
+}
+
+/// Joins what [`attend_blocks`] left: `partials` is `(n_kv_heads, blocks, partial_len)`, `out` `(n_heads, head_dim)`.
+fn join_blocks(level: Level, shape: &KvShape, blocks: usize, partials: &[f32], out: &mut [f32]) {
+    let (group, head_dim, len) = (shape.group(), shape.head_dim, shape.partial_len());
+    for (head, out) in out.chunks_exact_mut(head_dim).enumerate() {
+        let (kv_head, i) = (head / group, head % group);
+        let mut running = Running::EMPTY;
+        for partial in partials[kv_head * blocks * len..].chunks_exact(len).take(blocks) {
+            let (sums, rest) = partial.split_at(group * head_dim);
+            let (values, max, sum) = (&sums[i * head_dim..][..head_dim], rest[2 * i], rest[2 * i + 1]);
+            match level {
+                Level::Portable => join::<Software>(&mut running, max, sum, values, out),
+                Level::Avx2(avx2) => simd::attention::join(avx2, &mut running, max, sum, values, out),
+            }
+        }
+        let inverse = 1.0 / running.sum;
+        out.iter_mut().for_each(|out| *out *= inverse);
+    }
+}
+
+/// Joins one block's sums to `running` and `out`.
+#[inline(always)]
+pub(crate) fn join<F: ScalarArithmetic>(running: &mut Running, max: f32, sum: f32, values: &[f32], out: &mut [f32]) {
+    match running.join::<F>(max, sum) {
+        None => out.copy_from_slice(values),
+        Some((old, new)) => {
+            for (out, &value) in out.iter_mut().zip(values) {
+                *out = F::fma(new, value, old * *out);
+            }
+        }
+    }
+}
+
+/// Takes the positions `visible` of a block into the queries `which` of a tile.
+fn pass(
+    level: Level,
+    block: &Block<'_>,
+    visible: Range<usize>,
+    tile: &Tile<'_>,
+    which: Range<usize>,
+    running: &mut [Running; MAX_TILE],
+    out: &mut [f32],
+) {
+    if let Level::Avx2(avx2) = level
+        && block.head_dim.is_multiple_of(8)
+    {
+        return simd::attention::pass(avx2, block, visible, tile, which, running, out);
+    }
+    // Head dimensions that are no multiple of 8 are rare: they take the portable way everywhere.
+    for i in which {
+        let q = &tile.q[tile.q_at[i]..][..block.head_dim];
+        let out = &mut out[tile.out_at[i]..][..block.head_dim];
+        portable_pass(block, visible.clone(), q, tile.scale, &mut running[i], out);
+    }
+}
+
+fn portable_pass(
+    block: &Block<'_>,
+    visible: Range<usize>,
+    q: &[f32],
+    scale: f32,
+    running: &mut Running,
+    out: &mut [f32],
+) {
+    let head_dim = block.head_dim;
+    let mut weights = [0.0f32; KV_BLOCK];
+    for pos in visible.clone() {
+        let key = |d: usize| (pos / KV_PANEL * head_dim + d) * KV_PANEL + pos % KV_PANEL;
+        let dot = q
+            .iter()
+            .enumerate()
+            .fold(0.0, |sum, (d, &q)| Software::fma(block.element::<Software>(block.keys, key(d)), q, sum));
+        let dot = if block.ty == KvType::Q8_0 { dot * f32_at(block.key_scales, pos) } else { dot };
+        weights[pos] = dot * scale;
+    }
+    let max = weights[visible.clone()].iter().fold(f32::NEG_INFINITY, |max, &s| if s > max { s } else { max });
+    let mut lanes = [0.0f32; REDUCE_LANES];
+    for pos in visible.clone() {
+        weights[pos] = exp_with::<Software>(weights[pos] - max);
+        lanes[pos % REDUCE_LANES] += weights[pos];
+        if block.ty == KvType::Q8_0 {
+            weights[pos] *= f32_at(block.value_scales, pos);
+        }
+    }
+    let factors = running.join::<Software>(max, crate::math::fold_halves(lanes));
+    for (d, out) in out.iter_mut().enumerate() {
+        let sum = visible.clone().fold(0.0, |sum, pos| {
+            Software::fma(weights[pos], block.element::<Software>(block.values, pos * head_dim + d), sum)
+        });
+        *out = match factors {
+            None => sum,
+            Some((old, new)) => Software::fma(new, sum, old * *out),
+        };
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::isa::Isa;
+    use crate::operands::AlignedBytes;
     use crate::random::SplitMix64;
+    use crate::workers::Single;
     use alloc::vec;
     use alloc::vec::Vec;
 
+    /// Workers that take turns.
+    struct Turns(usize);
+
+    impl Workers for Turns {
+        fn count(&self) -> usize {
+            self.0
+        }
+
+        fn run(&self, job: &(dyn Fn(usize) + Sync)) {
+            (0..self.0).rev().for_each(job);
+        }
+    }
+
     /// Softmax attention in f64, straight from the formula.
-    fn naive(q: &[f32], k: &[Vec<f32>], v: &[Vec<f32>]) -> Vec<f64> {
+    fn naive(q: &[f32], k: &[Vec<f32>], v: &[Vec<f32>], scale: f32) -> Vec<f64> {
         let dot = |k: &Vec<f32>| q.iter().zip(k).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
-        let scores: Vec<f64> = k.iter().map(|k| dot(k) / (q.len() as f64).sqrt()).collect();
+        let scores: Vec<f64> = k.iter().map(|k| dot(k) * f64::from(scale)).collect();
         let max = scores.iter().cloned().fold(f64::MIN, f64::max);
         let weights: Vec<f64> = scores.iter().map(|s| (s - max).exp()).collect();
         let sum: f64 = weights.iter().sum();
         (0..q.len()).map(|d| weights.iter().zip(v).map(|(w, v)| w * f64::from(v[d])).sum::<f64>() / sum).collect()
     }
 
+    /// `x` as the cache gives it back.
+    fn stored(ty: KvType, x: &[f32]) -> Vec<f32> {
+        let scale = int8_scale(x);
+        let mut bytes = vec![0u8; x.len() * ty.bytes()];
+        narrow(Level::Portable, ty, x, scale, &mut bytes);
+        let block = Block { ty, head_dim: x.len(), keys: &bytes, values: &[], key_scales: &[], value_scales: &[] };
+        let factor = if ty == KvType::Q8_0 { scale } else { 1.0 };
+        (0..x.len()).map(|i| factor * block.element::<Software>(&bytes, i)).collect()
+    }
+
+    fn bits(x: &[f32]) -> Vec<u32> {
+        x.iter().map(|x| x.to_bits()).collect()
+    }
+
     #[test]
     fn attention_is_the_formula_and_the_same_bits_at_every_level_and_split() {
-        let cases = [(9, 3, 64, 70), (8, 4, 8, 33), (4, 1, 48, 5), (2, 2, 20, 64), (5, 1, 6, 40), (1, 1, 128, 32)];
-        for (n_heads, n_kv_heads, head_dim, positions) in cases {
-            let mut rng = SplitMix64::new(head_dim as u64);
-            let shape = KvShape { n_layers: 2, n_heads, n_kv_heads, head_dim, positions: padded(positions) };
-            let mut cache = vec![f32::NAN; shape.len()];
-            // Stale values behind the visible positions must not matter, so they are left as they are: but finite ones
-            // stand in the same panel, as after a session was reset.
-            cache.iter_mut().for_each(|x| *x = 100.0 * rng.next_bell());
-            let mut row = |len: usize| -> Vec<f32> { (0..len).map(|_| 2.0 * rng.next_bell()).collect() };
-            let k: Vec<Vec<f32>> = (0..positions).map(|_| row(n_kv_heads * head_dim)).collect();
-            let v: Vec<Vec<f32>> = (0..positions).map(|_| row(n_kv_heads * head_dim)).collect();
-            for pos in 0..positions {
-                store(&shape, &mut cache, 1, pos, &k[pos], &v[pos]);
-            }
-            let (rows, width) = (3.min(positions), n_heads * head_dim);
-            let pos = positions - rows;
-            let q = row(rows * width);
-            let queries = Queries { shape: &shape, cache: &cache, layer: 1, q: &q, q_stride: width, rows, pos };
-            let run = |level: Level, cut: usize| -> Vec<f32> {
-                let mut out = vec![0.0; rows * width];
-                let mut scores = vec![f32::NAN; shape.scores_len()];
-                let partition = crate::dispatch::Partition::even(n_heads, head_dim, cut);
-                let shared =
-                    crate::dispatch::SharedColumns::new(ColumnsMut::new(&mut out, rows, width, width), &partition);
-                for i in 0..cut {
-                    let heads = partition.range(i).start / head_dim..partition.range(i).end / head_dim;
-                    attend(level, &queries, heads, shared.take(i).unwrap(), &mut scores);
+        // Heads, kv heads, head dimension, positions, rows, window.
+        let cases = [
+            (9, 3, 64, 300usize, 7, usize::MAX),
+            (9, 3, 64, 300, 1, usize::MAX),
+            (8, 4, 8, 33, 3, usize::MAX),
+            (4, 1, 48, 5, 5, usize::MAX),
+            (2, 2, 20, 64, 1, usize::MAX),
+            (5, 1, 6, 140, 3, usize::MAX),
+            (1, 1, 128, 257, 2, usize::MAX),
+            (14, 1, 16, 200, 4, usize::MAX),
+            (28, 2, 80, 129, 1, usize::MAX),
+            (12, 12, 64, 260, 14, usize::MAX),
+            (4, 2, 96, 390, 9, 100),
+            (6, 2, 32, 390, 1, 130),
+            (4, 4, 24, 300, 20, 1),
+        ];
+        for (case, (n_heads, n_kv_heads, head_dim, positions, rows, window)) in cases.into_iter().enumerate() {
+            for ty in [KvType::F32, KvType::F16, KvType::Q8_0] {
+                let mut rng = SplitMix64::new(case as u64);
+                let blocks = positions.div_ceil(KV_BLOCK) + 1;
+                let shape = KvShape { n_layers: 2, n_heads, n_kv_heads, head_dim, blocks, ty };
+                let mut cache = AlignedBytes::zeroed(shape.len_bytes());
+                // What lies behind the visible positions must not matter, whatever it is.
+                cache.fill(0x7f);
+                let mut row = |len: usize| -> Vec<f32> { (0..len).map(|_| 2.0 * rng.next_bell()).collect() };
+                let k: Vec<Vec<f32>> = (0..positions).map(|_| row(n_kv_heads * head_dim)).collect();
+                let v: Vec<Vec<f32>> = (0..positions).map(|_| row(n_kv_heads * head_dim)).collect();
+                let mut portable_cache = AlignedBytes::copy_of(&cache);
+                for pos in 0..positions {
+                    store(Level::detect(), &shape, &mut cache, 1, pos, &k[pos], &v[pos]);
+                    store(Level::Portable, &shape, &mut portable_cache, 1, pos, &k[pos], &v[pos]);
                 }
-                out
-            };
-            let portable = run(Level::Portable, 1);
-            for cut in [1, 2, 3] {
-                let fast = run(Level::detect(), cut);
-                assert!(portable.iter().zip(&fast).all(|(a, b)| a.to_bits() == b.to_bits()), "{shape:?} cut {cut}");
-            }
-            for r in 0..rows {
-                for head in 0..n_heads {
-                    let kv = head / (n_heads / n_kv_heads) * head_dim;
-                    let cut = |rows: &[Vec<f32>]| -> Vec<Vec<f32>> {
-                        rows[..=pos + r].iter().map(|row| row[kv..kv + head_dim].to_vec()).collect()
-                    };
-                    let at = r * width + head * head_dim;
-                    let want = naive(&q[at..at + head_dim], &cut(&k), &cut(&v));
-                    for (d, want) in want.iter().enumerate() {
-                        let got = f64::from(portable[at + d]);
-                        assert!((got - want).abs() < 2e-5, "{shape:?} row {r} head {head} [{d}]: {got} {want}");
+                assert!(*cache == *portable_cache, "{shape:?}: stored bytes");
+                let width = n_heads * head_dim;
+                let (pos, scale) = (positions - rows, 1.0 / (head_dim as f32).sqrt());
+                let q = row(rows * width);
+                let queries = Queries {
+                    shape: &shape,
+                    cache: &cache,
+                    layer: 1,
+                    q: &q,
+                    q_stride: width,
+                    rows,
+                    pos,
+                    window,
+                    scale,
+                };
+                let run = |level: Level, workers: &dyn Workers, parts: usize| -> Vec<f32> {
+                    let mut out = vec![f32::NAN; rows * width];
+                    let mut partials = vec![f32::NAN; shape.partials_len()];
+                    attend(level, &queries, workers, parts, &mut out, &mut partials);
+                    out
+                };
+                let portable = run(Level::Portable, &Single, 1);
+                for level in [Level::Portable, Level::detect(), Level::new(Isa { avx512: false, ..Isa::detect() })] {
+                    for (workers, parts) in [(1, 1), (2, 2), (3, 3), (2, 5)] {
+                        let got = run(level, &Turns(workers), parts);
+                        assert!(bits(&portable) == bits(&got), "{shape:?} {level:?} {parts} parts on {workers}");
+                    }
+                }
+                // Rows on their own are the same rows.
+                for r in [0, rows - 1] {
+                    let alone = Queries { q: &q[r * width..], rows: 1, pos: pos + r, ..queries };
+                    let mut out = vec![f32::NAN; width];
+                    let mut partials = vec![f32::NAN; shape.partials_len()];
+                    attend(Level::detect(), &alone, &Turns(2), 2, &mut out, &mut partials);
+                    assert!(bits(&out) == bits(&portable[r * width..][..width]), "{shape:?} row {r}");
+                }
+                for r in 0..rows {
+                    for head in 0..n_heads {
+                        let kv = head / (n_heads / n_kv_heads) * head_dim;
+                        let end = pos + r + 1;
+                        let cut = |rows: &[Vec<f32>]| -> Vec<Vec<f32>> {
+                            let seen = &rows[end.saturating_sub(window)..end];
+                            seen.iter().map(|row| stored(ty, &row[kv..kv + head_dim])).collect()
+                        };
+                        let at = r * width + head * head_dim;
+                        let want = naive(&q[at..at + head_dim], &cut(&k), &cut(&v), scale);
+                        for (d, want) in want.iter().enumerate() {
+                            let got = f64::from(portable[at + d]);
+                            assert!((got - want).abs() < 2e-5, "{shape:?} row {r} head {head} [{d}]: {got} {want}");
+                        }
                     }
                 }
             }
         }
+    }
+
+    #[test]
+    fn elements_round_to_nearest_even_and_saturate() {
+        let x = [1.0, 1.0 + 1.0 / 2048.0, 1.0 + 3.0 / 2048.0, -2e9, 65519.0, 65520.0, 6e-8, f32::NEG_INFINITY, 3e-8];
+        for level in [Level::Portable, Level::detect()] {
+            let mut bytes = [0u8; 18];
+            narrow(level, KvType::F16, &x, 0.0, &mut bytes);
+            let got: Vec<f32> =
+                bytes.chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32_const()).collect();
+            let tiny = f16::from_bits(1).to_f32_const();
+            let want = [1.0, 1.0, 1.0 + 4.0 / 2048.0, -65504.0, 65504.0, 65504.0, tiny, -65504.0, tiny];
+            assert_eq!(got, want);
+        }
+        assert_eq!(stored(KvType::Q8_0, &[127.0, 0.5, 1.5, -2.5]), [127.0, 0.0, 2.0, -2.0]);
+        assert_eq!(stored(KvType::Q8_0, &[0.0; 8]), [0.0; 8]);
     }
 }

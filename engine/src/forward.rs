@@ -4,8 +4,8 @@
 //! A prompt runs in chunks of up to 64 rows; a chunk runs in the smallest batch bucket that holds it, its spare rows
 //! zero. Every row is computed on its own, so neither the chunks nor the bucket show in the result.
 
-use crate::attention::{self, KvShape, Queries};
-use crate::dispatch::{ColumnsMut, Partition, SharedColumns};
+use crate::attention::{self, KvShape, KvType, Queries};
+use crate::dispatch::ColumnsMut;
 use crate::error::EngineError;
 use crate::isa::Isa;
 use crate::loader::LoadedModel;
@@ -20,14 +20,11 @@ use alloc::vec::Vec;
 use core::ops::Range;
 use model::Config;
 use model::kernel::{DType, M_BUCKETS};
-use model::layout::{PANEL, WEIGHT_ALIGN, padded, x_row_bytes};
+use model::layout::{KV_BLOCK, PANEL, WEIGHT_ALIGN, padded, x_row_bytes};
 use zerocopy::{FromBytes, IntoBytes};
 
 /// Rows of the largest batch bucket.
 const MAX_ROWS: usize = M_BUCKETS[M_BUCKETS.len() - 1] as usize;
-
-/// Attention below this many multiply-adds is not worth waking the other workers.
-const PARALLEL_ATTENTION: usize = 1 << 15;
 
 /// A model ready to run.
 #[derive(Debug)]
@@ -134,10 +131,6 @@ pub struct Session<'m> {
     /// Tokens in the context.
     pos: usize,
     buffers: Buffers<'m>,
-    /// Columns of the attention output by worker: whole heads.
-    heads: Partition,
-    /// Scratch for attention scores by worker.
-    scores: Partition,
 }
 
 /// Activations of one chunk; `rows` is that of the bucket, at most 64. Each starts on a cache line.
@@ -157,8 +150,8 @@ struct Buffers<'m> {
     hidden: &'m mut [f32],
     /// The up half where it is not fused, as `hidden`.
     up: &'m mut [f32],
-    /// `(workers, scores_len)`.
-    scores: &'m mut [f32],
+    /// Partial results of one position's attention.
+    partials: &'m mut [f32],
     /// `(padded(vocab_size))`.
     logits: &'m mut [f32],
 }
@@ -177,13 +170,14 @@ struct Sizes {
 }
 
 impl Sizes {
-    fn new(config: &Config, context: usize, threads: usize) -> Self {
+    fn new(config: &Config, context: usize, threads: usize, kv: KvType) -> Self {
         let kv = KvShape {
             n_layers: config.n_layers as usize,
             n_heads: config.n_heads as usize,
             n_kv_heads: config.n_kv_heads as usize,
             head_dim: config.head_dim as usize,
-            positions: padded(context),
+            blocks: context.div_ceil(KV_BLOCK),
+            ty: kv,
         };
         Self {
             context,
@@ -206,7 +200,7 @@ impl Sizes {
     fn lens(&self) -> [usize; 10] {
         let longest_k = self.dim.max(self.q_dim).max(self.hidden_dim);
         [
-            self.kv.len(),
+            self.kv.len_bytes().div_ceil(size_of::<f32>()),
             MAX_ROWS * padded(self.dim),
             MAX_ROWS * self.dim,
             MAX_ROWS * x_row_bytes(DType::Q8_0, longest_k).div_ceil(size_of::<f32>()),
@@ -214,16 +208,16 @@ impl Sizes {
             MAX_ROWS * self.q_dim,
             MAX_ROWS * padded(self.hidden_dim),
             MAX_ROWS * padded(self.hidden_dim),
-            self.threads * self.kv.scores_len(),
+            self.kv.partials_len(),
             padded(self.vocab_size),
         ]
     }
 }
 
 impl<'m> Session<'m> {
-    /// Bytes of memory a session of `context` tokens on `threads` cores needs.
-    pub fn memory_bytes(config: &Config, context: usize, threads: usize) -> usize {
-        let lens = Sizes::new(config, context, threads).lens();
+    /// Bytes of memory a session of `context` tokens on `threads` cores needs, with a KV cache of type `kv`.
+    pub fn memory_bytes(config: &Config, context: usize, threads: usize, kv: KvType) -> usize {
+        let lens = Sizes::new(config, context, threads, kv).lens();
         let cut = |len: usize| (len * size_of::<f32>()).next_multiple_of(WEIGHT_ALIGN);
         WEIGHT_ALIGN + lens.into_iter().map(cut).sum::<usize>()
     }
@@ -232,10 +226,10 @@ impl<'m> Session<'m> {
     ///
     /// # Errors
     /// [`EngineError::SessionMemory`] when the memory is too small.
-    pub fn new(engine: &Engine<'_>, context: usize, memory: &'m mut [u8]) -> Result<Self, EngineError> {
+    pub fn new(engine: &Engine<'_>, context: usize, kv: KvType, memory: &'m mut [u8]) -> Result<Self, EngineError> {
         // Spare rows, padding columns and masked positions are read: they must be finite.
         memory.fill(0);
-        Self::in_zeroed(engine, context, memory)
+        Self::in_zeroed(engine, context, kv, memory)
     }
 
     /// [`Session::new`] for memory that is known to be all zero: writing it again would cost more than loading the model.
@@ -243,10 +237,15 @@ impl<'m> Session<'m> {
     ///
     /// # Errors
     /// [`EngineError::SessionMemory`] when the memory is too small.
-    pub fn in_zeroed(engine: &Engine<'_>, context: usize, memory: &'m mut [u8]) -> Result<Self, EngineError> {
+    pub fn in_zeroed(
+        engine: &Engine<'_>,
+        context: usize,
+        kv: KvType,
+        memory: &'m mut [u8],
+    ) -> Result<Self, EngineError> {
         let threads = engine.plan.threads;
-        let sizes = Sizes::new(engine.config(), context, threads);
-        let need_bytes = Self::memory_bytes(engine.config(), context, threads);
+        let sizes = Sizes::new(engine.config(), context, threads, kv);
+        let need_bytes = Self::memory_bytes(engine.config(), context, threads, kv);
         let have_bytes = memory.len();
         let too_small = EngineError::SessionMemory { context, need_bytes, have_bytes };
         if have_bytes < need_bytes {
@@ -274,12 +273,10 @@ impl<'m> Session<'m> {
             attended: next(),
             hidden: next(),
             up: next(),
-            scores: next(),
+            partials: next(),
             logits: next(),
         };
-        let heads = Partition::even(sizes.kv.n_heads, sizes.kv.head_dim, threads);
-        let scores = Partition::even(threads, sizes.kv.scores_len(), threads);
-        Ok(Self { sizes, kv, pos: 0, buffers, heads, scores })
+        Ok(Self { sizes, kv, pos: 0, buffers })
     }
 
     /// Tokens in the context.
@@ -337,7 +334,7 @@ impl<'m> Session<'m> {
 
     fn check(&self, engine: &Engine<'_>, tokens: &[u32]) -> Result<(), EngineError> {
         let (context, pos) = (self.sizes.context, self.pos);
-        if self.sizes != Sizes::new(engine.config(), context, engine.plan.threads) {
+        if self.sizes != Sizes::new(engine.config(), context, engine.plan.threads, self.sizes.kv.ty) {
             return Err(EngineError::ForeignSession);
         }
         if tokens.is_empty() {
@@ -385,7 +382,7 @@ impl<'m> Session<'m> {
         let Sizes { dim, q_dim, kv_dim, .. } = self.sizes;
         let qkv_stride = self.sizes.qkv_stride();
         self.norm_rows(engine, 2 * layer, 0..m);
-        let Buffers { x, normed, quantised, qkv, attended, scores, .. } = &mut self.buffers;
+        let Buffers { x, normed, quantised, qkv, attended, partials, .. } = &mut self.buffers;
         let normed = &normed[..m * dim];
 
         // Where key and value columns start in a row of `qkv`.
@@ -412,30 +409,30 @@ impl<'m> Session<'m> {
             let angles = engine.rope.row(pos);
             rope(level, &mut row[..q_dim], kv.head_dim, angles);
             rope(level, &mut row[k_at..k_at + kv_dim], kv.head_dim, angles);
-            attention::store(kv, self.kv, layer, pos, &row[k_at..k_at + kv_dim], &row[v_at..v_at + kv_dim]);
+            attention::store(
+                level,
+                kv,
+                self.kv.as_mut_bytes(),
+                layer,
+                pos,
+                &row[k_at..k_at + kv_dim],
+                &row[v_at..v_at + kv_dim],
+            );
         }
 
-        let queries = Queries { shape: kv, cache: self.kv, layer, q: qkv, q_stride: qkv_stride, rows, pos: self.pos };
-        attended[rows * q_dim..m * q_dim].fill(0.0);
-        let out = SharedColumns::new(ColumnsMut::new(attended, rows, q_dim, q_dim), &self.heads);
-        let scores_len = scores.len();
-        let scores = SharedColumns::new(ColumnsMut::new(scores, 1, scores_len, scores_len), &self.scores);
-        let parts = self.heads.parts();
-        let work = rows * (self.pos + rows) * 2 * q_dim;
-        let stride = if work < PARALLEL_ATTENTION { 1 } else { workers.count() };
-        let job = |worker: usize| {
-            for part in (worker..parts).step_by(stride) {
-                let (Some(out), Some(mut scores)) = (out.take(part), scores.take(part)) else { continue };
-                let columns = self.heads.range(part);
-                let heads = columns.start / kv.head_dim..columns.end / kv.head_dim;
-                attention::attend(level, &queries, heads, out, scores.row(0));
-            }
+        let queries = Queries {
+            shape: kv,
+            cache: self.kv.as_bytes(),
+            layer,
+            q: qkv,
+            q_stride: qkv_stride,
+            rows,
+            pos: self.pos,
+            window: usize::MAX,
+            scale: 1.0 / libm::sqrtf(kv.head_dim as f32),
         };
-        if stride == 1 {
-            job(0)
-        } else {
-            workers.run(&job)
-        }
+        attended[rows * q_dim..m * q_dim].fill(0.0);
+        attention::attend(level, &queries, workers, self.sizes.threads, attended, partials);
 
         let input = activations(level, engine.dtype(weights.attn_out), &attended[..m * q_dim], q_dim, quantised);
         engine.run(weights.attn_out, bucket, input, ColumnsMut::new(x, m, padded(dim), padded(dim)), workers);

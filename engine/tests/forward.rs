@@ -3,6 +3,7 @@
 
 mod support;
 
+use engine::attention::KvType;
 use engine::operands::AlignedBytes;
 use engine::simd::Level;
 use engine::workers::Single;
@@ -63,8 +64,9 @@ fn bits(logits: &[Vec<f32>]) -> Vec<u32> {
 fn every_tier_thread_count_and_chunking_gives_the_same_logits() {
     for (name, spec) in specs() {
         let (model, file) = gguf(&spec);
+        let kv = KvType::for_model(&model);
         let mut reference = load(&model, &file, 1, file.len(), Isa::PORTABLE, Tier::Reference);
-        let want = bits(&forced_logits(&mut reference, &Single, &PROMPT, &FORCED));
+        let want = bits(&forced_logits(&mut reference, &Single, &PROMPT, &FORCED, kv));
         for (threads, chunk_bytes, isa, tier) in [
             (1, 1 << 20, Isa::detect(), Tier::Reference),
             (1, 1000, Isa::PORTABLE, Tier::Baseline),
@@ -75,12 +77,12 @@ fn every_tier_thread_count_and_chunking_gives_the_same_logits() {
             (7, 512, Isa::detect(), Tier::Baseline),
         ] {
             let mut engine = load(&model, &file, threads, chunk_bytes, isa, tier);
-            let got = bits(&forced_logits(&mut engine, &Threads(threads), &PROMPT, &FORCED));
+            let got = bits(&forced_logits(&mut engine, &Threads(threads), &PROMPT, &FORCED, kv));
             assert!(got == want, "{name}: {threads} threads, chunks of {chunk_bytes}, {isa:?}, {tier:?}");
         }
         // Fewer workers than the plan has parts: each takes several.
         let mut engine = load(&model, &file, 3, 1 << 20, Isa::detect(), Tier::Baseline);
-        assert!(bits(&forced_logits(&mut engine, &Threads(2), &PROMPT, &FORCED)) == want, "{name}: 3 parts on 2");
+        assert!(bits(&forced_logits(&mut engine, &Threads(2), &PROMPT, &FORCED, kv)) == want, "{name}: 3 parts on 2");
     }
 }
 
@@ -89,22 +91,24 @@ fn a_prompt_in_any_pieces_is_the_same_context() {
     let (model, file) = gguf(&Spec { matrices: TensorType::Q8_0, ..Spec::default() });
     let mut engine = load(&model, &file, 2, 1 << 20, Isa::detect(), Tier::Baseline);
     let prompt: Vec<u32> = (0..150).map(|i| i * 37 % 300).collect();
-    let mut memory = session_memory(&engine, 160);
-    let mut session = Session::new(&engine, 160, &mut memory).unwrap();
-    let whole = session.prefill(&mut engine, &Threads(2), &prompt).unwrap().to_vec();
-    assert_eq!(session.pos(), 150);
-    for piece in [1, 3, 5, 16, 40, 64, 100] {
-        session.truncate(0);
-        let mut last = Vec::new();
-        for tokens in prompt.chunks(piece) {
-            last = session.prefill(&mut engine, &Threads(2), tokens).unwrap().to_vec();
+    for kv in [KvType::F32, KvType::F16, KvType::Q8_0] {
+        let mut memory = session_memory(&engine, 160, kv);
+        let mut session = Session::new(&engine, 160, kv, &mut memory).unwrap();
+        let whole = session.prefill(&mut engine, &Threads(2), &prompt).unwrap().to_vec();
+        assert_eq!(session.pos(), 150);
+        for piece in [1, 3, 5, 16, 40, 64, 100] {
+            session.truncate(0);
+            let mut last = Vec::new();
+            for tokens in prompt.chunks(piece) {
+                last = session.prefill(&mut engine, &Threads(2), tokens).unwrap().to_vec();
+            }
+            assert!(bits(&[last]) == bits(std::slice::from_ref(&whole)), "pieces of {piece}");
         }
-        assert!(bits(&[last]) == bits(std::slice::from_ref(&whole)), "pieces of {piece}");
+        // Going back in the context and on again is the same as never having been further.
+        session.truncate(100);
+        let again = session.prefill(&mut engine, &Threads(2), &prompt[100..]).unwrap().to_vec();
+        assert!(bits(&[again]) == bits(&[whole]));
     }
-    // Going back in the context and on again is the same as never having been further.
-    session.truncate(100);
-    let again = session.prefill(&mut engine, &Threads(2), &prompt[100..]).unwrap().to_vec();
-    assert!(bits(&[again]) == bits(&[whole]));
 }
 
 #[test]
@@ -115,8 +119,8 @@ fn both_file_formats_give_the_same_tokens() {
     let other = model::llama2c::read(&files.model, files.model.len() as u64, &files.tokenizer).unwrap();
     let mut a = load(&model, &file, 2, 3000, Isa::detect(), Tier::Baseline);
     let mut b = load(&other, &files.model, 1, 100, Isa::detect(), Tier::Reference);
-    let tokens = generate(&mut a, &Threads(2), &PROMPT, 100);
-    assert_eq!(tokens, generate(&mut b, &Single, &PROMPT, 100));
+    let tokens = generate(&mut a, &Threads(2), &PROMPT, 100, KvType::F32);
+    assert_eq!(tokens, generate(&mut b, &Single, &PROMPT, 100, KvType::F32));
 }
 
 /// Activations as int8 blocks hold them.
@@ -210,7 +214,7 @@ fn logits_are_those_of_the_formula() {
         let tolerance = if int8 { 0.2 } else { 1e-4 };
         let (model, file) = gguf(&spec);
         let mut engine = load(&model, &file, 1, 1 << 20, Isa::detect(), Tier::Baseline);
-        let got = forced_logits(&mut engine, &Single, &PROMPT, &FORCED);
+        let got = forced_logits(&mut engine, &Single, &PROMPT, &FORCED, KvType::F32);
         let tokens = [&PROMPT[..], &FORCED].concat();
         let want = naive_logits(&spec, &tokens);
         for (got, want) in got.iter().zip(&want[PROMPT.len() - 1..]) {
@@ -245,12 +249,12 @@ fn nothing_of_the_arena_is_left_as_it_was() {
 fn sessions_refuse_what_they_cannot_do() {
     let (model, file) = gguf(&Spec::default());
     let mut engine = load(&model, &file, 1, 1 << 20, Isa::detect(), Tier::Baseline);
-    let mut memory = session_memory(&engine, 10);
+    let mut memory = session_memory(&engine, 10, KvType::F16);
     let need_bytes = memory.len();
-    let short = Session::new(&engine, 10, &mut memory[1..]).err();
+    let short = Session::new(&engine, 10, KvType::F16, &mut memory[1..]).err();
     let have_bytes = need_bytes - 1;
     assert_eq!(short, Some(EngineError::SessionMemory { context: 10, need_bytes, have_bytes }));
-    let mut session = Session::new(&engine, 10, &mut memory).unwrap();
+    let mut session = Session::new(&engine, 10, KvType::F16, &mut memory).unwrap();
     assert_eq!(session.prefill(&mut engine, &Single, &[]).err(), Some(EngineError::NoTokens));
     let outside = session.decode(&mut engine, &Single, 300).err();
     assert_eq!(outside, Some(EngineError::Token { token: 300, vocab_size: 300 }));

@@ -3,6 +3,7 @@
 
 mod support;
 
+use engine::attention::KvType;
 use engine::dispatch::{ColumnsMut, Kernel, KernelArgs};
 use engine::ops::run_reference;
 use engine::simd::Level;
@@ -103,7 +104,7 @@ fn wrong_kernels_are_told_from_right_ones() {
         };
         assert_eq!((wrong.row, wrong.column), (0, 64));
         // The second round has captured activations.
-        forced_logits(&mut engine, &Threads(2), &[1, 2], &[3]);
+        forced_logits(&mut engine, &Threads(2), &[1, 2], &[3], KvType::F16);
         assert!(engine.is_captured(slot));
     }
     // The second case runs on the model's own weights; a fault there is reported as it came.
@@ -125,21 +126,21 @@ fn an_installed_kernel_runs_and_changes_no_bit() {
     let mut engine = engine();
     let slot = engine.table().find(&KEY).unwrap();
     let bits = |logits: Vec<Vec<f32>>| -> Vec<u32> { logits.iter().flatten().map(|x| x.to_bits()).collect() };
-    let want = bits(forced_logits(&mut engine, &Threads(2), &[1, 2, 3], &[4, 5]));
+    let want = bits(forced_logits(&mut engine, &Threads(2), &[1, 2, 3], &[4, 5], KvType::F16));
     let other = KernelKey { k: 96, ..KEY };
     assert!(engine.table_mut().install(slot, kernel(other, right)).is_err());
     assert!(engine.table_mut().install(slot, kernel(KEY, right)).unwrap().is_none());
     assert!(matches!(engine.table().runs(slot), Some(Runs::Compiled(_))));
     let before = CALLS.load(Ordering::Relaxed);
-    assert!(bits(forced_logits(&mut engine, &Threads(2), &[1, 2, 3], &[4, 5])) == want);
+    assert!(bits(forced_logits(&mut engine, &Threads(2), &[1, 2, 3], &[4, 5], KvType::F16)) == want);
     // Two layers, two slices, two single tokens; other tests may call it as well.
     assert!(CALLS.load(Ordering::Relaxed) >= before + 8);
     // What the table runs is really used: a wrong kernel changes the logits.
     engine.table_mut().install(slot, kernel(KEY, one_off)).unwrap();
-    assert!(bits(forced_logits(&mut engine, &Threads(2), &[1, 2, 3], &[4, 5])) != want);
+    assert!(bits(forced_logits(&mut engine, &Threads(2), &[1, 2, 3], &[4, 5], KvType::F16)) != want);
     assert!(engine.table_mut().remove(slot).is_some());
     assert!(matches!(engine.table().runs(slot), Some(Runs::Baseline)));
-    assert!(bits(forced_logits(&mut engine, &Threads(2), &[1, 2, 3], &[4, 5])) == want);
+    assert!(bits(forced_logits(&mut engine, &Threads(2), &[1, 2, 3], &[4, 5], KvType::F16)) == want);
 }
 
 #[test]
@@ -147,14 +148,14 @@ fn the_profile_counts_one_sample_for_each_op() {
     let mut engine = engine();
     let slot = engine.table().find(&KEY).unwrap();
     assert_eq!(engine.table().slices(slot), 2);
-    forced_logits(&mut engine, &Threads(2), &[1], &[2, 3]);
+    forced_logits(&mut engine, &Threads(2), &[1], &[2, 3], KvType::F16);
     let count = |engine: &Engine<'_>, slot| engine.table().profile().stats(slot).count();
     assert_eq!(count(&engine, slot), 2 * 3, "two layers, three single tokens");
     let head = (0..engine.table().len()).find(|&s| engine.table().key(s).unwrap().op == Op::LmHead).unwrap();
     assert_eq!(count(&engine, head), 3);
     assert!(engine.table().profile().stats(slot).min_cycles().unwrap() > 0);
     engine.table_mut().set_timing(false);
-    forced_logits(&mut engine, &Threads(2), &[1], &[2, 3]);
+    forced_logits(&mut engine, &Threads(2), &[1], &[2, 3], KvType::F16);
     assert_eq!(count(&engine, slot), 6, "not counted while switched off");
 }
 
@@ -164,7 +165,7 @@ fn replay_times_every_instance_without_touching_anything() {
     let workers = Threads(2);
     let slot = engine.table().find(&KEY).unwrap();
     assert_eq!(engine.instances(slot), 2, "one gate/up matrix in each layer");
-    let want = forced_logits(&mut engine, &workers, &[1, 2, 3], &[4]);
+    let want = forced_logits(&mut engine, &workers, &[1, 2, 3], &[4], KvType::F16);
     let count = engine.table().profile().stats(slot).count();
     let before = CALLS.load(Ordering::Relaxed);
     for instance in 0..2 {
@@ -174,7 +175,7 @@ fn replay_times_every_instance_without_touching_anything() {
     }
     assert!(CALLS.load(Ordering::Relaxed) >= before + 4);
     assert_eq!(engine.table().profile().stats(slot).count(), count, "replays are not recorded");
-    assert!(forced_logits(&mut engine, &workers, &[1, 2, 3], &[4]) == want);
+    assert!(forced_logits(&mut engine, &workers, &[1, 2, 3], &[4], KvType::F16) == want);
     let none = EngineError::NoInstance { key: KEY, instance: 2, instances: 2 };
     assert_eq!(engine.replay(&workers, slot, Runs::Baseline, 2), Err(none));
     let slots = engine.table().len();

@@ -2,6 +2,7 @@
 
 use crate::platform::FileDisk;
 use anyhow::{Context, Result};
+use engine::attention::KvType;
 use engine::{Plan, Session};
 use model::ModelDescription;
 use runtime::load::describe_source;
@@ -29,7 +30,8 @@ pub fn print(file: &Path, tokenizer: Option<&Path>, as_json: bool) -> Result<()>
     let context = (config.seq_len as usize).min(2048);
     let plan = Plan::new(&description, 1);
     let weights_bytes = plan.as_ref().map(Plan::arena_bytes).ok();
-    let session_bytes = Session::memory_bytes(config, context, 1);
+    let kv = KvType::for_model(&description);
+    let session_bytes = Session::memory_bytes(config, context, 1, kv);
     let template = description.chat_template.as_ref().map_or("none".to_owned(), |t| format!("{t:?}"));
     if as_json {
         let tensor_types: Vec<_> =
@@ -44,6 +46,7 @@ pub fn print(file: &Path, tokenizer: Option<&Path>, as_json: bool) -> Result<()>
             "chat_template": template,
             "weights_bytes": weights_bytes,
             "session_bytes": session_bytes,
+            "kv_cache": kv.name(),
             "context": context,
             "runs": plan.is_ok(),
             "why_not": plan.err().map(|e| e.to_string()),
@@ -67,9 +70,10 @@ pub fn print(file: &Path, tokenizer: Option<&Path>, as_json: bool) -> Result<()>
     println!("chat template {template}");
     if let Some(bytes) = weights_bytes {
         println!(
-            "memory        {:.1} MiB weights + {:.1} MiB for {context} tokens of context",
+            "memory        {:.1} MiB weights + {:.1} MiB for {context} tokens of context ({} KV cache)",
             bytes as f64 / (1 << 20) as f64,
-            session_bytes as f64 / (1 << 20) as f64
+            session_bytes as f64 / (1 << 20) as f64,
+            kv.name()
         );
     }
     match plan {

@@ -98,6 +98,9 @@ struct GenerateArgs {
     /// Longest context in tokens; 0 takes the model's, at most 2048.
     #[arg(long, default_value_t = 0)]
     context: u32,
+    /// Type of the KV cache: auto, f32, f16 or q8_0; auto is f32 for models with f32 weights, else f16.
+    #[arg(long, default_value = "auto")]
+    kv: String,
     /// Disk image that keeps kernels and profile from run to run; made when missing. A guest's disk works too.
     #[arg(long)]
     snapshot: Option<PathBuf>,
@@ -155,6 +158,7 @@ fn options(args: &GenerateArgs) -> Result<Options> {
     options.set("temp", &args.temp.to_string())?;
     options.set("tier", &args.tier)?;
     options.set("isa", &args.isa)?;
+    options.set("kv", &args.kv)?;
     for setting in &args.settings {
         options.apply(setting)?;
     }

@@ -24,6 +24,17 @@
 //! Outputs are f32, row-major, with a row stride (`ldy`) of at least `n` rounded up to [`PANEL`]; kernels write the
 //! padding columns.
 //!
+//! KV cache: for each layer and kv head, blocks of [`KV_BLOCK`] positions, each block
+//!
+//! ```text
+//! keys           2 panels x head_dim x 64 positions
+//! values         128 positions x head_dim
+//! key scales     128 x f32    int8 only
+//! value scales   128 x f32    int8 only
+//! ```
+//!
+//! with elements of f32, f16 or int8.
+//!
 //! Sources: GGUF block formats `block_q8_0`, `block_q4_0`, `block_q4_1` of the ggml project.
 
 use crate::kernel::{DType, Op};
@@ -42,6 +53,10 @@ pub const XBLOCK_D: usize = 32;
 pub const XBLOCK_SUM: usize = 36;
 /// Offset of the f32 product `d * sum` (what Q4_1's minimum multiplies).
 pub const XBLOCK_DSUM: usize = 40;
+/// Positions in a block of the KV cache: the piece of the context whose attention is computed on its own.
+pub const KV_BLOCK: usize = 128;
+/// Positions in a panel of keys.
+pub const KV_PANEL: usize = 64;
 /// Alignment of every packed matrix, in bytes.
 pub const WEIGHT_ALIGN: usize = 64;
 

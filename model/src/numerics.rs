@@ -27,8 +27,15 @@
 //!
 //! **rmsnorm**: reduction by `lane = fma(x, x, lane)`; `scale = 1 / sqrt(sum / n + eps)`; `y = x * scale * weight`.
 //! **rope**, pairs `(2i, 2i+1)`: `x0 * cos - x1 * sin`, `x1 * cos + x0 * sin`; cos and sin are made in f64 and rounded once.
-//! **Attention**: `score = (k-ascending fma of key and query) * (1 / sqrt(head_dim))`; `e = exp(score - max)`; reduction of `e`;
-//! `out = (position-ascending fma of e and value) * (1 / sum)`.
+//! **KV cache.** f32: as computed. f16: rounded to nearest even after clamping to +-65504, widened exactly. int8: for
+//! each position and head `d = max |x| / 127`, `q = round_ties_even(x * (1 / d))` (0 when `d` is 0), kept between -127 and
+//! 127.
+//! **Attention** goes block by block over [`KV_BLOCK`](crate::layout::KV_BLOCK) positions, counted from position 0; of
+//! each block the query's visible positions take part. Per block: `score = (k-ascending fma of key and query) * scale`
+//! (int8: `* d_k` before `* scale`); `m = max score`; `e = exp(score - m)`; `l` = reduction of `e`, element `i` being
+//! position `i` of the block; `o = position-ascending fma of e and value` (int8: of `e * d_v` and `q`). The first block
+//! gives `M, L, O = m, l, o`; each later one, in ascending order: `top = max(M, m)`; `a = exp(M - top)`;
+//! `b = exp(m - top)`; `L = fma(b, l, a * L)`; `O = fma(b, o, a * O)`; `M = top`. `out = O * (1 / L)`.
 //!
 //! Source of the polynomial: Cephes `expf` coefficients (S. Moshier).
 

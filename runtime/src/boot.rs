@@ -17,6 +17,7 @@ use crate::rows::kernel_rows;
 use alloc::string::{String, ToString};
 use alloc::vec;
 use alloc::vec::Vec;
+use engine::attention::KvType;
 use engine::simd::limits;
 use engine::workers::Workers;
 use engine::{Engine, Isa, Loader, Plan, Session};
@@ -108,8 +109,9 @@ fn work(platform: &mut dyn Platform, reporter: &mut Reporter, request: Request<'
 
     let threads = threads(&options, platform.workers());
     let (mut engine, loaded) = load_engine(platform, &location, &description, &options, isa, threads)?;
-    let session_bytes = Session::memory_bytes(&description.config, context, threads);
-    let mut session = Session::in_zeroed(&engine, context, platform.arena("session", session_bytes)?)?;
+    let kv = options.kv.unwrap_or_else(|| KvType::for_model(&description));
+    let session_bytes = Session::memory_bytes(&description.config, context, threads, kv);
+    let mut session = Session::in_zeroed(&engine, context, kv, platform.arena("session", session_bytes)?)?;
     reporter.stage(platform, "load_model");
 
     let identity = identity(platform.cpu(), loaded.fingerprint);

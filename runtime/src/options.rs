@@ -8,6 +8,7 @@ use alloc::borrow::ToOwned;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 use core::str::FromStr;
+use engine::attention::KvType;
 
 /// What the boot is for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -50,6 +51,8 @@ pub struct Options {
     pub seed: u64,
     /// Longest context in tokens; 0 takes the model's, at most 2048 (`context=2048`).
     pub context: u32,
+    /// Type of the KV cache; `None` takes f32 for models with unrounded weights, else f16 (`kv=auto|f32|f16|q8_0`).
+    pub kv: Option<KvType>,
     /// Cores to use; 0 is all (`threads=1`).
     pub threads: u32,
     /// Model file on the boot volume; empty takes the raw model disk, else the only model file found (`model=NAME.EXT`).
@@ -106,6 +109,7 @@ impl Default for Options {
             temperature: 0.0,
             seed: 1,
             context: 0,
+            kv: None,
             threads: 0,
             model: String::new(),
             tokenizer: String::new(),
@@ -221,6 +225,16 @@ const TABLE: &[(&str, Setter)] = &[
     }),
     ("seed", |o, v| number(v, "a whole number").map(|x| o.seed = x)),
     ("context", |o, v| number(v, "a whole number of tokens").map(|x| o.context = x)),
+    ("kv", |o, v| {
+        o.kv = match v {
+            "auto" => None,
+            "f32" => Some(KvType::F32),
+            "f16" => Some(KvType::F16),
+            "q8_0" => Some(KvType::Q8_0),
+            _ => return Err("auto, f32, f16 or q8_0"),
+        };
+        Ok(())
+    }),
     ("threads", |o, v| number(v, "a whole number of cores, 0 for all").map(|x| o.threads = x)),
     ("model", |o, v| {
         o.model = v.to_owned();
@@ -413,6 +427,7 @@ mod tests {
             "mode=x",
             "tier=x",
             "isa=sse",
+            "kv=f64",
         ] {
             assert!(matches!(error(bad), OptionError::BadValue { .. }), "{bad}");
         }

@@ -7,12 +7,12 @@ use core::arch::x86_64::{_mm_cvtph_ps, _mm_cvtsi32_si128, _mm_cvtss_f32, _mm_fma
 use model::kernel::KernelKey;
 
 /// `vfmadd` and `vcvtph2ps`. Only named inside functions that enable the features.
-struct Hardware;
+pub(super) struct Hardware;
 
 impl ScalarArithmetic for Hardware {
     #[inline(always)]
     fn fma(a: f32, b: f32, c: f32) -> f32 {
-        // SAFETY: this type is private and used only below, behind the `Avx2` proof, which includes FMA.
+        // SAFETY: this type is private to `simd` and used only behind the `Avx2` proof, which includes FMA.
         unsafe { _mm_cvtss_f32(_mm_fmadd_ss(_mm_set_ss(a), _mm_set_ss(b), _mm_set_ss(c))) }
     }
 

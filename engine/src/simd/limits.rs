@@ -92,6 +92,11 @@ impl Engine<'_> {
     }
 }
 
+/// Reads all of `memory` once, as fast as one core can.
+pub fn read(memory: &[u8], level: Level) {
+    core::hint::black_box(read_once(memory, true, level));
+}
+
 /// Bytes per tick over the first `cores` workers, each reading its own part of `memory`: the best of one stream and
 /// four streams with software prefetch.
 fn read_bandwidth(memory: &[u8], level: Level, workers: &dyn Workers, cores: usize) -> f64 {

@@ -1,9 +1,9 @@
-//! AVX2 forms of `math` and `attention`: the same operations in the same order, lane by lane.
+//! AVX2 forms of `math`: the same operations in the same order, lane by lane.
 
 use super::Avx2;
 use crate::math::fold_halves;
 use core::arch::x86_64::*;
-use model::layout::{BLOCK, PANEL, XBLOCK_BYTES, XBLOCK_D, XBLOCK_DSUM, XBLOCK_SUM};
+use model::layout::{BLOCK, XBLOCK_BYTES, XBLOCK_D, XBLOCK_DSUM, XBLOCK_SUM};
 use model::numerics::{EXP_HI, EXP_LO, EXP_POLY, LN2_HI, LN2_LO, LOG2E, REDUCE_LANES, ROUND_MAGIC};
 
 /// `exp` of eight lanes (see `math::exp_with`).
@@ -200,112 +200,4 @@ pub(crate) fn rope(_: Avx2, head: &mut [f32], cos_sin: &[f32]) -> usize {
     assert_eq!(head.len(), cos_sin.len());
     // SAFETY: `Avx2` proves the features.
     unsafe { rope(head, cos_sin) }
-}
-
-/// Scaled products of `R` query heads with the keys of their common kv head.
-///
-/// `q[r]`: one head, `(head_dim)`; `keys`: panels of 32 positions, `(panels, head_dim, 32)`; `scores`: row `r` starts at
-/// `r * stride` and gets one value per position of every panel.
-///
-/// # Panics
-/// When a slice is too short.
-pub(crate) fn attention_scores<const R: usize>(
-    _: Avx2,
-    q: [&[f32]; R],
-    keys: &[f32],
-    head_dim: usize,
-    scale: f32,
-    scores: &mut [f32],
-    stride: usize,
-) {
-    #[target_feature(enable = "avx2,fma")]
-    fn run<const R: usize>(
-        q: [&[f32]; R],
-        keys: &[f32],
-        head_dim: usize,
-        scale: f32,
-        scores: &mut [f32],
-        stride: usize,
-    ) {
-        for (p, panel) in keys.chunks_exact(head_dim * PANEL).enumerate() {
-            let mut acc = [[_mm256_setzero_ps(); PANEL / 8]; R];
-            for (d, keys) in panel.chunks_exact(PANEL).enumerate() {
-                for j in 0..PANEL / 8 {
-                    // SAFETY: the chunk is 32 f32, and every `q[r]` has `head_dim` elements.
-                    let key = unsafe { _mm256_loadu_ps(keys.as_ptr().add(8 * j)) };
-                    for (acc, q) in acc.iter_mut().zip(q) {
-                        // SAFETY: as above.
-                        acc[j] = _mm256_fmadd_ps(key, _mm256_set1_ps(unsafe { *q.get_unchecked(d) }), acc[j]);
-                    }
-                }
-            }
-            for (r, acc) in acc.iter().enumerate() {
-                let scores = &mut scores[r * stride + p * PANEL..][..PANEL];
-                for (scores, acc) in scores.chunks_exact_mut(8).zip(acc) {
-                    // SAFETY: the chunk is eight f32.
-                    unsafe { _mm256_storeu_ps(scores.as_mut_ptr(), _mm256_mul_ps(*acc, _mm256_set1_ps(scale))) };
-                }
-            }
-        }
-    }
-    assert!(q.iter().all(|q| q.len() == head_dim));
-    // SAFETY: `Avx2` proves the features.
-    unsafe { run(q, keys, head_dim, scale, scores, stride) }
-}
-
-/// Sums of value rows weighted by `scores`, times `inverse[r]`, for `R` query heads and the `8 V` elements from `d0` on.
-///
-/// `values`: `(positions, head_dim)`; `scores`: row `r` starts at `r * stride`; `out[r]`: `(head_dim)`.
-///
-/// # Panics
-/// When a slice is too short.
-#[allow(clippy::too_many_arguments)] // one head's worth of plain operands
-pub(crate) fn attention_values<const R: usize, const V: usize>(
-    _: Avx2,
-    scores: &[f32],
-    stride: usize,
-    values: &[f32],
-    head_dim: usize,
-    d0: usize,
-    inverse: [f32; R],
-    out: &mut [f32],
-) {
-    #[target_feature(enable = "avx2,fma")]
-    #[allow(clippy::too_many_arguments)] // as outside
-    unsafe fn run<const R: usize, const V: usize>(
-        scores: &[f32],
-        stride: usize,
-        values: &[f32],
-        head_dim: usize,
-        d0: usize,
-        inverse: [f32; R],
-        out: &mut [f32],
-    ) {
-        let mut acc = [[_mm256_setzero_ps(); V]; R];
-        for (pos, value) in values.chunks_exact(head_dim).enumerate() {
-            for j in 0..V {
-                // SAFETY: `d0 + 8 V <= head_dim`, and every row of scores has one element per position.
-                unsafe {
-                    let value = _mm256_loadu_ps(value.as_ptr().add(d0 + 8 * j));
-                    for (r, acc) in acc.iter_mut().enumerate() {
-                        let weight = _mm256_set1_ps(*scores.get_unchecked(r * stride + pos));
-                        acc[j] = _mm256_fmadd_ps(weight, value, acc[j]);
-                    }
-                }
-            }
-        }
-        for (r, acc) in acc.iter().enumerate() {
-            for (j, acc) in acc.iter().enumerate() {
-                // SAFETY: row `r` of `out` is `head_dim` elements and `d0 + 8 V <= head_dim`.
-                unsafe {
-                    let out = out.as_mut_ptr().add(r * head_dim + d0 + 8 * j);
-                    _mm256_storeu_ps(out, _mm256_mul_ps(*acc, _mm256_set1_ps(inverse[r])));
-                }
-            }
-        }
-    }
-    let positions = values.len() / head_dim;
-    assert!(d0 + 8 * V <= head_dim && out.len() >= R * head_dim && scores.len() >= (R - 1) * stride + positions);
-    // SAFETY: `Avx2` proves the features and the sizes were just checked.
-    unsafe { run::<R, V>(scores, stride, values, head_dim, d0, inverse, out) }
 }

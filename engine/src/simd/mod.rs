@@ -3,6 +3,7 @@
 //! A [`Level`] is the proof that an instruction set may be used: only detection makes one, so the safe wrappers of
 //! this module cannot execute an instruction the CPU lacks.
 
+pub(crate) mod attention;
 pub(crate) mod avx2;
 pub(crate) mod fma;
 pub mod limits;
@@ -47,41 +48,51 @@ unsafe fn xcr0() -> u64 {
     unsafe { _xgetbv(0) }
 }
 
-/// Proof that this CPU runs AVX2, FMA and F16C.
+/// Proof that this CPU runs AVX2, FMA and F16C; with another proof inside where wider vectors may be used too.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Avx2(());
+pub struct Avx2 {
+    avx512: Option<Avx512>,
+}
+
+/// Proof that this CPU runs AVX-512 F, BW, DQ and VL.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Avx512(());
 
 /// Which of this crate's own ops to run.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Level {
     /// Portable scalar code.
     Portable,
-    /// Hand-written AVX2, FMA and F16C code.
+    /// Hand-written AVX2, FMA and F16C code, with 512-bit forms where they pay.
     Avx2(Avx2),
 }
 
 impl Level {
     /// The highest level that `isa` allows and this CPU has.
     pub fn new(isa: Isa) -> Level {
-        if isa.avx2 && cpu_has_avx2() { Level::Avx2(Avx2(())) } else { Level::Portable }
+        match Level::detect() {
+            Level::Avx2(Avx2 { avx512 }) if isa.avx2 => Level::Avx2(Avx2 { avx512: avx512.filter(|_| isa.avx512) }),
+            _ => Level::Portable,
+        }
     }
 
     /// The highest level of this CPU.
     pub fn detect() -> Level {
-        if cpu_has_avx2() { Level::Avx2(Avx2(())) } else { Level::Portable }
+        let (avx2, avx512) = cpu_has();
+        if avx2 { Level::Avx2(Avx2 { avx512: avx512.then_some(Avx512(())) }) } else { Level::Portable }
     }
 }
 
-/// [`Isa::detect`]'s answer for AVX2, kept because a CPUID under a hypervisor can cost tens of microseconds.
-fn cpu_has_avx2() -> bool {
+/// [`Isa::detect`]'s answers for AVX2 and AVX-512, kept because a CPUID under a hypervisor can cost tens of microseconds.
+fn cpu_has() -> (bool, bool) {
     static KNOWN: AtomicU8 = AtomicU8::new(0);
     match KNOWN.load(Ordering::Relaxed) {
         0 => {
-            let has = Isa::detect().avx2;
-            KNOWN.store(1 + u8::from(has), Ordering::Relaxed);
-            has
+            let isa = Isa::detect();
+            KNOWN.store(1 + u8::from(isa.avx2) + u8::from(isa.avx2 && isa.avx512), Ordering::Relaxed);
+            (isa.avx2, isa.avx2 && isa.avx512)
         }
-        known => known == 2,
+        known => (known >= 2, known == 3),
     }
 }
 
@@ -91,7 +102,7 @@ pub(crate) fn clear_upper_halves() {
     fn vzeroupper() {
         core::arch::x86_64::_mm256_zeroupper();
     }
-    if cpu_has_avx2() {
+    if cpu_has().0 {
         // SAFETY: AVX2 implies AVX.
         unsafe { vzeroupper() }
     }

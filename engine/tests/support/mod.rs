@@ -1,6 +1,7 @@
 //! What several test files need: threads as workers, and a model loaded from bytes.
 #![allow(dead_code)] // each test file uses its part
 
+use engine::attention::KvType;
 use engine::operands::AlignedBytes;
 use engine::simd::Level;
 use engine::workers::Workers;
@@ -49,14 +50,21 @@ pub fn load(
 }
 
 /// Memory for a session.
-pub fn session_memory(engine: &Engine<'_>, context: usize) -> Vec<u8> {
-    vec![0xff; Session::memory_bytes(engine.config(), context, engine.plan().threads())]
+pub fn session_memory(engine: &Engine<'_>, context: usize, kv: KvType) -> Vec<u8> {
+    vec![0xff; Session::memory_bytes(engine.config(), context, engine.plan().threads(), kv)]
 }
 
 /// Runs `prompt` and then `forced` tokens one by one; returns the logits after the prompt and after each forced token.
-pub fn forced_logits(engine: &mut Engine<'_>, workers: &dyn Workers, prompt: &[u32], forced: &[u32]) -> Vec<Vec<f32>> {
-    let mut memory = session_memory(engine, prompt.len() + forced.len());
-    let mut session = Session::new(engine, prompt.len() + forced.len(), &mut memory).unwrap();
+pub fn forced_logits(
+    engine: &mut Engine<'_>,
+    workers: &dyn Workers,
+    prompt: &[u32],
+    forced: &[u32],
+    kv: KvType,
+) -> Vec<Vec<f32>> {
+    let context = prompt.len() + forced.len();
+    let mut memory = session_memory(engine, context, kv);
+    let mut session = Session::new(engine, context, kv, &mut memory).unwrap();
     let mut all = vec![session.prefill(engine, workers, prompt).unwrap().to_vec()];
     for &token in forced {
         all.push(session.decode(engine, workers, token).unwrap().to_vec());
@@ -65,10 +73,10 @@ pub fn forced_logits(engine: &mut Engine<'_>, workers: &dyn Workers, prompt: &[u
 }
 
 /// Greedy continuation of `prompt` by `count` tokens.
-pub fn generate(engine: &mut Engine<'_>, workers: &dyn Workers, prompt: &[u32], count: usize) -> Vec<u32> {
+pub fn generate(engine: &mut Engine<'_>, workers: &dyn Workers, prompt: &[u32], count: usize, kv: KvType) -> Vec<u32> {
     let context = prompt.len() + count;
-    let mut memory = session_memory(engine, context);
-    let mut session = Session::new(engine, context, &mut memory).unwrap();
+    let mut memory = session_memory(engine, context, kv);
+    let mut session = Session::new(engine, context, kv, &mut memory).unwrap();
     let mut token = sampler::greedy(session.prefill(engine, workers, prompt).unwrap());
     let mut tokens = vec![token];
     while tokens.len() < count {
