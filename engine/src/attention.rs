@@ -177,11 +177,18 @@ pub fn store(level: Level, shape: &KvShape, cache: &mut [u8], layer: usize, pos:
         let (keys, rest) = block.split_at_mut(KV_BLOCK * head_dim * bytes);
         let (values, scales) = rest.split_at_mut(KV_BLOCK * head_dim * bytes);
         let panel = &mut keys[at / KV_PANEL * KV_PANEL * head_dim * bytes..][..KV_PANEL * head_dim * bytes];
+        if at.is_multiple_of(KV_PANEL) {
+            // Lanes of positions to come are computed with and thrown away: whatever they hold must be finite.
+            panel.fill(0);
+        }
         let (key, value) = (&k[head.clone()], &v[head]);
         let (mut key_scale, mut value_scale) = (0.0, 0.0);
         if shape.ty == KvType::Q8_0 {
             (key_scale, value_scale) = (int8_scale(key), int8_scale(value));
             let (key_scales, value_scales) = scales.split_at_mut(shape.ty.scales_bytes());
+            if at.is_multiple_of(KV_PANEL) {
+                key_scales[4 * at..4 * (at + KV_PANEL)].fill(0);
+            }
             key_scales[4 * at..4 * at + 4].copy_from_slice(&key_scale.to_le_bytes());
             value_scales[4 * at..4 * at + 4].copy_from_slice(&value_scale.to_le_bytes());
         }

@@ -227,22 +227,6 @@ impl<'m> Session<'m> {
     /// # Errors
     /// [`EngineError::SessionMemory`] when the memory is too small.
     pub fn new(engine: &Engine<'_>, context: usize, kv: KvType, memory: &'m mut [u8]) -> Result<Self, EngineError> {
-        // Spare rows, padding columns and masked positions are read: they must be finite.
-        memory.fill(0);
-        Self::in_zeroed(engine, context, kv, memory)
-    }
-
-    /// [`Session::new`] for memory that is known to be all zero: writing it again would cost more than loading the model.
-    /// (Other content makes wrong logits, nothing worse.)
-    ///
-    /// # Errors
-    /// [`EngineError::SessionMemory`] when the memory is too small.
-    pub fn in_zeroed(
-        engine: &Engine<'_>,
-        context: usize,
-        kv: KvType,
-        memory: &'m mut [u8],
-    ) -> Result<Self, EngineError> {
         let threads = engine.plan.threads;
         let sizes = Sizes::new(engine.config(), context, threads, kv);
         let need_bytes = Self::memory_bytes(engine.config(), context, threads, kv);
@@ -262,6 +246,9 @@ impl<'m> Session<'m> {
             rest = after;
             Some(&mut buffer[..len])
         });
+        // Spare rows and padding columns are read: they must be finite. The cache, most of the memory, clears itself as
+        // it is used.
+        buffers.iter_mut().skip(1).flatten().for_each(|buffer| buffer.fill(0.0));
         let mut taken = buffers.iter_mut().map(|buffer| buffer.take().unwrap_or_default());
         let mut next = || taken.next().unwrap_or_default();
         let kv = next();

@@ -111,7 +111,7 @@ fn work(platform: &mut dyn Platform, reporter: &mut Reporter, request: Request<'
     let (mut engine, loaded) = load_engine(platform, &location, &description, &options, isa, threads)?;
     let kv = options.kv.unwrap_or_else(|| KvType::for_model(&description));
     let session_bytes = Session::memory_bytes(&description.config, context, threads, kv);
-    let mut session = Session::in_zeroed(&engine, context, kv, platform.arena("session", session_bytes)?)?;
+    let mut session = Session::new(&engine, context, kv, platform.arena("session", session_bytes)?)?;
     reporter.stage(platform, "load_model");
 
     let identity = identity(platform.cpu(), loaded.fingerprint);

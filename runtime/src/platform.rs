@@ -81,7 +81,7 @@ pub trait Platform {
     fn boot_disk(&mut self) -> Option<&mut dyn BlockDevice>;
     /// The device that holds the raw model file from byte 0, if there is one.
     fn model_disk(&mut self) -> Option<&mut dyn BlockDevice>;
-    /// Sets aside zeroed memory for the life of the boot, 2 MiB aligned where the machine allows.
+    /// Sets aside memory of any content for the life of the boot, 2 MiB aligned where the machine allows.
     ///
     /// # Errors
     /// [`OutOfMemory`] with the numbers.

@@ -155,7 +155,7 @@ pub fn free_bytes() -> u64 {
     MEMORY.lock().ranges.iter().map(Range::len_bytes).sum()
 }
 
-/// Cuts an arena of at least `len_bytes` out of free RAM: zeroed, whole 2 MiB pages, for the life of the boot.
+/// Cuts an arena of at least `len_bytes` out of free RAM: whole 2 MiB pages of any content, for the life of the boot.
 ///
 /// # Errors
 /// [`Exhausted`] when no piece is large enough.
@@ -163,11 +163,7 @@ pub fn free_bytes() -> u64 {
 pub fn arena(name: &'static str, len_bytes: u64) -> Result<&'static mut [u8], Exhausted> {
     let range = take(name, len_bytes)?;
     // SAFETY: `take` removed the range from everything that is handed out; it is mapped read-write (boot/plan.rs).
-    let bytes = unsafe {
-        ptr::write_bytes(range.start as *mut u8, 0, range.len_bytes() as usize);
-        core::slice::from_raw_parts_mut(range.start as *mut u8, len_bytes as usize)
-    };
-    Ok(bytes)
+    Ok(unsafe { core::slice::from_raw_parts_mut(range.start as *mut u8, len_bytes as usize) })
 }
 
 fn take(name: &'static str, len_bytes: u64) -> Result<Range, Exhausted> {
