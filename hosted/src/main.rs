@@ -5,6 +5,7 @@
 
 mod convert;
 mod info;
+mod limits;
 #[allow(unsafe_code)]
 mod platform;
 
@@ -52,6 +53,18 @@ enum Command {
         /// Type of the token embedding and output head; default: as --type.
         #[arg(long)]
         embedding: Option<String>,
+    },
+    /// Measure this machine's read bandwidth and multiply-add peaks.
+    Limits {
+        /// Threads; 0 is one per core.
+        #[arg(long, default_value_t = 0)]
+        threads: u32,
+        /// Measure arithmetic with AVX2 only.
+        #[arg(long)]
+        avx2: bool,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
     },
     /// Say what a model file is: architecture, sizes, tensor types, tokenizer, memory needed.
     Info {
@@ -127,6 +140,7 @@ fn main() -> ExitCode {
         Command::Generate(args) => generate(&args, entry_tsc),
         Command::Bench { generate, rounds } => bench(&generate, rounds),
         Command::Convert { input, output, ty, embedding } => convert::run(&input, &output, &ty, embedding.as_deref()),
+        Command::Limits { threads, avx2, json } => limits::print(threads, avx2, json),
         Command::Info { file, tokenizer, json } => info::print(&file, tokenizer.as_deref(), json),
     };
     match result {
