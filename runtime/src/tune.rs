@@ -59,7 +59,15 @@ impl<'a> Tuner<'a> {
             }
         };
         let tsc_hz = platform.clock().tsc_hz;
-        Some(Self { compiler, options, boot, end_tsc: 0, tsc_hz, changed_keys: Vec::new(), work: TuningWork::default() })
+        Some(Self {
+            compiler,
+            options,
+            boot,
+            end_tsc: 0,
+            tsc_hz,
+            changed_keys: Vec::new(),
+            work: TuningWork::default(),
+        })
     }
 
     /// Compiles a kernel of an earlier boot again whose code could not be used.
