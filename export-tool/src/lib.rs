@@ -19,8 +19,7 @@ pub use link::find_linker;
 use anyhow::{Context, Result, bail};
 use model::kernel::KernelKey;
 use serde::Serialize;
-use snapshot_format::header::{HEADER_BYTES, Header};
-use snapshot_format::{DiskMedium, Identity, Medium, Slot, Snapshot, StoredKernel};
+use snapshot_format::{DiskMedium, Identity, Snapshot, StoredKernel};
 use std::path::{Path, PathBuf};
 use storage::MemoryDisk;
 
@@ -130,21 +129,9 @@ pub fn read_snapshot(disk: &Path) -> Result<OnDisk> {
     let image = std::fs::read(disk).with_context(|| format!("reading {}", disk.display()))?;
     let mut device = MemoryDisk::new(image).with_read_only(true);
     let mut medium = DiskMedium::open(&mut device).with_context(|| format!("no boot volume on {}", disk.display()))?;
-    let mut newest: Option<Header> = None;
-    for slot in Slot::ALL {
-        let mut sector = [0; HEADER_BYTES];
-        // A slot that cannot be read is reported by `open` below, if no other can be.
-        let header = medium.read(slot, 0, &mut sector).ok().and_then(|()| Header::decode(&sector).ok());
-        newest = newest.into_iter().chain(header).max_by_key(|h| (h.committed, h.generation));
-    }
-    let Some(newest) = newest else {
-        bail!("no snapshot on {}; boot the JIT image with it first", disk.display());
-    };
-    match snapshot_format::open(&mut medium, &newest.identity) {
-        Ok(opened) => {
-            Ok(OnDisk { identity: newest.identity, generation: opened.generation, snapshot: opened.snapshot })
-        }
-        Err(cold) => bail!("no usable snapshot on {}: {cold}", disk.display()),
+    match snapshot_format::open_any(&mut medium) {
+        Ok((opened, identity)) => Ok(OnDisk { identity, generation: opened.generation, snapshot: opened.snapshot }),
+        Err(cold) => bail!("no usable snapshot on {}: {cold}; boot the JIT image with it first", disk.display()),
     }
 }
 

@@ -4,9 +4,13 @@
 #![deny(unsafe_code)]
 
 mod convert;
+mod explain;
 mod info;
+mod limits;
 #[allow(unsafe_code)]
 mod platform;
+mod tune;
+mod workbench;
 
 use anyhow::{Context, Result};
 use bootimage::ImageSpec;
@@ -52,6 +56,43 @@ enum Command {
         /// Type of the token embedding and output head; default: as --type.
         #[arg(long)]
         embedding: Option<String>,
+    },
+    /// Judge a snapshot's kernels: time its choice for every hot key beside the hand-written op and the reference.
+    Tune {
+        #[command(flatten)]
+        generate: GenerateArgs,
+        /// Time every variant of the search space too, and say how far the choices are from the best.
+        #[arg(long)]
+        exhaustive: bool,
+        /// Only keys whose name contains this.
+        #[arg(long, default_value = "")]
+        keys: String,
+        /// Calls of each candidate.
+        #[arg(long, default_value_t = 11)]
+        rounds: usize,
+    },
+    /// Show what was tried for a kernel key, what won, how close to the limit it is, and its machine code.
+    Explain {
+        /// Kernel name, as reports show it: gate_up_silu_q4_1_m1_n1536_k576.
+        key: String,
+        /// Disk image with a snapshot; without it the search space is shown.
+        #[arg(long)]
+        snapshot: Option<PathBuf>,
+        /// Highest instruction set: auto, avx512, avx2 or portable.
+        #[arg(long, default_value = "auto")]
+        isa: String,
+    },
+    /// Measure this machine's read bandwidth and multiply-add peaks.
+    Limits {
+        /// Threads; 0 is one per core.
+        #[arg(long, default_value_t = 0)]
+        threads: u32,
+        /// Measure arithmetic with AVX2 only.
+        #[arg(long)]
+        avx2: bool,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
     },
     /// Say what a model file is: architecture, sizes, tensor types, tokenizer, memory needed.
     Info {
@@ -130,6 +171,9 @@ fn main() -> ExitCode {
         Command::Generate(args) => generate(&args, entry_tsc),
         Command::Bench { generate, rounds } => bench(&generate, rounds),
         Command::Convert { input, output, ty, embedding } => convert::run(&input, &output, &ty, embedding.as_deref()),
+        Command::Tune { generate, exhaustive, keys, rounds } => tune(&generate, exhaustive, &keys, rounds),
+        Command::Explain { key, snapshot, isa } => explain(&key, snapshot.as_deref(), &isa),
+        Command::Limits { threads, avx2, json } => limits::print(threads, avx2, json),
         Command::Info { file, tokenizer, json } => info::print(&file, tokenizer.as_deref(), json),
     };
     match result {
@@ -226,6 +270,24 @@ fn generate(args: &GenerateArgs, entry_tsc: u64) -> Result<()> {
         );
     }
     Ok(())
+}
+
+fn tune(args: &GenerateArgs, exhaustive: bool, keys: &str, rounds: usize) -> Result<()> {
+    let request = tune::Request {
+        model: &args.model,
+        snapshot: args.snapshot.as_deref(),
+        exhaustive,
+        filter: keys,
+        rounds,
+        json: args.json,
+    };
+    tune::run(&request, &options(args)?)
+}
+
+fn explain(key: &str, snapshot: Option<&Path>, isa: &str) -> Result<()> {
+    let mut options = Options::default();
+    options.set("isa", isa)?;
+    explain::print(key, snapshot, options.isa)
 }
 
 fn bench(args: &GenerateArgs, rounds: u32) -> Result<()> {

@@ -244,7 +244,7 @@ pub fn read_options(platform: &mut dyn Platform, command_line: &str) -> Result<O
 }
 
 /// What may be used of what the CPU has.
-fn limited(isa: Isa, limit: IsaLimit) -> Isa {
+pub fn limited(isa: Isa, limit: IsaLimit) -> Isa {
     match limit {
         IsaLimit::Auto | IsaLimit::Avx512 => isa,
         IsaLimit::Avx2 => Isa { avx512: false, avx512_vnni: false, avx_vnni: false, ..isa },
@@ -252,14 +252,16 @@ fn limited(isa: Isa, limit: IsaLimit) -> Isa {
     }
 }
 
-fn threads(options: &Options, workers: &dyn Workers) -> usize {
+/// Cores to compute on, of those there are.
+pub fn threads(options: &Options, workers: &dyn Workers) -> usize {
     match options.threads as usize {
         0 => workers.count(),
         n => n.min(workers.count()),
     }
 }
 
-fn context(options: &Options, description: &ModelDescription) -> usize {
+/// Positions of the context: what was asked for or the default, and what the model allows at most.
+pub fn context(options: &Options, description: &ModelDescription) -> usize {
     let model = description.config.seq_len as usize;
     match options.context as usize {
         0 => model.min(DEFAULT_CONTEXT),
@@ -268,7 +270,10 @@ fn context(options: &Options, description: &ModelDescription) -> usize {
 }
 
 /// Plans the model, streams it into the weights arena, and freezes the arena.
-fn load_engine(
+///
+/// # Errors
+/// A model that cannot be planned, does not fit, or cannot be read.
+pub fn load_engine(
     platform: &mut dyn Platform,
     location: &Location,
     description: &ModelDescription,

@@ -29,7 +29,7 @@ pub mod options;
 pub mod platform;
 pub mod prompt;
 pub mod reporter;
-mod rows;
+pub mod rows;
 #[cfg(feature = "jit")]
 pub mod tune;
 

@@ -40,7 +40,7 @@ pub struct Tuner<'a> {
 }
 
 impl<'a> Tuner<'a> {
-    /// A tuner whose budget starts now; `None`, with a note, where no kernel can be compiled for this CPU.
+    /// A tuner; `None`, with a note, where no kernel can be compiled for this CPU. Its budget starts with [`Tuner::run`].
     pub fn start(
         platform: &mut dyn Platform,
         reporter: &mut Reporter,
@@ -59,8 +59,15 @@ impl<'a> Tuner<'a> {
             }
         };
         let tsc_hz = platform.clock().tsc_hz;
-        let end_tsc = engine::cycles().saturating_add(options.tune_budget_ms.saturating_mul(tsc_hz / 1000));
-        Some(Self { compiler, options, boot, end_tsc, tsc_hz, changed_keys: Vec::new(), work: TuningWork::default() })
+        Some(Self {
+            compiler,
+            options,
+            boot,
+            end_tsc: 0,
+            tsc_hz,
+            changed_keys: Vec::new(),
+            work: TuningWork::default(),
+        })
     }
 
     /// Compiles a kernel of an earlier boot again whose code could not be used.
@@ -87,6 +94,8 @@ impl<'a> Tuner<'a> {
         running: &mut RunningKernels,
         limit_fraction: &dyn Fn(usize) -> Option<f64>,
     ) -> TuningWork {
+        let budget_ticks = self.options.tune_budget_ms.saturating_mul(self.tsc_hz / 1000);
+        self.end_tsc = engine::cycles().saturating_add(budget_ticks);
         let hot: Vec<(usize, KernelKey)> = engine
             .table()
             .profile()

@@ -131,6 +131,20 @@ pub fn open(medium: &mut dyn Medium, identity: &Identity) -> Result<Opened, Cold
     Ok(Opened { snapshot, generation: header.generation, slot, code, passed_over })
 }
 
+/// Opens the newest snapshot of whatever build, CPU and model, with the identity it was saved under: for tools that look at
+/// snapshots and do not run them.
+///
+/// # Errors
+/// [`ColdStart`] with each slot's reason when there is none.
+pub fn open_any(medium: &mut dyn Medium) -> Result<(Opened, Identity), ColdStart> {
+    let headers = Slot::ALL.into_iter().filter_map(|slot| examine(medium, slot).ok());
+    let newest = headers.max_by_key(|header| (header.committed, header.generation));
+    // No header: nothing has this identity, and opening it says what is wrong with each slot.
+    let identity =
+        newest.map_or(Identity { build_id: [0; 32], model_id: [0; 32], machine: [0; 32] }, |header| header.identity);
+    Ok((open(medium, &identity)?, identity))
+}
+
 /// Writes `snapshot` to the slot that is not *the* snapshot's (see the module docs) and makes it durable.
 ///
 /// # Errors

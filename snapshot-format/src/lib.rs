@@ -21,7 +21,7 @@ pub mod header;
 mod reason;
 mod schema;
 
-pub use commit::{Medium, Opened, Saved, Slot, open, save};
+pub use commit::{Medium, Opened, Saved, Slot, open, open_any, save};
 pub use disk::DiskMedium;
 pub use header::{FORMAT_VERSION, HEADER_BYTES, Identity, MAX_PAYLOAD_BYTES};
 pub use reason::{CodeUse, ColdStart, ForeignCode, SaveError, ShortHash, SlotReason};

@@ -7,7 +7,7 @@ use sha2::{Digest, Sha256};
 use snapshot_format::header::{Header, MAX_GENERATION};
 use snapshot_format::{
     CodeUse, ForeignCode, HEADER_BYTES, Identity, MAX_PAYLOAD_BYTES, Medium, Opened, SaveError, Saved, Slot,
-    SlotReason, Snapshot, StoredKernel, open, save,
+    SlotReason, Snapshot, StoredKernel, open, open_any, save,
 };
 use storage::fault::{FAULT_STATUS, Fault, FaultDisk, Unflushed};
 use storage::{BlockDevice, DeviceError, MemoryDisk, SECTOR_BYTES, StorageError};
@@ -502,4 +502,21 @@ fn records_are_found_and_boot_lines_bounded() {
     }
     assert_eq!(snapshot.boots.len(), snapshot_format::MAX_BOOT_LINES);
     assert_eq!((snapshot.boots[0].boot, snapshot.boots.last().unwrap().boot), (477, 1500));
+}
+
+#[test]
+fn a_tool_opens_the_newest_snapshot_whosever_it_is() {
+    let mut disk = blank();
+    assert_eq!(
+        open_any(&mut slots(&mut disk)).expect_err("nothing there"),
+        open(&mut slots(&mut disk), &ME).unwrap_err()
+    );
+    saved(&mut disk, &snapshot(1, 100));
+    let other = Identity { model_id: [9; 32], build_id: [8; 32], machine: [7; 32] };
+    save(&mut slots(&mut disk), &other, &snapshot(2, 100)).expect("save");
+    let (opened, identity) = open_any(&mut slots(&mut disk)).expect("open");
+    assert_eq!(
+        (identity, opened.generation, opened.code, opened.snapshot),
+        (other, 2, CodeUse::Full, snapshot(2, 100))
+    );
 }

@@ -1,6 +1,7 @@
-//! `cargo xtask`: the two commands of the README, and their parts.
+//! `cargo xtask`: the commands of the README, and their parts.
 #![forbid(unsafe_code)]
 
+mod bench;
 mod demo;
 mod demo_model;
 mod kernel_build;
@@ -28,6 +29,8 @@ enum Command {
     Test,
     /// Boot every scenario under QEMU: the last step of `test` alone.
     Scenarios,
+    /// Measure BareFlow against llama.cpp on the same files, interleaved, and write docs/BENCHMARKS.md.
+    Bench(bench::BenchArgs),
     /// Build the self-optimising image and print its path.
     JitImage,
     /// Build the compiler-free kernel library for export-tool and print its path.
@@ -48,6 +51,7 @@ fn main() -> ExitCode {
 fn run(workspace: &Path, command: Command) -> Result<()> {
     match command {
         Command::Demo(args) => demo::run(workspace, &args),
+        Command::Bench(args) => bench::run(workspace, &args),
         Command::Test => test::run(workspace),
         Command::Scenarios => {
             packages::ensure(&[&packages::QEMU])?;

@@ -17,6 +17,9 @@ pub const QEMU: Package = Package { name: "qemu-system-x86", file: "/usr/bin/qem
 /// `pip`, for the demo model.
 pub const PIP: Package = Package { name: "python3-pip", file: "/usr/bin/pip3" };
 
+/// `taskset`, to pin benchmark runs to cores.
+pub const TASKSET: Package = Package { name: "util-linux", file: "/usr/bin/taskset" };
+
 /// Makes sure every package is there.
 ///
 /// # Errors

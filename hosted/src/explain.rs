@@ -1,0 +1,130 @@
+//! `bareflow explain KEY`: what was tried for one key, what won and how close to the limit it is, and its machine code.
+
+use crate::platform::{FileDisk, Process};
+use anyhow::{Context, Result, bail};
+use engine::simd::{Level, limits};
+use jit::{Compiler, disassemble, space};
+use model::kernel::{KernelKey, Variant};
+use runtime::options::IsaLimit;
+use runtime::platform::Platform;
+use snapshot_format::{DiskMedium, KeyRecord, Snapshot, TrialOutcome};
+use std::path::Path;
+
+/// Memory read to measure the bandwidth that a fraction is taken of.
+const LIMIT_MEMORY_BYTES: usize = 256 << 20;
+
+/// Prints what the snapshot on `image` knows about `key`, or without one the search space and its first guess.
+///
+/// # Errors
+/// A name that is no key, an image without a snapshot, a key that the snapshot has never met.
+pub fn print(key: &str, image: Option<&Path>, isa: IsaLimit) -> Result<()> {
+    let key: KernelKey = key.parse().with_context(|| format!("`{key}`"))?;
+    let mut process = Process::start(engine::cycles(), 0, None, None, true)?;
+    let isa = runtime::boot::limited(process.cpu().isa, isa);
+    let compiler = Compiler::new(runtime::tune::target(isa))?;
+    println!("{key}");
+    println!("  reads {} bytes of weights, does {} multiply-adds", key.weight_bytes(), key.flops() / 2);
+    let Some(image) = image else { return print_space(&key, compiler) };
+
+    let snapshot = open(image)?;
+    let Some(record) = snapshot.record(&key) else {
+        let known: Vec<String> = snapshot.entries.iter().map(|r| format!("  {}", r.key)).collect();
+        bail!("the snapshot on {} has never met {key}; it knows:\n{}", image.display(), known.join("\n"));
+    };
+    print_record(record);
+    let threads = snapshot.boots.last().map_or(1, |line| line.threads as usize);
+    if let Some(cycles) = record.last_median_cycles {
+        let memory = process.arena("limits", LIMIT_MEMORY_BYTES)?;
+        memory.fill(0x5a);
+        let measured = limits::measure(memory, Level::new(isa), isa, process.workers(), threads);
+        let roofline = runtime::rows::roofline(&measured, &key, threads);
+        let gb_s = roofline.read_bytes_per_cycle * process.clock().tsc_hz as f64 / 1e9;
+        match (roofline.limit_cycles(key.weight_bytes(), key.flops()), roofline.limit_fraction(&key, cycles)) {
+            (Some(limit), Some(fraction)) => println!(
+                "  last boot: {cycles} cycles a call, median; the limit measured now ({gb_s:.1} GB/s a core, {threads} threads) is {limit:.0}: {:.0} % of it",
+                100.0 * fraction
+            ),
+            _ => println!("  last boot: {cycles} cycles a call, median"),
+        }
+    }
+    match &record.incumbent {
+        Some(kernel) if kernel.code.is_empty() => {
+            println!("\n{}: its code was dropped, and is compiled again at the next boot", kernel.variant)
+        }
+        Some(kernel) => print_code(&kernel.variant, &kernel.code),
+        None => println!("\nThe hand-written op runs: no variant beat it, or none was tried."),
+    }
+    Ok(())
+}
+
+fn open(image: &Path) -> Result<Snapshot> {
+    let mut disk = FileDisk::open(image, false).with_context(|| format!("opening {}", image.display()))?;
+    let mut medium = DiskMedium::open(&mut disk).with_context(|| format!("reading {}", image.display()))?;
+    let (opened, _) =
+        snapshot_format::open_any(&mut medium).map_err(|cold| anyhow::anyhow!("{}: {cold}", image.display()))?;
+    Ok(opened.snapshot)
+}
+
+fn print_space(key: &KernelKey, mut compiler: Compiler) -> Result<()> {
+    let variants = space::variants(key, compiler.isa());
+    println!(
+        "  search space, best guess first ({} variants; --snapshot FILE shows what was measured):",
+        variants.len()
+    );
+    for variant in &variants {
+        println!("    {variant}");
+    }
+    let first = variants.first().context("no variant can compute this key on this CPU")?;
+    let compiled = compiler.compile(key, first)?;
+    print_code(first, &compiled.code);
+    Ok(())
+}
+
+fn print_record(record: &KeyRecord) {
+    let or_dash = |value: Option<String>| value.unwrap_or_else(|| "-".into());
+    let runs = record.incumbent.as_ref().map_or_else(|| "the hand-written op".to_owned(), |k| k.variant.to_string());
+    println!("  runs {runs}, since boot {}", record.changed_at_boot);
+    println!(
+        "  hand-written op: {} cycles a call, median",
+        or_dash(record.baseline_median_cycles.map(|c| c.to_string()))
+    );
+    println!(
+        "  {} variants tried{}",
+        record.trials.len(),
+        if record.space_exhausted { ": all worth trying" } else { "" }
+    );
+    println!(
+        "\n  {:<4} {:<28} {:<28} {:>6} {:<8} {:>8} {:>6}",
+        "boot", "variant", "against", "ratio", "outcome", "compile", "bytes"
+    );
+    for trial in &record.trials {
+        println!(
+            "  {:<4} {:<28} {:<28} {:>6} {:<8} {:>5} us {:>6}",
+            trial.boot,
+            trial.variant.to_string(),
+            or_dash(trial.incumbent.map(|v| v.to_string()).or(Some("hand-written".into()))),
+            or_dash(trial.ratio.map(|r| format!("{r:.3}"))),
+            outcome(trial.outcome),
+            trial.compile_us,
+            trial.code_bytes
+        );
+    }
+    for variant in &record.quarantined {
+        println!("  quarantined: {variant}");
+    }
+}
+
+fn outcome(outcome: TrialOutcome) -> &'static str {
+    match outcome {
+        TrialOutcome::Kept => "kept",
+        TrialOutcome::Slower => "slower",
+        TrialOutcome::Refused => "refused",
+        TrialOutcome::Wrong => "wrong",
+        TrialOutcome::Faulted => "faulted",
+    }
+}
+
+fn print_code(variant: &Variant, code: &[u8]) {
+    println!("\n{variant}: {} bytes", code.len());
+    print!("{}", disassemble(code));
+}

@@ -1,0 +1,50 @@
+//! `bareflow limits`: what this machine can do at best, measured now.
+
+use crate::platform::Process;
+use anyhow::{Result, ensure};
+use engine::Isa;
+use engine::simd::{Level, limits};
+use runtime::platform::Platform;
+use serde_json::json;
+
+/// Memory read for the bandwidth: larger than any last-level cache a core gets to itself.
+const MEMORY_BYTES: usize = 256 << 20;
+
+/// Measures read bandwidth and multiply-add peaks of `threads` threads (0: one per core) and prints them. Arithmetic uses
+/// the best instructions of the CPU, or AVX2 with `avx2_only`.
+///
+/// # Errors
+/// When there is no memory to read.
+pub fn print(threads: u32, avx2_only: bool, as_json: bool) -> Result<()> {
+    let mut process = Process::start(engine::cycles(), threads as usize, None, None, true)?;
+    let cores = process.workers().count();
+    let memory = process.arena("limits", MEMORY_BYTES)?;
+    // Untouched pages are all the same page of zeros: cached, and no memory at all.
+    memory.fill(0x5a);
+    let isa = match process.cpu().isa {
+        isa if avx2_only => Isa { avx512: false, avx512_vnni: false, avx_vnni: false, ..isa },
+        isa => isa,
+    };
+    let measured = limits::measure(memory, Level::new(isa), isa, process.workers(), cores);
+    let gigahertz = process.clock().tsc_hz as f64 / 1e9;
+    let read_gb_s = measured.read_bytes_per_cycle * gigahertz;
+    let f32_gflop_s = measured.fma_flops_per_cycle * gigahertz;
+    let int8_gop_s = measured.int8_ops_per_cycle * gigahertz;
+    ensure!(read_gb_s > 0.0, "nothing was measured: {MEMORY_BYTES} bytes are too few for {cores} threads");
+    if as_json {
+        let value = json!({
+            "threads": cores,
+            "isa": isa.name(),
+            "read_gb_s": read_gb_s,
+            "f32_gflop_s": f32_gflop_s,
+            "int8_gop_s": int8_gop_s,
+        });
+        println!("{}", serde_json::to_string_pretty(&value)?);
+    } else {
+        println!("threads       {cores} ({})", isa.name());
+        println!("read          {read_gb_s:.1} GB/s");
+        println!("f32 FMA       {f32_gflop_s:.1} GFLOP/s");
+        println!("int8 dot      {int8_gop_s:.1} GOP/s");
+    }
+    Ok(())
+}

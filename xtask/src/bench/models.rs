@@ -1,0 +1,83 @@
+//! The model in every weight type, as files that all engines read.
+
+use crate::demo_model;
+use anyhow::{Context, Result, bail};
+use model::{ModelDescription, ModelError, Role, gguf};
+use serde::Serialize;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// Type of the demo model as it is downloaded.
+const ORIGINAL: &str = "Q4_1";
+/// First guess at the header's size; it grows as the reader asks.
+const HEADER_GUESS_BYTES: u64 = 2 << 20;
+
+/// One file.
+#[derive(Clone, Debug, Serialize)]
+pub struct ModelFile {
+    /// Weight type asked for.
+    pub dtype: String,
+    /// Types in the file, by falling share of bytes.
+    pub stored: String,
+    /// GGUF file.
+    #[serde(skip)]
+    pub path: PathBuf,
+    /// Its size.
+    pub file_bytes: u64,
+    /// Bytes of weights that one decoded token has to read: every matrix once, the embedding only where it is the head too.
+    pub token_bytes: u64,
+    /// Name in the file.
+    pub name: String,
+}
+
+/// The demo model with matrices of type `dtype`, made in `cache` when missing.
+///
+/// # Errors
+/// No download, a type that `bareflow convert` does not write, or a damaged file.
+pub fn obtain(cache: &Path, bareflow: &Path, dtype: &str) -> Result<ModelFile> {
+    let original = demo_model::obtain(cache)?;
+    let path = if dtype == ORIGINAL {
+        original
+    } else {
+        let path = cache.join(format!("SmolLM2-135M-Instruct.{dtype}.gguf"));
+        if !path.exists() {
+            let mut command = Command::new(bareflow);
+            command.arg("convert").arg(&original).arg(&path).args(["--type", dtype]);
+            eprintln!("  $ {command:?}");
+            let status = command.stdout(std::io::stderr()).status().context("running bareflow convert")?;
+            if !status.success() {
+                bail!("{command:?} failed ({status}); the lines above say why");
+            }
+        }
+        path
+    };
+    let description = describe(&path)?;
+    let head = description.head().map_or(Role::Output, |tensor| tensor.role);
+    let read = |role: Role| role == head || !(role.is_norm() || role == Role::TokenEmbedding);
+    Ok(ModelFile {
+        dtype: dtype.to_owned(),
+        stored: description.dtypes(),
+        file_bytes: description.file_bytes,
+        token_bytes: description.tensors.iter().filter(|t| read(t.role)).map(|t| t.len_bytes).sum(),
+        name: description.name,
+        path,
+    })
+}
+
+fn describe(path: &Path) -> Result<ModelDescription> {
+    let file = File::open(path).with_context(|| format!("opening {}", path.display()))?;
+    let file_bytes = file.metadata()?.len();
+    let mut have = HEADER_GUESS_BYTES.min(file_bytes);
+    loop {
+        let mut header = vec![0; usize::try_from(have)?];
+        file.read_exact_at(&mut header, 0).with_context(|| format!("reading {}", path.display()))?;
+        match gguf::read(&header, file_bytes) {
+            Err(ModelError::Truncated { need_bytes, .. }) if have < file_bytes => {
+                have = need_bytes.max(have * 2).min(file_bytes);
+            }
+            read => return read.with_context(|| format!("{} is damaged; delete it", path.display())),
+        }
+    }
+}

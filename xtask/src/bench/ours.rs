@@ -1,0 +1,179 @@
+//! BareFlow's side: building `bareflow`, tuning its snapshots, and one measured run of it.
+
+use crate::bench::machine::pinned;
+use anyhow::{Context, Result, bail};
+use report::BootReport;
+use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// One way to run BareFlow.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Form {
+    /// Compiled kernels, AVX2 at most.
+    Avx2,
+    /// Compiled kernels, whatever the CPU has.
+    Unrestricted,
+    /// The hand-written AVX2 ops alone.
+    Baseline,
+}
+
+impl Form {
+    /// Engine name in every table.
+    pub fn engine(self) -> &'static str {
+        match self {
+            Form::Avx2 => "ours_avx2",
+            Form::Unrestricted => "ours",
+            Form::Baseline => "ours_baseline",
+        }
+    }
+
+    /// Runs kernels from a snapshot.
+    pub fn is_tuned(self) -> bool {
+        self != Form::Baseline
+    }
+
+    fn flags(self) -> [&'static str; 4] {
+        match self {
+            Form::Avx2 => ["--isa", "avx2", "--tier", "compiled"],
+            Form::Unrestricted => ["--isa", "auto", "--tier", "compiled"],
+            Form::Baseline => ["--isa", "avx2", "--tier", "baseline"],
+        }
+    }
+}
+
+/// Builds the hosted program in release mode and returns it.
+///
+/// # Errors
+/// When the build fails.
+pub fn build(workspace: &Path) -> Result<PathBuf> {
+    let args = ["build", "--release", "--package", "hosted", "--bin", "bareflow"];
+    println!("  $ cargo {}", args.join(" "));
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let status = Command::new(cargo).current_dir(workspace).args(args).status().context("starting cargo")?;
+    if !status.success() {
+        bail!("building bareflow failed ({status}); the lines above say why");
+    }
+    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| workspace.join("target"), PathBuf::from);
+    Ok(target.join("release/bareflow"))
+}
+
+/// Everything but the form of a run.
+#[derive(Clone, Copy)]
+pub struct Job<'a> {
+    /// The program.
+    pub bareflow: &'a Path,
+    /// Cores to choose from.
+    pub cores: &'a [usize],
+    /// GGUF file.
+    pub model: &'a Path,
+    /// Prompt text.
+    pub prompt: &'a str,
+    /// Threads, each on a core of its own.
+    pub threads: u32,
+    /// Tokens to generate.
+    pub tokens: u32,
+    /// Context in tokens.
+    pub context: u32,
+}
+
+impl Job<'_> {
+    /// One run as `form`; `snapshot` holds the kernels of a tuned one, and `tune_ms` is what it may spend on new ones.
+    ///
+    /// # Errors
+    /// When the program fails, with what it wrote.
+    pub fn run(&self, form: Form, snapshot: Option<&Path>, tune_ms: u64) -> Result<BootReport> {
+        let mut command = pinned(self.cores, self.threads, self.bareflow);
+        command.args(["generate", "--json", "--ignore-eos", "--prompt", self.prompt]).args(form.flags());
+        command.arg("--model").arg(self.model);
+        for (flag, value) in [("--max-tokens", self.tokens), ("--threads", self.threads), ("--context", self.context)] {
+            command.arg(flag).arg(value.to_string());
+        }
+        if let Some(snapshot) = snapshot {
+            command.arg("--snapshot").arg(snapshot).arg("--tune-ms").arg(tune_ms.to_string());
+        }
+        #[derive(Deserialize)]
+        struct Printed {
+            report: BootReport,
+        }
+        Ok(json::<Printed>(command)?.report)
+    }
+
+    /// Read bandwidth of the job's cores at this moment, GB/s.
+    ///
+    /// # Errors
+    /// When the program fails, with what it wrote.
+    pub fn read_gb_s(&self) -> Result<f64> {
+        #[derive(Deserialize)]
+        struct Printed {
+            read_gb_s: f64,
+        }
+        let mut command = pinned(self.cores, self.threads, self.bareflow);
+        command.args(["limits", "--json", "--threads"]).arg(self.threads.to_string());
+        Ok(json::<Printed>(command)?.read_gb_s)
+    }
+}
+
+/// Runs `command` and reads the JSON it prints.
+pub fn json<T: serde::de::DeserializeOwned>(mut command: Command) -> Result<T> {
+    let output = command.output().with_context(|| format!("starting {command:?}"))?;
+    if !output.status.success() {
+        bail!("{command:?} failed ({}): {}", output.status, String::from_utf8_lossy(&output.stderr).trim());
+    }
+    serde_json::from_slice(&output.stdout).with_context(|| format!("reading what {command:?} printed"))
+}
+
+/// How a snapshot was tuned.
+#[derive(Clone, Debug, Serialize)]
+pub struct Tuning {
+    /// Engine name.
+    pub engine: &'static str,
+    /// Weight type.
+    pub dtype: String,
+    /// Threads.
+    pub threads: u32,
+    /// Boots it took.
+    pub boots: u32,
+    /// The last boot said so.
+    pub converged: bool,
+    /// The last boot's reason.
+    pub reason: String,
+    /// Variants measured in all boots.
+    pub trials: usize,
+}
+
+/// Boots `form` on a new snapshot until it converges or `max_boots` is reached.
+///
+/// # Errors
+/// When a boot fails.
+pub fn tune(job: &Job<'_>, form: Form, dtype: &str, snapshot: &Path, limits: TuneLimits) -> Result<Tuning> {
+    if snapshot.exists() {
+        std::fs::remove_file(snapshot).with_context(|| format!("removing {}", snapshot.display()))?;
+    }
+    let mut tuning = Tuning {
+        engine: form.engine(),
+        dtype: dtype.to_owned(),
+        threads: job.threads,
+        boots: 0,
+        converged: false,
+        reason: "no boot".into(),
+        trials: 0,
+    };
+    while tuning.boots < limits.max_boots && !tuning.converged {
+        let report = job.run(form, Some(snapshot), limits.budget_ms)?;
+        tuning.boots += 1;
+        tuning.trials += report.trials.len();
+        tuning.converged = report.convergence.converged;
+        tuning.reason = report.convergence.reason;
+    }
+    Ok(tuning)
+}
+
+/// What tuning may cost.
+#[derive(Clone, Copy)]
+pub struct TuneLimits {
+    /// Boots at most.
+    pub max_boots: u32,
+    /// Trials of one boot, ms.
+    pub budget_ms: u64,
+}
