@@ -21,7 +21,7 @@ pub enum EngineError {
         name: String,
     },
     /// A weight type that no op reads.
-    #[error("tensor {name} has type {found}, which no kernel reads; convert the model to F32, F16, Q8_0, Q4_0 or Q4_1")]
+    #[error("tensor {name} has type {found}, which no kernel reads; supported: {}", model::quant::SUPPORTED_NAMES)]
     UnsupportedType {
         /// GGUF name.
         name: String,

@@ -4,7 +4,7 @@
 use crate::reference::{ScalarArithmetic, Software};
 use crate::simd::{self, Level};
 use alloc::vec::Vec;
-use model::layout::{BLOCK, XBLOCK_BYTES, XBLOCK_D, XBLOCK_DSUM, XBLOCK_QS, XBLOCK_SUM};
+use model::layout::{BLOCK, XBLOCK_BYTES, XBLOCK_D, XBLOCK_DSUM, XBLOCK_QS, XBLOCK_SUM, XBLOCK_SUM_LOW};
 use model::numerics::{EXP_HI, EXP_LO, EXP_POLY, LN2_HI, LN2_LO, LOG2E, REDUCE_LANES, ROUND_MAGIC};
 
 /// `exp(x)` of the numerics contract: within 2 ulp of the true value between the clamps -87 and 87, NaN gives `exp(-87)`.
@@ -107,18 +107,21 @@ fn quantise_block(x: &[f32], out: &mut [u8]) {
     let amax = x.iter().fold(0.0f32, |max, x| if x.abs() > max { x.abs() } else { max });
     let d = amax / 127.0;
     let id = if amax == 0.0 { 0.0 } else { 127.0 / amax };
-    let mut sum = 0i32;
-    for (out, &x) in out[XBLOCK_QS..XBLOCK_QS + BLOCK].iter_mut().zip(x) {
+    let (mut sum, mut sum_low) = (0i32, 0);
+    for (i, (out, &x)) in out[XBLOCK_QS..XBLOCK_QS + BLOCK].iter_mut().zip(x).enumerate() {
         let scaled = libm::rintf(x * id);
         // As `vcvtps2dq` and the saturating packs: NaN and what is out of range become the lowest value.
         let q = if (-127.0..=2_147_483_520.0).contains(&scaled) { scaled.min(127.0) as i8 } else { -127 };
         sum += i32::from(q);
         *out = q.cast_unsigned();
+        if i == BLOCK / 2 - 1 {
+            sum_low = sum;
+        }
     }
     out[XBLOCK_D..XBLOCK_D + 4].copy_from_slice(&d.to_le_bytes());
     out[XBLOCK_SUM..XBLOCK_SUM + 4].copy_from_slice(&sum.to_le_bytes());
     out[XBLOCK_DSUM..XBLOCK_DSUM + 4].copy_from_slice(&(d * sum as f32).to_le_bytes());
-    out[XBLOCK_DSUM + 4..].fill(0);
+    out[XBLOCK_SUM_LOW..].copy_from_slice(&sum_low.to_le_bytes());
 }
 
 /// Replaces `scores[..len]` by `exp(score - max)` and returns their sum: softmax without its division.

@@ -12,7 +12,8 @@ use core::ops::{Deref, DerefMut};
 use half::f16;
 use model::kernel::{DType, KernelKey};
 use model::layout::{
-    BLOCK, WEIGHT_ALIGN, XBLOCK_BYTES, XBLOCK_DSUM, XBLOCK_SUM, op_weight_bytes, scales_offset, step_bytes, x_row_bytes,
+    BLOCK, BlockLayout, WEIGHT_ALIGN, XBLOCK_BYTES, XBLOCK_DSUM, XBLOCK_SUM, XBLOCK_SUM_LOW, group_bytes,
+    op_weight_bytes, x_row_bytes,
 };
 
 /// Heap bytes whose start is aligned as packed weights must be.
@@ -55,24 +56,32 @@ impl DerefMut for AlignedBytes {
 /// Packed weights for `key`, padding columns included.
 pub fn random_weights(key: &KernelKey, rng: &mut SplitMix64) -> AlignedBytes {
     let mut w = AlignedBytes::zeroed(op_weight_bytes(key.op, key.dtype, key.n as usize, key.k as usize));
-    for step in w.chunks_exact_mut(step_bytes(key.dtype)) {
-        match key.dtype {
-            DType::F32 => {
-                for w in step.chunks_exact_mut(4) {
+    for group in w.chunks_exact_mut(group_bytes(key.dtype)) {
+        match BlockLayout::of(key.dtype) {
+            Some(layout) => fill_group(&layout, group, rng),
+            None if key.dtype == DType::F16 => fill_f16(group, rng, 1.0),
+            None => {
+                for w in group.chunks_exact_mut(4) {
                     w.copy_from_slice(&rng.next_bell().to_le_bytes());
                 }
-            }
-            DType::F16 => fill_f16(step, rng, 1.0),
-            DType::Q8_0 | DType::Q4_0 | DType::Q4_1 => {
-                let (quants, scales) = step.split_at_mut(scales_offset(key.dtype));
-                for word in quants.chunks_exact_mut(8) {
-                    word.copy_from_slice(&rng.next_u64().to_le_bytes());
-                }
-                fill_f16(scales, rng, 0.02);
             }
         }
     }
     w
+}
+
+/// One step of a quantised type, or one super-block of a K type. Codes and 8-bit scales take any value.
+fn fill_group(layout: &BlockLayout, group: &mut [u8], rng: &mut SplitMix64) {
+    let (header, steps) = group.split_at_mut(layout.header_bytes());
+    fill_f16(header, rng, 0.0005);
+    for step in steps.chunks_exact_mut(layout.step_bytes()) {
+        let random_bytes = if layout.super_blocks { step.len() } else { layout.scales_offset(0) };
+        let (bytes, scales) = step.split_at_mut(random_bytes);
+        for word in bytes.chunks_exact_mut(8) {
+            word.copy_from_slice(&rng.next_u64().to_le_bytes());
+        }
+        fill_f16(scales, rng, 0.02);
+    }
 }
 
 fn fill_f16(out: &mut [u8], rng: &mut SplitMix64, scale: f32) {
@@ -114,5 +123,6 @@ fn extreme_blocks(row: &mut [u8], r: usize, rng: &mut SplitMix64) {
         block[BLOCK..XBLOCK_SUM].copy_from_slice(&f32::to_le_bytes(d));
         block[XBLOCK_SUM..XBLOCK_DSUM].copy_from_slice(&sum.to_le_bytes());
         block[XBLOCK_DSUM..XBLOCK_DSUM + 4].copy_from_slice(&(d * sum as f32).to_le_bytes());
+        block[XBLOCK_SUM_LOW..].copy_from_slice(&(sum / 2).to_le_bytes());
     }
 }

@@ -9,12 +9,16 @@ use crate::simd::Level;
 use half::f16;
 use model::TensorType;
 use model::kernel::DType;
-use model::layout::{BLOCK, MINS_OFFSET, PANEL, panel_bytes, scales_offset, step_bytes};
+use model::layout::{
+    BLOCK, BlockLayout, PANEL, QUADS, SUPER, WORD_BYTES, group_bytes, panel_bytes, scales_offset, step_bytes,
+};
+use model::quant::{BlockFormat, Parts, Q2K, Q3K, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0};
 
 /// How a file stores the rows of a matrix.
 ///
 /// # Source
 /// `block_q8_0`, `block_q4_0`, `block_q4_1` of the ggml project: scale (f16), for Q4_1 the minimum (f16), then quants.
+/// For the other quantised types see [`model::quant`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum RowFormat {
     /// IEEE 754 binary32.
@@ -29,6 +33,20 @@ pub enum RowFormat {
     Q4_0,
     /// 20-byte blocks: d, m, 16 x two nibbles.
     Q4_1,
+    /// As [`model::quant::Q5_0`] says.
+    Q5_0,
+    /// As [`model::quant::Q5_1`] says.
+    Q5_1,
+    /// As [`model::quant::Q2K`] says.
+    Q2K,
+    /// As [`model::quant::Q3K`] says.
+    Q3K,
+    /// As [`model::quant::Q4K`] says.
+    Q4K,
+    /// As [`model::quant::Q5K`] says.
+    Q5K,
+    /// As [`model::quant::Q6K`] says.
+    Q6K,
 }
 
 impl RowFormat {
@@ -41,6 +59,13 @@ impl RowFormat {
             TensorType::Q8_0 => RowFormat::Q8_0,
             TensorType::Q4_0 => RowFormat::Q4_0,
             TensorType::Q4_1 => RowFormat::Q4_1,
+            TensorType::Q5_0 => RowFormat::Q5_0,
+            TensorType::Q5_1 => RowFormat::Q5_1,
+            TensorType::Q2_K => RowFormat::Q2K,
+            TensorType::Q3_K => RowFormat::Q3K,
+            TensorType::Q4_K => RowFormat::Q4K,
+            TensorType::Q5_K => RowFormat::Q5K,
+            TensorType::Q6_K => RowFormat::Q6K,
             _ => return None,
         })
     }
@@ -53,6 +78,13 @@ impl RowFormat {
             RowFormat::Q8_0 => DType::Q8_0,
             RowFormat::Q4_0 => DType::Q4_0,
             RowFormat::Q4_1 => DType::Q4_1,
+            RowFormat::Q5_0 => DType::Q5_0,
+            RowFormat::Q5_1 => DType::Q5_1,
+            RowFormat::Q2K => DType::Q2_K,
+            RowFormat::Q3K => DType::Q3_K,
+            RowFormat::Q4K => DType::Q4_K,
+            RowFormat::Q5K => DType::Q5_K,
+            RowFormat::Q6K => DType::Q6_K,
         }
     }
 
@@ -64,6 +96,13 @@ impl RowFormat {
             RowFormat::Q8_0 => (34, BLOCK),
             RowFormat::Q4_0 => (18, BLOCK),
             RowFormat::Q4_1 => (20, BLOCK),
+            RowFormat::Q5_0 => (22, BLOCK),
+            RowFormat::Q5_1 => (24, BLOCK),
+            RowFormat::Q2K => (84, SUPER * BLOCK),
+            RowFormat::Q3K => (110, SUPER * BLOCK),
+            RowFormat::Q4K => (144, SUPER * BLOCK),
+            RowFormat::Q5K => (176, SUPER * BLOCK),
+            RowFormat::Q6K => (210, SUPER * BLOCK),
         }
     }
 
@@ -137,7 +176,9 @@ pub fn pack_rows(
         let panel = &mut packed[panel * panel_bytes..][..panel_bytes];
         let count = (rows.len() / row_bytes).min(PANEL - lane);
         let (now, later) = rows.split_at(count * row_bytes);
-        if count == PANEL {
+        if pack_lanes(format, now, row_bytes, lane, panel) {
+            // Formats without code of their own, whatever the level.
+        } else if count == PANEL {
             match level {
                 Level::Portable => pack_panel(format, now, row_bytes, panel),
                 Level::Avx2(avx2) => crate::simd::pack::pack_panel(avx2, format, now, row_bytes, panel),
@@ -160,28 +201,29 @@ pub fn zero_padding(dtype: DType, k: usize, map: ColumnMap, columns: usize, pack
         return;
     }
     let panel = &mut packed[panel * panel_bytes..][..panel_bytes];
-    for step in panel.chunks_exact_mut(step_bytes(dtype)) {
+    for group in panel.chunks_exact_mut(group_bytes(dtype)) {
         for lane in first_lane..PANEL {
-            for_each_field(dtype, lane, |at, len| step[at..at + len].fill(0));
+            for_each_field(dtype, lane, |at, len| group[at..at + len].fill(0));
         }
     }
 }
 
-/// Calls `field(offset, len)` for every run of bytes that belongs to `lane` in one step.
-#[inline(always)]
+/// Calls `field(offset, len)` for every run of bytes that belongs to `lane` in one step, or in one super-block.
 fn for_each_field(dtype: DType, lane: usize, mut field: impl FnMut(usize, usize)) {
-    match dtype {
-        DType::F32 => field(4 * lane, 4),
-        DType::F16 => field(2 * lane, 2),
-        DType::Q8_0 | DType::Q4_0 | DType::Q4_1 => {
-            let scales = scales_offset(dtype);
-            for group in 0..scales / (4 * PANEL) {
-                field(group * 4 * PANEL + 4 * lane, 4);
-            }
-            field(scales + 2 * lane, 2);
-            if dtype == DType::Q4_1 {
-                field(MINS_OFFSET + 2 * lane, 2);
-            }
+    let Some(layout) = BlockLayout::of(dtype) else {
+        let bytes = step_bytes(dtype) / PANEL;
+        return field(bytes * lane, bytes);
+    };
+    for at in (0..layout.header_bytes()).step_by(2 * PANEL) {
+        field(at + 2 * lane, 2);
+    }
+    let scale_bytes = layout.scale_bytes();
+    for step in (layout.header_bytes()..group_bytes(dtype)).step_by(layout.step_bytes()) {
+        for word in 0..layout.words() {
+            field(step + word * WORD_BYTES + 4 * lane, 4);
+        }
+        for at in (layout.scales_offset(0)..layout.step_bytes()).step_by(scale_bytes * PANEL) {
+            field(step + at + scale_bytes * lane, scale_bytes);
         }
     }
 }
@@ -221,6 +263,7 @@ fn pack_block(format: RowFormat, block: &[u8], lane: usize, step: &mut [u8]) {
                 tail[2 * PANEL + 2 * lane..2 * PANEL + 2 * lane + 2].copy_from_slice(&block[2..4]);
             }
         }
+        _ => unreachable!("{format:?} is packed by pack_lanes"),
     }
 }
 
@@ -234,6 +277,7 @@ fn pack_panel(format: RowFormat, rows: &[u8], row_bytes: usize, panel: &mut [u8]
         RowFormat::Q8_0 => pack_panel_of::<34>(RowFormat::Q8_0, rows, row_bytes, panel),
         RowFormat::Q4_0 => pack_panel_of::<18>(RowFormat::Q4_0, rows, row_bytes, panel),
         RowFormat::Q4_1 => pack_panel_of::<20>(RowFormat::Q4_1, rows, row_bytes, panel),
+        _ => unreachable!("{format:?} is packed by pack_lanes"),
     }
 }
 
@@ -247,45 +291,164 @@ fn pack_panel_of<const BLOCK_BYTES: usize>(format: RowFormat, rows: &[u8], row_b
     }
 }
 
-/// The file row that [`pack_rows`] put into `column` of a packed matrix, as bytes of the packed type (BF16 as F32).
-///
-/// # Panics
-/// When `row` is not the length of a file row of `k` elements, or `packed` is too short.
-pub fn unpack_column(dtype: DType, k: usize, map: ColumnMap, column: usize, packed: &[u8], row: &mut [u8]) {
-    let format = match dtype {
-        DType::F32 => RowFormat::F32,
-        DType::F16 => RowFormat::F16,
-        DType::Q8_0 => RowFormat::Q8_0,
-        DType::Q4_0 => RowFormat::Q4_0,
-        DType::Q4_1 => RowFormat::Q4_1,
+/// Calls a function generic over a block format with that of the quantised `$dtype`.
+macro_rules! with_block_format {
+    ($dtype:expr, $call:ident ( $($arg:expr),* )) => {
+        match $dtype {
+            DType::Q8_0 => $call::<Q8_0, 32, 34>($($arg),*),
+            DType::Q4_0 => $call::<Q4_0, 32, 18>($($arg),*),
+            DType::Q4_1 => $call::<Q4_1, 32, 20>($($arg),*),
+            DType::Q5_0 => $call::<Q5_0, 32, 22>($($arg),*),
+            DType::Q5_1 => $call::<Q5_1, 32, 24>($($arg),*),
+            DType::Q2_K => $call::<Q2K, 256, 84>($($arg),*),
+            DType::Q3_K => $call::<Q3K, 256, 110>($($arg),*),
+            DType::Q4_K => $call::<Q4K, 256, 144>($($arg),*),
+            DType::Q5_K => $call::<Q5K, 256, 176>($($arg),*),
+            DType::Q6_K => $call::<Q6K, 256, 210>($($arg),*),
+            DType::F32 | DType::F16 => unreachable!("{} has no blocks", $dtype),
+        }
     };
-    let (block_bytes, _) = format.block();
-    assert_eq!(row.len(), format.row_bytes(k), "bytes of a {dtype} row of {k} elements");
-    let (panel, lane) = map.place(column);
-    let panel_bytes = panel_bytes(dtype, k);
-    let panel = &packed[panel * panel_bytes..][..panel_bytes];
-    for (step, block) in panel.chunks_exact(step_bytes(dtype)).zip(row.chunks_exact_mut(block_bytes)) {
-        match format {
-            RowFormat::F32 | RowFormat::F16 | RowFormat::Bf16 => {
-                for_each_field(dtype, lane, |at, len| block.copy_from_slice(&step[at..at + len]));
+}
+
+/// Packs `rows` into the lanes of `panel` from `lane` on, code by code. False, and nothing done, for the formats that
+/// have faster code.
+fn pack_lanes(format: RowFormat, rows: &[u8], row_bytes: usize, lane: usize, panel: &mut [u8]) -> bool {
+    match format {
+        RowFormat::F32 | RowFormat::F16 | RowFormat::Bf16 => return false,
+        RowFormat::Q8_0 | RowFormat::Q4_0 | RowFormat::Q4_1 => return false,
+        _ => with_block_format!(format.dtype(), pack_lanes_of(rows, row_bytes, lane, panel)),
+    }
+    true
+}
+
+fn pack_lanes_of<F: BlockFormat<LEN, BYTES>, const LEN: usize, const BYTES: usize>(
+    rows: &[u8],
+    row_bytes: usize,
+    lane: usize,
+    panel: &mut [u8],
+) {
+    // Block by block through all rows, so that a panel is written front to back.
+    for (i, group) in panel.chunks_exact_mut(const { group_bytes(F::DTYPE) }).enumerate() {
+        for (j, row) in rows.chunks_exact(row_bytes).enumerate() {
+            if let Some(block) = row[i * BYTES..].first_chunk() {
+                write_parts::<F, LEN, BYTES>(&F::take_apart(block), lane + j, group);
             }
-            RowFormat::Q8_0 | RowFormat::Q4_0 | RowFormat::Q4_1 => {
-                let (quants, tail) = step.split_at(scales_offset(dtype));
-                for (group, four) in
-                    quants.chunks_exact(4 * PANEL).zip(block[quants_offset(format)..].chunks_exact_mut(4))
-                {
-                    four.copy_from_slice(&group[4 * lane..4 * lane + 4]);
+        }
+    }
+}
+
+/// Puts one block into one lane of a step, or one super-block into one lane of its header and steps.
+#[inline(always)]
+fn write_parts<F: BlockFormat<LEN, BYTES>, const LEN: usize, const BYTES: usize>(
+    parts: &Parts<LEN>,
+    lane: usize,
+    group: &mut [u8],
+) {
+    let layout = const { BlockLayout::of(F::DTYPE).unwrap() };
+    let (header, steps) = group.split_at_mut(layout.header_bytes());
+    if layout.super_blocks {
+        header[2 * lane..2 * lane + 2].copy_from_slice(&parts.d.to_le_bytes());
+        if layout.minima {
+            header[2 * (PANEL + lane)..2 * (PANEL + lane) + 2].copy_from_slice(&parts.m.to_le_bytes());
+        }
+    }
+    let blocks = parts.codes.as_chunks::<BLOCK>().0.iter();
+    for (b, (step, codes)) in steps.chunks_exact_mut(layout.step_bytes()).zip(blocks).enumerate() {
+        let mut words = [0; QUADS];
+        for (quad, codes) in codes.as_chunks().0.iter().enumerate() {
+            layout.place(quad, u32::from_le_bytes(*codes), &mut words);
+        }
+        for (i, word) in words[..layout.words()].iter().enumerate() {
+            let at = i * WORD_BYTES + 4 * lane;
+            step[at..at + 4].copy_from_slice(&word.to_le_bytes());
+        }
+        for sub in 0..layout.sub_blocks {
+            let (scale, minimum) = (layout.scales_offset(sub), layout.minima_offset(sub));
+            if layout.super_blocks {
+                step[scale + lane] = parts.scales[b * layout.sub_blocks + sub];
+                if layout.minima {
+                    step[minimum + lane] = parts.minima[b * layout.sub_blocks + sub];
                 }
-                block[..2].copy_from_slice(&tail[2 * lane..2 * lane + 2]);
-                if format == RowFormat::Q4_1 {
-                    block[2..4].copy_from_slice(&tail[2 * PANEL + 2 * lane..][..2]);
+            } else {
+                step[scale + 2 * lane..scale + 2 * lane + 2].copy_from_slice(&parts.d.to_le_bytes());
+                if layout.minima {
+                    step[minimum + 2 * lane..minimum + 2 * lane + 2].copy_from_slice(&parts.m.to_le_bytes());
                 }
             }
         }
     }
 }
 
-/// One column of a packed matrix as f32: `w = d * q`, `d * (q - 8)` or `d * q + m`, each operation rounded on its own.
+/// What [`write_parts`] put into `lane`.
+fn read_parts<F: BlockFormat<LEN, BYTES>, const LEN: usize, const BYTES: usize>(
+    lane: usize,
+    group: &[u8],
+) -> Parts<LEN> {
+    let layout = const { BlockLayout::of(F::DTYPE).unwrap() };
+    let mut parts = Parts::ZERO;
+    let (header, steps) = group.split_at(layout.header_bytes());
+    if layout.super_blocks {
+        parts.d = u16::from_le_bytes(field(header, 2 * lane));
+        if layout.minima {
+            parts.m = u16::from_le_bytes(field(header, 2 * (PANEL + lane)));
+        }
+    }
+    let blocks = parts.codes.as_chunks_mut::<BLOCK>().0.iter_mut();
+    for (b, (step, codes)) in steps.chunks_exact(layout.step_bytes()).zip(blocks).enumerate() {
+        for (quad, codes) in codes.as_chunks_mut().0.iter_mut().enumerate() {
+            let word = |word| u32::from_le_bytes(field(step, word * WORD_BYTES + 4 * lane));
+            *codes = layout.codes(quad, word).to_le_bytes();
+        }
+        for sub in 0..layout.sub_blocks {
+            let (scale, minimum) = (layout.scales_offset(sub), layout.minima_offset(sub));
+            if layout.super_blocks {
+                parts.scales[b * layout.sub_blocks + sub] = step[scale + lane];
+                if layout.minima {
+                    parts.minima[b * layout.sub_blocks + sub] = step[minimum + lane];
+                }
+            } else {
+                parts.d = u16::from_le_bytes(field(step, scale + 2 * lane));
+                if layout.minima {
+                    parts.m = u16::from_le_bytes(field(step, minimum + 2 * lane));
+                }
+            }
+        }
+    }
+    parts
+}
+
+/// The file row that [`pack_rows`] put into `column` of a packed matrix, as bytes of the packed type (BF16 as F32).
+///
+/// # Panics
+/// When `row` is not the length of a file row of `k` elements, or `packed` is too short.
+pub fn unpack_column(dtype: DType, k: usize, map: ColumnMap, column: usize, packed: &[u8], row: &mut [u8]) {
+    let row_bytes = TensorType::from(dtype).row_bytes(k as u64);
+    assert_eq!(Some(row.len() as u64), row_bytes, "bytes of a {dtype} row of {k} elements");
+    let (panel, lane) = map.place(column);
+    let panel_bytes = panel_bytes(dtype, k);
+    let panel = &packed[panel * panel_bytes..][..panel_bytes];
+    if dtype.is_quantised() {
+        with_block_format!(dtype, unpack_lane(lane, panel, row));
+        return;
+    }
+    let bytes = step_bytes(dtype) / PANEL;
+    for (step, element) in panel.chunks_exact(step_bytes(dtype)).zip(row.chunks_exact_mut(bytes)) {
+        element.copy_from_slice(&step[bytes * lane..][..bytes]);
+    }
+}
+
+fn unpack_lane<F: BlockFormat<LEN, BYTES>, const LEN: usize, const BYTES: usize>(
+    lane: usize,
+    panel: &[u8],
+    row: &mut [u8],
+) {
+    for (group, block) in panel.chunks_exact(group_bytes(F::DTYPE)).zip(row.as_chunks_mut().0) {
+        *block = F::put_together(&read_parts::<F, LEN, BYTES>(lane, group));
+    }
+}
+
+/// One column of a packed matrix as f32, as [`Parts`] says: `w = d * (q - offset)`, `+ m` for types with minima, each
+/// operation rounded on its own.
 ///
 /// # Panics
 /// When `packed` is too short for that column.
@@ -306,42 +469,18 @@ pub fn dequantise_column(dtype: DType, column: usize, packed: &[u8], out: &mut [
                 *x = f16::from_le_bytes(field(step, 2 * lane)).to_f32_const();
             }
         }
-        DType::Q8_0 => {
-            for (step, block) in steps.zip(out.chunks_exact_mut(BLOCK)) {
-                let d = f16::from_le_bytes(field(step, scales_offset(dtype) + 2 * lane)).to_f32_const();
-                for (group, four) in step.chunks_exact(4 * PANEL).zip(block.chunks_exact_mut(4)) {
-                    let quants: [u8; 4] = field(group, 4 * lane);
-                    for (x, q) in four.iter_mut().zip(quants) {
-                        *x = d * f32::from(q.cast_signed());
-                    }
-                }
-            }
-        }
-        DType::Q4_0 | DType::Q4_1 => {
-            for (step, block) in steps.zip(out.chunks_exact_mut(BLOCK)) {
-                let d = f16::from_le_bytes(field(step, scales_offset(dtype) + 2 * lane)).to_f32_const();
-                let (low, high) = block.split_at_mut(BLOCK / 2);
-                let fours = low.chunks_exact_mut(4).zip(high.chunks_exact_mut(4));
-                if dtype == DType::Q4_0 {
-                    for (group, (low, high)) in step.chunks_exact(4 * PANEL).zip(fours) {
-                        let quants: [u8; 4] = field(group, 4 * lane);
-                        for ((low, high), q) in low.iter_mut().zip(high).zip(quants) {
-                            *low = d * (f32::from(q & 15) - 8.0);
-                            *high = d * (f32::from(q >> 4) - 8.0);
-                        }
-                    }
-                } else {
-                    let m = f16::from_le_bytes(field(step, MINS_OFFSET + 2 * lane)).to_f32_const();
-                    for (group, (low, high)) in step.chunks_exact(4 * PANEL).zip(fours) {
-                        let quants: [u8; 4] = field(group, 4 * lane);
-                        for ((low, high), q) in low.iter_mut().zip(high).zip(quants) {
-                            *low = d * f32::from(q & 15) + m;
-                            *high = d * f32::from(q >> 4) + m;
-                        }
-                    }
-                }
-            }
-        }
+        _ => with_block_format!(dtype, dequantise_lane(lane, panel, out)),
+    }
+}
+
+fn dequantise_lane<F: BlockFormat<LEN, BYTES>, const LEN: usize, const BYTES: usize>(
+    lane: usize,
+    panel: &[u8],
+    out: &mut [f32],
+) {
+    let layout = const { BlockLayout::of(F::DTYPE).unwrap() };
+    for (group, out) in panel.chunks_exact(group_bytes(F::DTYPE)).zip(out.as_chunks_mut().0) {
+        *out = read_parts::<F, LEN, BYTES>(lane, group).values(&layout);
     }
 }
 

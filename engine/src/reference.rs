@@ -8,8 +8,8 @@ use crate::pack::field;
 use half::f16;
 use model::kernel::{DType, KernelKey, Op};
 use model::layout::{
-    BLOCK, MINS_OFFSET, PANEL, XBLOCK_BYTES, XBLOCK_D, XBLOCK_DSUM, XBLOCK_SUM, panel_bytes, panels, scales_offset,
-    step_bytes, x_row_bytes,
+    BlockLayout, PANEL, SUPER, WORD_BYTES, XBLOCK_BYTES, XBLOCK_D, XBLOCK_DSUM, XBLOCK_SUM, XBLOCK_SUM_LOW,
+    panel_bytes, panels, step_bytes, x_row_bytes,
 };
 
 /// The two scalar operations that a CPU may or may not have an instruction for. Both are exact functions of their
@@ -94,49 +94,79 @@ fn product<F: ScalarArithmetic>(dtype: DType, x: &[u8], panel: &[u8]) -> [f32; P
                 }
             }
         }
-        DType::Q8_0 | DType::Q4_0 | DType::Q4_1 => {
-            for (w, x) in steps.zip(x.chunks_exact(XBLOCK_BYTES)) {
-                let d_x = f32::from_le_bytes(field(x, XBLOCK_D));
-                let x_sum = i32::from_le_bytes(field(x, XBLOCK_SUM));
-                for (c, acc) in acc.iter_mut().enumerate() {
-                    let d_w = F::half(field(w, scales_offset(dtype) + 2 * c));
-                    let dot = match dtype {
-                        DType::Q8_0 => dot_q8(w, x, c),
-                        DType::Q4_0 => dot_q4(w, x, c) - 8 * x_sum,
-                        _ => dot_q4(w, x, c),
-                    };
-                    *acc = F::fma(d_w * d_x, dot as f32, *acc);
-                    if dtype == DType::Q4_1 {
-                        let m_w = F::half(field(w, MINS_OFFSET + 2 * c));
-                        *acc = F::fma(m_w, f32::from_le_bytes(field(x, XBLOCK_DSUM)), *acc);
-                    }
-                }
-            }
+        // The types with plain blocks of their own code, the layout a constant in it; one code for all others.
+        DType::Q8_0 => blocks::<F>(const { BlockLayout::of(DType::Q8_0).unwrap() }, x, panel, &mut acc),
+        DType::Q4_0 => blocks::<F>(const { BlockLayout::of(DType::Q4_0).unwrap() }, x, panel, &mut acc),
+        DType::Q4_1 => blocks::<F>(const { BlockLayout::of(DType::Q4_1).unwrap() }, x, panel, &mut acc),
+        dtype => {
+            let Some(layout) = BlockLayout::of(dtype) else { return acc };
+            blocks::<F>(layout, x, panel, &mut acc);
         }
     }
     acc
 }
 
-/// Exact integer dot product of column `c` of a Q8_0 step with an activation block.
+/// Adds the products of a quantised row with a panel to `acc`.
 #[inline(always)]
-fn dot_q8(w: &[u8], x: &[u8], c: usize) -> i32 {
-    let mut dot = 0;
-    for (i, x) in x[..BLOCK].iter().enumerate() {
-        let w = w[i / 4 * 4 * PANEL + 4 * c + i % 4].cast_signed();
-        dot += i32::from(w) * i32::from(x.cast_signed());
+fn blocks<F: ScalarArithmetic>(layout: BlockLayout, x: &[u8], panel: &[u8], acc: &mut [f32; PANEL]) {
+    let group_steps = if layout.super_blocks { SUPER } else { 1 };
+    let group_bytes = layout.header_bytes() + group_steps * layout.step_bytes();
+    for (group, x) in panel.chunks_exact(group_bytes).zip(x.chunks_exact(group_steps * XBLOCK_BYTES)) {
+        let (header, steps) = group.split_at(layout.header_bytes());
+        for (step, x) in steps.chunks_exact(layout.step_bytes()).zip(x.chunks_exact(XBLOCK_BYTES)) {
+            for sub in 0..layout.sub_blocks {
+                sub_block::<F>(&layout, sub, header, step, x, acc);
+            }
+        }
     }
-    dot
 }
 
-/// Exact integer dot product of the unsigned nibbles of column `c` of a Q4 step with an activation block.
+/// Adds the products of one sub-block to `acc`.
 #[inline(always)]
-fn dot_q4(w: &[u8], x: &[u8], c: usize) -> i32 {
-    let mut dot = 0;
-    let (low, high) = x[..BLOCK].split_at(BLOCK / 2);
-    for (i, (low, high)) in low.iter().zip(high).enumerate() {
-        let pair = w[i / 4 * 4 * PANEL + 4 * c + i % 4];
-        dot +=
-            i32::from(pair & 15) * i32::from(low.cast_signed()) + i32::from(pair >> 4) * i32::from(high.cast_signed());
+fn sub_block<F: ScalarArithmetic>(
+    layout: &BlockLayout,
+    sub: usize,
+    header: &[u8],
+    step: &[u8],
+    x: &[u8],
+    acc: &mut [f32; PANEL],
+) {
+    let d_x = f32::from_le_bytes(field(x, XBLOCK_D));
+    let sum = i32::from_le_bytes(field(x, XBLOCK_SUM));
+    let sum_low = i32::from_le_bytes(field(x, XBLOCK_SUM_LOW));
+    let (sum, dsum) = match (layout.sub_blocks, sub) {
+        (1, _) => (sum, f32::from_le_bytes(field(x, XBLOCK_DSUM))),
+        (_, 0) => (sum_low, d_x * sum_low as f32),
+        _ => (sum - sum_low, d_x * (sum - sum_low) as f32),
+    };
+    for (c, acc) in acc.iter_mut().enumerate() {
+        let mut dot = 0;
+        for quad in sub * layout.quads_per_scale()..(sub + 1) * layout.quads_per_scale() {
+            let codes = layout.codes(quad, |word| u32::from_le_bytes(field(step, word * WORD_BYTES + 4 * c)));
+            let x: [u8; 4] = field(x, 4 * quad);
+            for (code, x) in codes.to_le_bytes().into_iter().zip(x) {
+                let code = if layout.signed_codes() { i32::from(code.cast_signed()) } else { i32::from(code) };
+                dot += code * i32::from(x.cast_signed());
+            }
+        }
+        let dot = dot - layout.offset * sum;
+        let (at, minimum_at) = (layout.scales_offset(sub), layout.minima_offset(sub));
+        let d_w = if layout.super_blocks {
+            let [scale] = field(step, at + c);
+            let scale = if layout.signed_scales { f32::from(scale.cast_signed()) } else { f32::from(scale) };
+            F::half(field(header, 2 * c)) * scale
+        } else {
+            F::half(field(step, at + 2 * c))
+        };
+        *acc = F::fma(d_w * d_x, dot as f32, *acc);
+        if layout.minima {
+            let m_w = if layout.super_blocks {
+                let [minimum] = field(step, minimum_at + c);
+                F::half(field(header, 2 * PANEL + 2 * c)) * f32::from(minimum)
+            } else {
+                F::half(field(step, minimum_at + 2 * c))
+            };
+            *acc = F::fma(m_w, dsum, *acc);
+        }
     }
-    dot
 }

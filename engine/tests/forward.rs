@@ -22,6 +22,9 @@ fn gguf(spec: &Spec) -> (ModelDescription, Vec<u8>) {
 fn specs() -> Vec<(&'static str, Spec)> {
     let base = Spec::default();
     let quantised = |ty| Spec { matrices: ty, ..Spec::default() };
+    // K types need rows of whole super-blocks.
+    let k_type =
+        |ty| Spec { dim: 256, hidden_dim: 512, n_layers: 1, n_heads: 8, head_dim: 32, matrices: ty, ..Spec::default() };
     vec![
         ("f32", base.clone()),
         ("f16", quantised(TensorType::F16)),
@@ -29,6 +32,27 @@ fn specs() -> Vec<(&'static str, Spec)> {
         ("q8_0", quantised(TensorType::Q8_0)),
         ("q4_0", quantised(TensorType::Q4_0)),
         ("q4_1", quantised(TensorType::Q4_1)),
+        ("q5_0", quantised(TensorType::Q5_0)),
+        ("q5_1", quantised(TensorType::Q5_1)),
+        ("q2_k", k_type(TensorType::Q2_K)),
+        ("q3_k", k_type(TensorType::Q3_K)),
+        ("q4_k", k_type(TensorType::Q4_K)),
+        ("q5_k", k_type(TensorType::Q5_K)),
+        ("q6_k", k_type(TensorType::Q6_K)),
+        (
+            "mixed as Q4_K_M files are",
+            Spec {
+                tied_head: false,
+                overrides: vec![
+                    (Role::TokenEmbedding, TensorType::Q6_K),
+                    (Role::Output, TensorType::Q6_K),
+                    (Role::V, TensorType::Q6_K),
+                    (Role::Down, TensorType::Q6_K),
+                    (Role::AttnOut, TensorType::Q5_0),
+                ],
+                ..k_type(TensorType::Q4_K)
+            },
+        ),
         (
             "odd sizes",
             Spec { dim: 40, hidden_dim: 52, n_heads: 5, n_kv_heads: 1, head_dim: 6, n_layers: 3, ..base.clone() },
@@ -308,7 +332,13 @@ fn the_loader_refuses_gaps_truncation_and_small_arenas() {
     assert_eq!(Plan::new(&broken, 1).err(), Some(missing));
     let mut broken = model;
     let tensor = broken.tensors.iter_mut().find(|tensor| tensor.role == Role::Gate).unwrap();
-    tensor.ty = TensorType::Q6_K;
+    tensor.ty = TensorType::IQ4_XS;
     let name = tensor.name();
-    assert_eq!(Plan::new(&broken, 1).err(), Some(EngineError::UnsupportedType { name, found: "Q6_K" }));
+    let unsupported = EngineError::UnsupportedType { name: name.clone(), found: "IQ4_XS" };
+    assert_eq!(Plan::new(&broken, 1).err(), Some(unsupported));
+    // Rows of 64 are no whole super-blocks of 256.
+    let tensor = broken.tensors.iter_mut().find(|tensor| tensor.role == Role::Gate).unwrap();
+    tensor.ty = TensorType::Q6_K;
+    let (n, k, len_bytes) = (tensor.n, tensor.k, tensor.len_bytes);
+    assert_eq!(Plan::new(&broken, 1).err(), Some(EngineError::Shape { name, n, k, len_bytes }));
 }

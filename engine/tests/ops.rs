@@ -8,7 +8,7 @@ use engine::ops::{run_baseline, run_reference};
 use engine::pack::dequantise_column;
 use engine::simd::Level;
 use model::kernel::{DType, KernelKey, Op};
-use model::layout::{XBLOCK_BYTES, padded, x_row_bytes};
+use model::layout::{XBLOCK_BYTES, k_multiple, padded, x_row_bytes};
 use proptest::prelude::*;
 
 /// Runs `op` into a `y` of random content with 8 spare columns that must not change.
@@ -50,7 +50,11 @@ fn check(key: &KernelKey, seed: u64) {
 fn every_op_and_type_gives_the_same_bits_at_every_level() {
     for op in Op::ALL {
         for dtype in DType::ALL {
-            let depths: &[u32] = if dtype.is_quantised() { &[32, 96, 160] } else { &[1, 7, 64, 172] };
+            let depths: &[u32] = match k_multiple(dtype) {
+                1 => &[1, 7, 64, 172],
+                32 => &[32, 96, 160],
+                _ => &[256, 768],
+            };
             for m in [1, 2, 4, 7, 16] {
                 for n in [1, 31, 32, 33, 100] {
                     for &k in depths {
@@ -65,17 +69,21 @@ fn every_op_and_type_gives_the_same_bits_at_every_level() {
 #[test]
 fn the_largest_batch_gives_the_same_bits() {
     for dtype in DType::ALL {
-        check(&KernelKey { op: Op::GateUpSilu, dtype, m: 64, n: 64, k: 96 }, 5);
-        check(&KernelKey { op: Op::MatmulResidual, dtype, m: 64, n: 96, k: 64 }, 6);
+        check(&KernelKey { op: Op::GateUpSilu, dtype, m: 64, n: 64, k: 256 }, 5);
+        check(&KernelKey { op: Op::MatmulResidual, dtype, m: 64, n: 96, k: 512 }, 6);
     }
 }
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
     #[test]
-    fn any_shape_gives_the_same_bits(op in 0..5usize, dtype in 0..5usize, m in 1..70u32, n in 1..130u32, k in 1..12u32, seed: u64) {
+    fn any_shape_gives_the_same_bits(op in 0..5usize, dtype in 0..DType::ALL.len(), m in 1..70u32, n in 1..130u32, k in 1..12u32, seed: u64) {
         let dtype = DType::ALL[dtype];
-        let k = if dtype.is_quantised() { 32 * k } else { 11 * k };
+        let k = match k_multiple(dtype) {
+            1 => 11 * k,
+            32 => 32 * k,
+            multiple => multiple as u32 * k.div_ceil(4),
+        };
         check(&KernelKey { op: Op::ALL[op], dtype, m, n, k }, seed);
     }
 }
@@ -101,7 +109,7 @@ fn product_f64(key: &KernelKey, x: &[u8], w: &[u8], r: usize, column: usize) -> 
 fn the_reference_is_the_product() {
     for dtype in DType::ALL {
         for op in Op::ALL {
-            let key = KernelKey { op, dtype, m: 3, n: 70, k: 96 };
+            let key = KernelKey { op, dtype, m: 3, n: 70, k: if k_multiple(dtype) == 256 { 256 } else { 96 } };
             let mut rng = SplitMix64::new(11);
             let (x, w) = (random_activations(&key, &mut rng), random_weights(&key, &mut rng));
             let y = run(run_reference, Level::Portable, &key, &x, &w);

@@ -1,4 +1,4 @@
-//! How fast compiled kernels are here, against hand-written AVX2 and plain reading, measured interleaved.
+//! How fast compiled kernels are here, against the engine's hand-written AVX2 and plain reading, measured interleaved.
 //!
 //! `cargo run --release -p jit --example throughput -- [KEY ...] [--all] [--compile] [--avx2] [--rounds N]`, where KEY is a kernel name such as
 //! `matmul_f32_m1_n576_k576`; without one, the shapes of a 135M-parameter llama. `--all` tries every legal variant of a
@@ -13,9 +13,12 @@
 mod common;
 
 use common::{Random, Runnable, fill_w, fill_x, host_isa};
+use engine::dispatch::ColumnsMut;
+use engine::ops::run_baseline;
+use engine::simd::Level;
 use jit::{Compiler, space};
 use model::kernel::{DType, KernelKey, Op, Variant, Width};
-use model::layout::{padded, x_row_bytes};
+use model::layout::{k_multiple, padded, x_row_bytes};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -27,12 +30,13 @@ fn default_keys() -> Vec<KernelKey> {
     for m in [1, 64] {
         for dtype in DType::ALL {
             for (op, n, k) in [
-                (Op::Qkv, 960, 576),
+                (Op::Qkv, 960, 576_u32),
                 (Op::MatmulResidual, 576, 576),
                 (Op::GateUpSilu, 1536, 576),
                 (Op::MatmulResidual, 576, 1536),
             ] {
-                keys.push(KernelKey { op, dtype, m, n, k });
+                // The next depth that K types can have.
+                keys.push(KernelKey { op, dtype, m, n, k: k.next_multiple_of(k_multiple(dtype) as u32) });
             }
         }
     }
@@ -99,10 +103,12 @@ impl Candidate {
         match self {
             Candidate::Read => {
                 // SAFETY: `main` requires AVX2, and the slice says how much there is to read.
-                std::hint::black_box(unsafe { baseline::read(w) });
+                std::hint::black_box(unsafe { memory::read(w) });
             }
-            // SAFETY: `main` requires AVX2, FMA and F16C, and `measure` sizes the operands by the key.
-            Candidate::Intrinsics => unsafe { baseline::run(&o.key, o.x, w, y, o.ldy) },
+            Candidate::Intrinsics => {
+                let (m, columns) = (o.key.m as usize, padded(o.key.n as usize));
+                run_baseline(Level::detect(), &o.key, o.x, w, ColumnsMut::new(y, m, columns, o.ldy));
+            }
             // SAFETY: as above; candidates are compiled for this machine.
             Candidate::Compiled(_, code) => unsafe { code.call(o.x.as_ptr(), w.as_ptr(), y.as_mut_ptr(), 4 * o.ldy) },
         }
@@ -297,17 +303,9 @@ fn main() {
     }
 }
 
-/// Hand-written AVX2: one stream of weights; float tiles of 6 x 16 when there are rows, quantised types one row at a time
-/// (a lenient baseline for m > 1: the engine's own SIMD operations are the ones to beat there).
-mod baseline {
-    use model::kernel::{DType, KernelKey, Op};
-    use model::layout::{
-        MINS_OFFSET, PANEL, XBLOCK_BYTES, XBLOCK_D, XBLOCK_DSUM, XBLOCK_QS, XBLOCK_SUM, panel_bytes, panels,
-        scales_offset, step_bytes, x_row_bytes,
-    };
+/// Plain reading.
+mod memory {
     use std::arch::x86_64::*;
-
-    type Sums = [__m256; 4];
 
     /// Reads all of `w` as four streams and returns something that depends on it.
     ///
@@ -328,202 +326,5 @@ mod baseline {
         }
         let all = _mm256_xor_si256(_mm256_xor_si256(sums[0], sums[1]), _mm256_xor_si256(sums[2], sums[3]));
         _mm256_extract_epi64::<0>(all) as u64
-    }
-
-    /// Computes `key`.
-    ///
-    /// # Safety
-    /// The CPU has AVX2, FMA and F16C, and the operands are as large as the key says.
-    #[target_feature(enable = "avx2,fma,f16c")]
-    pub unsafe fn run(key: &KernelKey, x: &[u8], w: &[u8], y: &mut [f32], ldy: usize) {
-        let (m, k) = (key.m as usize, key.k as usize);
-        let row_bytes = x_row_bytes(key.dtype, k);
-        let panel_len = panel_bytes(key.dtype, k);
-        let parts = key.op.columns_per_output();
-        for panel in 0..panels(key.n as usize) {
-            let mut row = 0;
-            while row < m {
-                let rows = if key.dtype.is_quantised() { 1 } else { 6.min(m - row) };
-                // SAFETY: rows and panels are in range, by the caller's promise.
-                unsafe {
-                    let xp = x.as_ptr().add(row * row_bytes);
-                    let wp = w.as_ptr().add(panel * parts * panel_len);
-                    let mut gate = [[_mm256_setzero_ps(); 4]; 6];
-                    sums(key.dtype, k, xp, row_bytes, rows, wp, &mut gate);
-                    let mut up = [[_mm256_setzero_ps(); 4]; 6];
-                    if parts == 2 {
-                        sums(key.dtype, k, xp, row_bytes, rows, wp.add(panel_len), &mut up);
-                    }
-                    for r in 0..rows {
-                        for v in 0..4 {
-                            let out = y.as_mut_ptr().add((row + r) * ldy + panel * PANEL + 8 * v);
-                            let value = match key.op {
-                                Op::GateUpSilu => _mm256_mul_ps(silu(gate[r][v]), up[r][v]),
-                                Op::MatmulResidual => _mm256_add_ps(_mm256_loadu_ps(out), gate[r][v]),
-                                _ => gate[r][v],
-                            };
-                            _mm256_storeu_ps(out, value);
-                        }
-                    }
-                }
-                row += rows;
-            }
-        }
-    }
-
-    #[target_feature(enable = "avx2,fma")]
-    fn silu(x: __m256) -> __m256 {
-        use model::numerics::*;
-        let c = |v: f32| _mm256_set1_ps(v);
-        let z = _mm256_min_ps(_mm256_max_ps(_mm256_sub_ps(_mm256_setzero_ps(), x), c(EXP_LO)), c(EXP_HI));
-        let t = _mm256_fmadd_ps(z, c(LOG2E), c(ROUND_MAGIC));
-        let n = _mm256_sub_ps(t, c(ROUND_MAGIC));
-        let r = _mm256_fmadd_ps(n, c(-LN2_LO), _mm256_fmadd_ps(n, c(-LN2_HI), z));
-        let mut p = c(EXP_POLY[0]);
-        for coefficient in &EXP_POLY[1..] {
-            p = _mm256_fmadd_ps(p, r, c(*coefficient));
-        }
-        let e = _mm256_fmadd_ps(p, _mm256_mul_ps(r, r), _mm256_add_ps(r, c(1.0)));
-        let power = _mm256_slli_epi32::<23>(_mm256_castps_si256(t));
-        let e = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(e), power));
-        _mm256_div_ps(x, _mm256_add_ps(c(1.0), e))
-    }
-
-    /// Sums of one panel for up to six rows: tiles of 6 x 16, or one row of 32 columns.
-    #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn sums(
-        dtype: DType,
-        k: usize,
-        x: *const u8,
-        row_bytes: usize,
-        rows: usize,
-        w: *const u8,
-        out: &mut [Sums; 6],
-    ) {
-        // SAFETY: the caller's promise is passed on.
-        unsafe {
-            match (dtype, rows) {
-                (DType::F32, 1) => float::<1, 4, false>(k, x, row_bytes, w, 0, out),
-                (DType::F16, 1) => float::<1, 4, true>(k, x, row_bytes, w, 0, out),
-                (DType::F32 | DType::F16, _) => {
-                    for first in [0, 2] {
-                        match (dtype, rows) {
-                            (DType::F32, 6) => float::<6, 2, false>(k, x, row_bytes, w, first, out),
-                            (DType::F32, 4) => float::<4, 2, false>(k, x, row_bytes, w, first, out),
-                            (DType::F16, 6) => float::<6, 2, true>(k, x, row_bytes, w, first, out),
-                            (DType::F16, 4) => float::<4, 2, true>(k, x, row_bytes, w, first, out),
-                            _ => unreachable!("batch buckets leave 6 or 4 rows"),
-                        }
-                    }
-                }
-                (DType::Q8_0, _) => q8(k, x, w, &mut out[0]),
-                (DType::Q4_0, _) => q4::<false>(k, x, w, &mut out[0]),
-                (DType::Q4_1, _) => q4::<true>(k, x, w, &mut out[0]),
-            }
-        }
-    }
-
-    /// `R` rows times `V` vectors of columns from vector `first` on.
-    #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn float<const R: usize, const V: usize, const HALF: bool>(
-        k: usize,
-        x: *const u8,
-        row_bytes: usize,
-        w: *const u8,
-        first: usize,
-        out: &mut [Sums; 6],
-    ) {
-        let mut sums = [[_mm256_setzero_ps(); V]; R];
-        for step in 0..k {
-            let mut weights = [_mm256_setzero_ps(); V];
-            for (v, weight) in weights.iter_mut().enumerate() {
-                // SAFETY: step `step` of a panel of depth `k`.
-                *weight = unsafe {
-                    if HALF {
-                        _mm256_cvtph_ps(_mm_loadu_si128(w.add(step * 64 + 16 * (first + v)).cast()))
-                    } else {
-                        _mm256_loadu_ps(w.add(step * 128 + 32 * (first + v)).cast())
-                    }
-                };
-            }
-            for (r, sums) in sums.iter_mut().enumerate() {
-                // SAFETY: element `step` of row `r`.
-                let xv = unsafe { _mm256_broadcast_ss(&*x.add(r * row_bytes + 4 * step).cast()) };
-                for v in 0..V {
-                    sums[v] = _mm256_fmadd_ps(weights[v], xv, sums[v]);
-                }
-            }
-        }
-        for (out, sums) in out.iter_mut().zip(&sums) {
-            out[first..first + V].copy_from_slice(sums);
-        }
-    }
-
-    #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn word(p: *const u8) -> __m256i {
-        // SAFETY: the caller points into an activation block.
-        unsafe { _mm256_set1_epi32(p.cast::<i32>().read_unaligned()) }
-    }
-
-    #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn q8(k: usize, x: *const u8, w: *const u8, out: &mut Sums) {
-        let ones = _mm256_set1_epi16(1);
-        for block in 0..k / 32 {
-            // SAFETY: block `block` of a row and of a panel of depth `k`.
-            unsafe {
-                let (xb, wb) = (x.add(block * XBLOCK_BYTES), w.add(block * step_bytes(DType::Q8_0)));
-                let mut dots = [_mm256_setzero_si256(); 4];
-                for g in 0..8 {
-                    let xv = word(xb.add(XBLOCK_QS + 4 * g));
-                    for (v, dot) in dots.iter_mut().enumerate() {
-                        let q = _mm256_loadu_si256(wb.add(g * 128 + 32 * v).cast());
-                        let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(q), _mm256_sign_epi8(xv, q));
-                        *dot = _mm256_add_epi32(*dot, _mm256_madd_epi16(pairs, ones));
-                    }
-                }
-                let dx = _mm256_broadcast_ss(&*xb.add(XBLOCK_D).cast());
-                for v in 0..4 {
-                    let dw = _mm256_cvtph_ps(_mm_loadu_si128(wb.add(scales_offset(DType::Q8_0) + 16 * v).cast()));
-                    out[v] = _mm256_fmadd_ps(_mm256_mul_ps(dw, dx), _mm256_cvtepi32_ps(dots[v]), out[v]);
-                }
-            }
-        }
-    }
-
-    #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn q4<const MINS: bool>(k: usize, x: *const u8, w: *const u8, out: &mut Sums) {
-        let dtype = if MINS { DType::Q4_1 } else { DType::Q4_0 };
-        let (ones, mask) = (_mm256_set1_epi16(1), _mm256_set1_epi8(15));
-        for block in 0..k / 32 {
-            // SAFETY: block `block` of a row and of a panel of depth `k`.
-            unsafe {
-                let (xb, wb) = (x.add(block * XBLOCK_BYTES), w.add(block * step_bytes(dtype)));
-                let mut dots = [_mm256_setzero_si256(); 4];
-                for g in 0..4 {
-                    let (xl, xh) = (word(xb.add(XBLOCK_QS + 4 * g)), word(xb.add(XBLOCK_QS + 16 + 4 * g)));
-                    for (v, dot) in dots.iter_mut().enumerate() {
-                        let q = _mm256_loadu_si256(wb.add(g * 128 + 32 * v).cast());
-                        let low = _mm256_maddubs_epi16(_mm256_and_si256(q, mask), xl);
-                        let high = _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16::<4>(q), mask), xh);
-                        *dot = _mm256_add_epi16(*dot, _mm256_add_epi16(low, high));
-                    }
-                }
-                let dx = _mm256_broadcast_ss(&*xb.add(XBLOCK_D).cast());
-                let excess = _mm256_slli_epi32::<3>(word(xb.add(XBLOCK_SUM)));
-                let dsum = _mm256_broadcast_ss(&*xb.add(XBLOCK_DSUM).cast());
-                for v in 0..4 {
-                    let mut dot = _mm256_madd_epi16(dots[v], ones);
-                    if !MINS {
-                        dot = _mm256_sub_epi32(dot, excess);
-                    }
-                    let dw = _mm256_cvtph_ps(_mm_loadu_si128(wb.add(scales_offset(dtype) + 16 * v).cast()));
-                    out[v] = _mm256_fmadd_ps(_mm256_mul_ps(dw, dx), _mm256_cvtepi32_ps(dot), out[v]);
-                    if MINS {
-                        let mw = _mm256_cvtph_ps(_mm_loadu_si128(wb.add(MINS_OFFSET + 16 * v).cast()));
-                        out[v] = _mm256_fmadd_ps(mw, dsum, out[v]);
-                    }
-                }
-            }
-        }
     }
 }

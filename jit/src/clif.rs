@@ -10,6 +10,7 @@
 
 use crate::widen::table::PREFETCH_MARK;
 use alloc::vec::Vec;
+use core::cmp::Ordering;
 use cranelift_codegen::ir::condcodes::IntCC;
 use cranelift_codegen::ir::types::{F32X4, I8, I8X16, I16X8, I32, I32X4, I64};
 use cranelift_codegen::ir::{
@@ -125,6 +126,20 @@ impl<'a, 'b> Emit<'a, 'b> {
         // Carrier: vpmovzxwd reads half a vector, as vcvtph2ps does.
         let v = self.b.ins().uload16x4(readonly(), p, offset);
         self.cast(F32X4, v)
+    }
+
+    /// A vector of i32 made from as many u8 in memory (a quarter of a vector of bytes).
+    pub(crate) fn load_u8(&mut self, p: Value, offset: i32) -> Value {
+        // Carrier: vpmovzxbw, re-encoded as vpmovzxbd, which reads half as much.
+        let v = self.b.ins().uload8x8(readonly(), p, offset);
+        self.cast(I32X4, v)
+    }
+
+    /// A vector of i32 made from as many i8 in memory (a quarter of a vector of bytes).
+    pub(crate) fn load_i8(&mut self, p: Value, offset: i32) -> Value {
+        // Carrier: vpmovsxbw, re-encoded as vpmovsxbd, which reads half as much.
+        let v = self.b.ins().sload8x8(readonly(), p, offset);
+        self.cast(I32X4, v)
     }
 
     /// Four bytes of memory in every 4-byte lane.
@@ -274,18 +289,23 @@ impl<'a, 'b> Emit<'a, 'b> {
         self.b.ins().iadd(a, b)
     }
 
-    /// Low nibbles of every byte; `mask` is `0x0f` in every byte.
-    pub(crate) fn low_nibbles(&mut self, v: Value, mask: Value) -> Value {
-        let mask = self.cast(I8X16, mask);
-        self.b.ins().band(v, mask)
+    /// The bits of every byte that `mask` has, shifted by 16-bit lanes from bit `from` to bit `to` first. `mask` is the same
+    /// in every byte and has no bits that came from a neighbour.
+    pub(crate) fn bits(&mut self, v: Value, from: usize, to: usize, mask: Value) -> Value {
+        let words = self.cast(I16X8, v);
+        let moved = match from.cmp(&to) {
+            Ordering::Equal => words,
+            Ordering::Greater => self.b.ins().ushr_imm_u(words, (from - to) as i64),
+            Ordering::Less => self.b.ins().ishl_imm_u(words, (to - from) as i64),
+        };
+        let (moved, mask) = (self.cast(I8X16, moved), self.cast(I8X16, mask));
+        self.b.ins().band(moved, mask)
     }
 
-    /// High nibbles of every byte, shifted down.
-    pub(crate) fn high_nibbles(&mut self, v: Value, mask: Value) -> Value {
-        let words = self.cast(I16X8, v);
-        let down = self.b.ins().ushr_imm_u(words, 4);
-        let down = self.cast(I8X16, down);
-        self.low_nibbles(down, mask)
+    /// `a | b`.
+    pub(crate) fn or(&mut self, a: Value, b: Value) -> Value {
+        let (a, b) = (self.cast(I8X16, a), self.cast(I8X16, b));
+        self.b.ins().bor(a, b)
     }
 
     /// Adds 128 to every byte (mod 256); `flip` is `0x80` in every byte.

@@ -21,12 +21,16 @@ pub(crate) fn step(
     let weight_bytes = if plan.dtype == DType::F16 { 2 } else { 4 };
     if plan.prefetch_bytes > 0 {
         for line in (0..plan.columns * weight_bytes).step_by(64) {
-            e.prefetch(at.w, at.w_offset + line as i32 + plan.prefetch_bytes);
+            e.prefetch(at.weights.quants, at.w_offset + line as i32 + plan.prefetch_bytes);
         }
     }
     let weights = |e: &mut Emit<'_, '_>, v: usize| {
         let offset = at.w_offset + (v * plan.width.lanes() * weight_bytes) as i32;
-        if plan.dtype == DType::F16 { e.load_f16(at.w, offset) } else { e.load_f32(at.w, offset) }
+        if plan.dtype == DType::F16 {
+            e.load_f16(at.weights.quants, offset)
+        } else {
+            e.load_f32(at.weights.quants, offset)
+        }
     };
     if tile.rows == 1 {
         let x = *shared_x.get_or_insert_with(|| e.broadcast_f32(at.x, at.x_offset));

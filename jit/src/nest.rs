@@ -10,7 +10,7 @@ use crate::{matmul_float, matmul_quant};
 use alloc::vec;
 use alloc::vec::Vec;
 use cranelift_codegen::ir::Value;
-use model::layout::{PANEL, scales_offset};
+use model::layout::PANEL;
 
 /// Bytes at the start of the frame that hold 32-bit constants; accumulators follow.
 pub(crate) const CONSTANT_BYTES: usize = 64;
@@ -31,22 +31,46 @@ pub(crate) struct Tile {
     pub(crate) region: Region,
     /// First row of `x`.
     pub(crate) x: Value,
-    /// First step of the first stream's panel, at the tile's first column.
-    pub(crate) w: Value,
-    /// The same for the f16 scales (quantised types).
-    pub(crate) scales: Value,
+    /// The first stream's panel, at the tile's first column.
+    pub(crate) weights: Weights,
     /// First output.
     pub(crate) y: Value,
+}
+
+/// Pointers into a panel. All move together from panel to panel.
+#[derive(Clone, Copy)]
+pub(crate) struct Weights {
+    /// Weights or codes of the step.
+    pub(crate) quants: Value,
+    /// Scales of the step (quantised types).
+    pub(crate) scales: Value,
+    /// Super-scales of the group of steps (K types).
+    pub(crate) header: Value,
+}
+
+impl Weights {
+    /// The pointers that this type has.
+    fn pointers(&self, plan: &Plan) -> Vec<Value> {
+        let count = 1 + usize::from(plan.blocks.is_some()) + usize::from(plan.group_steps > 1);
+        [self.quants, self.scales, self.header][..count].to_vec()
+    }
+
+    /// The inverse of [`Self::pointers`].
+    fn of(pointers: &[Value]) -> Self {
+        let at = |i: usize| pointers[i.min(pointers.len() - 1)];
+        Weights { quants: at(0), scales: at(1), header: at(2) }
+    }
 }
 
 /// Pointers of one step of `k`.
 #[derive(Clone, Copy)]
 pub(crate) struct Cursor {
     pub(crate) x: Value,
-    pub(crate) w: Value,
-    pub(crate) scales: Value,
+    pub(crate) weights: Weights,
     /// Offset of the group's panel plus that of the step, in bytes.
     pub(crate) w_offset: i32,
+    /// Offset of the group's panel, in bytes.
+    pub(crate) header_offset: i32,
     /// Offset of the step in a row of `x`, in bytes.
     pub(crate) x_offset: i32,
 }
@@ -64,7 +88,7 @@ impl Tile {
         (0..self.region.streams).flat_map(|stream| (0..plan.parts).map(move |part| Group { stream, part })).collect()
     }
 
-    /// Bytes from the tile's `w` to `group`'s panel.
+    /// Bytes from the tile's panel to `group`'s panel.
     fn group_offset(&self, plan: &Plan, group: Group) -> usize {
         group.stream * self.region.run * plan.unit_bytes() + group.part * plan.panel_bytes
     }
@@ -109,7 +133,7 @@ fn stream_frame_bytes(plan: &Plan) -> usize {
 
 /// True when the kernel keeps constants or accumulators in its frame.
 fn needs_frame(plan: &Plan) -> bool {
-    plan.home == Home::Frame || plan.dtype.is_quantised() || plan.parts == 2
+    plan.home == Home::Frame || plan.blocks.is_some() || plan.parts == 2
 }
 
 /// Emits the whole kernel: `args` are `x`, `w`, `y` and `ldy` in bytes.
@@ -122,8 +146,8 @@ pub(crate) fn kernel(e: &mut Emit<'_, '_>, plan: &Plan, args: [Value; 4]) {
         if plan.parts == 2 {
             fuse::store_silu_constants(e, frame);
         }
-        if plan.dtype.is_quantised() {
-            matmul_quant::store_constants(e, frame, plan);
+        if let Some(layout) = &plan.blocks {
+            matmul_quant::store_constants(e, frame, plan, layout);
         }
         frame
     } else {
@@ -145,17 +169,21 @@ pub(crate) fn kernel(e: &mut Emit<'_, '_>, plan: &Plan, args: [Value; 4]) {
 
 /// One panel of every stream: its column tiles.
 fn panel(e: &mut Emit<'_, '_>, plan: &Plan, fixed: Fixed, region: Region, x: Value, w: Value, y: Value) {
-    // Bytes of one column in a step: quantised groups and f32 take 4, f16 takes 2.
+    // Bytes of one column in a step: words and f32 take 4, f16 takes 2.
     let column_bytes = if plan.dtype == model::kernel::DType::F16 { 2 } else { 4 };
-    let scales = if plan.dtype.is_quantised() { e.offset(w, scales_offset(plan.dtype) as i64) } else { w };
+    let quants = e.offset(w, plan.header_bytes as i64);
+    let (scales, scale_bytes) = match &plan.blocks {
+        Some(layout) => (e.offset(quants, layout.scales_offset(0) as i64), layout.scale_bytes()),
+        None => (quants, 0),
+    };
+    let mut init = vec![y];
+    init.extend(Weights { quants, scales, header: w }.pointers(plan));
     let end = e.offset(y, (PANEL * 4) as i64);
-    e.repeat(plan.columns == PANEL, &[y, w, scales], end, |e, at| {
-        let tile = Tile { rows: plan.rows, region, x, w: at[1], scales: at[2], y: at[0] };
+    e.repeat(plan.columns == PANEL, &init, end, |e, at| {
+        let tile = Tile { rows: plan.rows, region, x, weights: Weights::of(&at[1..]), y: at[0] };
         rows(e, plan, fixed, tile);
-        let y = e.offset(at[0], (plan.columns * 4) as i64);
-        let w = e.offset(at[1], (plan.columns * column_bytes) as i64);
-        let scales = if plan.dtype.is_quantised() { e.offset(at[2], (plan.columns * 2) as i64) } else { w };
-        vec![y, w, scales]
+        let bytes = [4, column_bytes, scale_bytes, 2];
+        at.iter().zip(bytes).map(|(pointer, bytes)| e.offset(*pointer, (plan.columns * bytes) as i64)).collect()
     });
 }
 
@@ -204,38 +232,65 @@ fn one_tile(e: &mut Emit<'_, '_>, plan: &Plan, fixed: Fixed, tile: Tile) {
         }
     }
 
-    let trips = plan.k_steps / plan.unroll;
-    let tail = plan.k_steps % plan.unroll;
-    let end = e.offset(tile.x, (trips * plan.unroll * plan.x_step_bytes) as i64);
-    let quantised = plan.dtype.is_quantised();
-    let mut init = vec![tile.x, tile.w];
-    if quantised {
-        init.push(tile.scales);
-    }
+    let mut init = vec![tile.x];
+    init.extend(tile.weights.pointers(plan));
     let pointers = init.len();
     init.extend(&accumulators);
-    let after = e.repeat(trips == 1, &init, end, |e, at| {
-        let at_tile = Tile { x: at[0], w: at[1], scales: at[pointers - 1], ..tile };
-        let mut accumulators = at[pointers..].to_vec();
-        steps(e, plan, fixed, &at_tile, &groups, plan.unroll, &mut accumulators);
-        if trips == 1 && tail == 0 {
-            let mut next = at[..pointers].to_vec();
+    let accumulators = if plan.group_steps == 1 {
+        k_loop(e, plan, fixed, &tile, &groups, plan.k_steps, &init)
+    } else {
+        // Super-blocks: the steps of each in a loop of their own, then all pointers move behind them.
+        let count = plan.k_steps / plan.group_steps;
+        let group_bytes = plan.header_bytes + plan.group_steps * plan.step_bytes;
+        let end = e.offset(tile.x, (plan.k_steps * plan.x_step_bytes) as i64);
+        let after = e.repeat(count == 1, &init, end, |e, at| {
+            let accumulators = k_loop(e, plan, fixed, &tile, &groups, plan.group_steps, at);
+            let mut next = vec![e.offset(at[0], (plan.group_steps * plan.x_step_bytes) as i64)];
+            for pointer in &at[1..pointers] {
+                next.push(e.offset(*pointer, group_bytes as i64));
+            }
             next.extend(accumulators);
-            return next;
-        }
-        let mut next = vec![e.offset(at[0], (plan.unroll * plan.x_step_bytes) as i64)];
-        for pointer in &at[1..pointers] {
-            next.push(e.offset(*pointer, (plan.unroll * plan.step_bytes) as i64));
+            next
+        });
+        after[pointers..].to_vec()
+    };
+    fuse::finish(e, plan, fixed, &tile, &groups, &accumulators);
+}
+
+/// `k_steps` steps of `k` from the pointers and with the accumulators in `init`; returns the accumulators.
+fn k_loop(
+    e: &mut Emit<'_, '_>,
+    plan: &Plan,
+    fixed: Fixed,
+    tile: &Tile,
+    groups: &[Group],
+    k_steps: usize,
+    init: &[Value],
+) -> Vec<Value> {
+    let pointers = 1 + tile.weights.pointers(plan).len();
+    let at_tile = |at: &[Value]| Tile { x: at[0], weights: Weights::of(&at[1..pointers]), ..*tile };
+    let trips = k_steps / plan.unroll;
+    let tail = k_steps % plan.unroll;
+    let end = e.offset(init[0], (trips * plan.unroll * plan.x_step_bytes) as i64);
+    let after = e.repeat(trips == 1, init, end, |e, at| {
+        let mut accumulators = at[pointers..].to_vec();
+        steps(e, plan, fixed, &at_tile(at), groups, plan.unroll, &mut accumulators);
+        let mut next = at[..pointers].to_vec();
+        if trips > 1 || tail > 0 {
+            // Super-scales stay where they are.
+            let bytes = [plan.x_step_bytes, plan.step_bytes, plan.step_bytes, 0];
+            for (pointer, bytes) in next.iter_mut().zip(bytes) {
+                *pointer = e.offset(*pointer, (plan.unroll * bytes) as i64);
+            }
         }
         next.extend(accumulators);
         next
     });
     let mut accumulators = after[pointers..].to_vec();
     if tail > 0 {
-        let at_tile = Tile { x: after[0], w: after[1], scales: after[pointers - 1], ..tile };
-        steps(e, plan, fixed, &at_tile, &groups, tail, &mut accumulators);
+        steps(e, plan, fixed, &at_tile(&after), groups, tail, &mut accumulators);
     }
-    fuse::finish(e, plan, fixed, &tile, &groups, &accumulators);
+    accumulators
 }
 
 /// `count` steps of `k` for every group.
@@ -256,10 +311,12 @@ fn steps(
                 let mut shared_x = None;
                 for (group, accumulators) in groups.iter().zip(accumulators.chunks_mut(per_group)) {
                     let at = cursor(plan, tile, tile.group_offset(plan, *group), step);
-                    if plan.dtype.is_quantised() {
-                        matmul_quant::step(e, plan, fixed, tile, at, matmul_quant::Sums::Registers(accumulators));
-                    } else {
-                        matmul_float::step(e, plan, tile, at, &mut shared_x, accumulators);
+                    match &plan.blocks {
+                        Some(layout) => {
+                            let sums = matmul_quant::Sums::Registers(accumulators);
+                            matmul_quant::step(e, plan, layout, fixed, tile, at, sums);
+                        }
+                        None => matmul_float::step(e, plan, tile, at, &mut shared_x, accumulators),
                     }
                 }
             }
@@ -267,13 +324,13 @@ fn steps(
         // Groups outermost, in loops: one group's accumulators are loaded once for all steps of the iteration.
         Home::Frame => {
             let stream_bytes = (tile.region.run * plan.unit_bytes()) as i64;
-            let others = [(tile.w, stream_bytes), (tile.scales, stream_bytes)];
-            let others = if plan.dtype.is_quantised() { &others[..] } else { &others[..1] };
-            tile.each_stream(e, plan, fixed.frame, others, |e, at| {
+            let others: Vec<_> =
+                tile.weights.pointers(plan).into_iter().map(|pointer| (pointer, stream_bytes)).collect();
+            tile.each_stream(e, plan, fixed.frame, &others, |e, at| {
                 let part_bytes = (tile.rows * tile.region.streams * stream_frame_bytes(plan)) as i64;
                 let end = e.offset(at[0], plan.parts as i64 * part_bytes);
                 e.repeat(plan.parts == 1, at, end, |e, at| {
-                    let held_tile = Tile { w: at[1], scales: at[at.len() - 1], ..*tile };
+                    let held_tile = Tile { weights: Weights::of(&at[1..]), ..*tile };
                     framed_steps(e, plan, fixed, &held_tile, at[0], count);
                     let mut next = vec![e.offset(at[0], part_bytes)];
                     for pointer in &at[1..] {
@@ -288,9 +345,10 @@ fn steps(
 
 /// `count` steps of `k` for the one group whose accumulators are at `frame`.
 fn framed_steps(e: &mut Emit<'_, '_>, plan: &Plan, fixed: Fixed, tile: &Tile, frame: Value, count: usize) {
-    if plan.dtype.is_quantised() {
+    if let Some(layout) = &plan.blocks {
         for step in 0..count {
-            matmul_quant::step(e, plan, fixed, tile, cursor(plan, tile, 0, step), matmul_quant::Sums::Frame(frame));
+            let at = cursor(plan, tile, 0, step);
+            matmul_quant::step(e, plan, layout, fixed, tile, at, matmul_quant::Sums::Frame(frame));
         }
         return;
     }
@@ -310,9 +368,9 @@ fn framed_steps(e: &mut Emit<'_, '_>, plan: &Plan, fixed: Fixed, tile: &Tile, fr
 fn cursor(plan: &Plan, tile: &Tile, w_offset: usize, step: usize) -> Cursor {
     Cursor {
         x: tile.x,
-        w: tile.w,
-        scales: tile.scales,
+        weights: tile.weights,
         w_offset: (w_offset + step * plan.step_bytes) as i32,
+        header_offset: w_offset as i32,
         x_offset: (step * plan.x_step_bytes) as i32,
     }
 }

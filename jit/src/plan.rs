@@ -6,7 +6,8 @@ use crate::error::JitError;
 use alloc::vec::Vec;
 use model::kernel::{DType, KernelKey, M_BUCKETS, Op, Variant, Width};
 use model::layout::{
-    BLOCK, PANEL, XBLOCK_BYTES, op_weight_bytes, panel_bytes, panels, step_bytes, step_k, x_row_bytes,
+    BLOCK, BlockLayout, PANEL, XBLOCK_BYTES, group_steps, header_bytes, k_multiple, op_weight_bytes, panel_bytes,
+    panels, step_bytes, step_k, x_row_bytes,
 };
 
 /// Vector registers Cranelift allocates (it knows no zmm16..31).
@@ -41,11 +42,16 @@ pub(crate) struct Region {
 pub(crate) struct Plan {
     pub(crate) op: Op,
     pub(crate) dtype: DType,
+    /// Layout of the steps of a quantised type.
+    pub(crate) blocks: Option<BlockLayout>,
     pub(crate) width: Width,
     pub(crate) vnni: bool,
     pub(crate) m: usize,
     /// Steps of `k` (elements, or blocks of 32).
     pub(crate) k_steps: usize,
+    /// Steps that share super-scales (1 without), and bytes of these in front of them.
+    pub(crate) group_steps: usize,
+    pub(crate) header_bytes: usize,
     /// Rows, columns, unroll of one register tile.
     pub(crate) rows: usize,
     pub(crate) columns: usize,
@@ -79,8 +85,8 @@ impl Plan {
         if n == 0 || k == 0 {
             return Err(shape("n and k must be at least 1"));
         }
-        if !k.is_multiple_of(step_k(key.dtype)) {
-            return Err(shape("k of a quantised type must be a multiple of 32"));
+        if !k.is_multiple_of(k_multiple(key.dtype)) {
+            return Err(shape("k of a quantised type must be a multiple of 32, of a K type of 256"));
         }
         let parts = key.op.columns_per_output();
         let bound = |len: Option<usize>| len.is_some_and(|len| len <= MAX_DISPLACEMENT);
@@ -112,6 +118,10 @@ impl Plan {
         if unroll == 0 || variant.unroll > MAX_UNROLL || unroll > k_steps {
             return Err(refuse("unroll must be 1..=32 and at most the steps of k"));
         }
+        let group_steps = group_steps(key.dtype);
+        if group_steps > 1 && !group_steps.is_multiple_of(unroll) {
+            return Err(refuse("unroll of a K type must divide the 8 blocks of a super-block"));
+        }
         if variant.vnni && !key.dtype.is_quantised() {
             return Err(refuse("vnni needs a quantised type"));
         }
@@ -124,10 +134,13 @@ impl Plan {
         Ok(Plan {
             op: key.op,
             dtype: key.dtype,
+            blocks: BlockLayout::of(key.dtype),
             width: variant.width,
             vnni: variant.vnni,
             m,
             k_steps,
+            group_steps,
+            header_bytes: header_bytes(key.dtype),
             rows,
             columns,
             unroll,
@@ -184,8 +197,18 @@ fn home(dtype: DType, vnni: bool, rows: usize, vectors: usize, groups: usize) ->
         DType::F16 => 1 + if rows == 1 { 1 } else { vectors },
         // Exact block sums, and: w, |w|, x, product, ones | w+128, x, flip.
         DType::Q8_0 => tile + if vnni { 3 } else { 5 + slack },
-        // Exact block sums, and: low and high nibbles, mask, x low and high, product.
-        DType::Q4_0 | DType::Q4_1 => tile + if vnni { 5 } else { 6 + slack / 2 },
+        dtype => {
+            let layout = BlockLayout::of(dtype)?;
+            // Exact block sums, and: codes, mask, x of each quad of a word, product; for high bits their mask and a word.
+            // A word of four quads is needed longer, but its x are loaded again.
+            let x = if layout.quads_per_word() == 2 { 2 } else { 1 };
+            let high = if layout.high_bits > 0 { 2 } else { 0 };
+            // Sums that do not fit 16 bits are widened on the way.
+            let widened = if vnni || layout.bits() <= 4 { 0 } else { tile + 1 };
+            // Scaling by halves with minima makes two sums of x.
+            let halves = usize::from(layout.minima && layout.sub_blocks > 1);
+            tile + 3 + x + high + halves + if vnni { 0 } else { 1 + slack / 2 + widened }
+        }
     };
     if groups * tile + work <= VECTOR_REGISTERS {
         return Some(Home::Registers);

@@ -11,7 +11,7 @@ use crate::compiler::TargetIsa;
 use crate::plan::{Home, Plan};
 use alloc::vec::Vec;
 use model::kernel::{DType, KernelKey, Variant, Width};
-use model::layout::{PANEL, panels};
+use model::layout::{BlockLayout, PANEL, QUADS, panels};
 
 /// Most variants of one key.
 pub const LIMIT: usize = 32;
@@ -123,24 +123,44 @@ fn step(plan: &Plan, rows: u64) -> Step {
         DType::F16 => {
             Step { arithmetic: tile + 2 * v, loads: v + rows, own_loads: if folds && v == 1 { 0 } else { rows } }
         }
-        DType::Q8_0 | DType::Q4_0 | DType::Q4_1 => {
-            let (groups, unpack, dots, x) = match (plan.dtype, plan.vnni) {
-                (DType::Q8_0, false) => (8, 1, 4, 1),
-                (DType::Q8_0, true) => (8, 1, 1, 1),
-                (_, false) => (4, 3, 4, 2),
-                (_, true) => (4, 3, 2, 2),
-            };
-            let own_x = if folds && plan.vnni { 0 } else { per_group };
-            let minima = u64::from(plan.dtype == DType::Q4_1);
-            // Scaling: multiply, convert, fma; correct or fold pairs; the minimum's fma.
-            let scale = tile * (4 + minima) + 2 * v * (1 + minima);
-            let frame = if plan.home == Home::Frame { tile } else { 0 };
-            Step {
-                arithmetic: groups * (unpack * v + dots * tile) + scale,
-                loads: groups * (v + x * per_group) + (2 + minima) * per_group + v + 2 * frame,
-                own_loads: groups * (v + x * own_x) + (2 + minima) * per_group + 2 * frame,
-            }
+        dtype => BlockLayout::of(dtype).map_or(Step { arithmetic: 0, loads: 0, own_loads: 0 }, |layout| {
+            quantised_step(plan, &layout, tile, per_group, folds)
+        }),
+    }
+}
+
+/// [`step`] of a quantised type.
+fn quantised_step(plan: &Plan, layout: &BlockLayout, tile: u64, per_group: u64, folds: bool) -> Step {
+    let v = plan.vectors as u64;
+    let shifted = |from: usize, to: usize| u64::from(from != to);
+    // Of each quad: mask, and shift; for high bits also a load and an or.
+    let (mut unpack, mut high_loads) = (0, 0);
+    for quad in 0..QUADS {
+        unpack += 1 + shifted(layout.low_field(quad).shift, 0);
+        if let Some(high) = layout.high_field(quad) {
+            unpack += 2 + shifted(high.shift, layout.low_bits);
+            high_loads += 1;
         }
+    }
+    let dots = match (layout.signed_codes(), plan.vnni) {
+        (_, true) => 1,
+        (true, false) => 4,
+        (false, false) => 2,
+    };
+    let own_x = if folds && plan.vnni { 0 } else { per_group };
+    let (minima, subs) = (u64::from(layout.minima), layout.sub_blocks as u64);
+    // Scaling: multiply, convert, fma; correct or widen; the minimum's fma. Scales that are products take three more, sums
+    // of half a block one.
+    let products = if layout.super_blocks { 3 } else { 0 };
+    let scale = subs * (tile * (3 + subs + minima) + (2 + products) * v * (1 + minima));
+    let frame = if plan.home == Home::Frame { subs * tile } else { 0 };
+    let quads = QUADS as u64;
+    let words = layout.low_words() as u64 + high_loads;
+    let fields = subs * ((1 + subs + minima) * per_group + 2 * frame);
+    Step {
+        arithmetic: unpack * v + quads * dots * tile + scale,
+        loads: words * v + quads * per_group + fields + v,
+        own_loads: words * v + quads * own_x + fields,
     }
 }
 
@@ -153,9 +173,9 @@ fn prefetches(plan: &Plan) -> u64 {
     match plan.dtype {
         DType::F32 => lines(4 * plan.columns),
         DType::F16 => lines(2 * plan.columns),
-        DType::Q8_0 => 8 * lines(4 * plan.columns) + 1,
-        DType::Q4_0 => 4 * lines(4 * plan.columns) + 1,
-        DType::Q4_1 => 4 * lines(4 * plan.columns) + 2,
+        dtype => BlockLayout::of(dtype).map_or(0, |layout| {
+            layout.words() as u64 * lines(4 * plan.columns) + lines(layout.step_bytes() - layout.scales_offset(0))
+        }),
     }
 }
 
@@ -226,6 +246,7 @@ fn cycles(key: &KernelKey, plan: &Plan) -> u64 {
 mod tests {
     use super::*;
     use model::kernel::{M_BUCKETS, Op};
+    use model::layout::k_multiple;
 
     const EVERYTHING: TargetIsa = TargetIsa { avx2: true, avx512: true, avx512_vnni: true };
     const AVX2: TargetIsa = TargetIsa { avx2: true, avx512: false, avx512_vnni: false };
@@ -241,6 +262,7 @@ mod tests {
                     (Op::MatmulResidual, 576, 1536),
                     (Op::LmHead, 49152, 576),
                 ] {
+                    let k = k / k_multiple(dtype) as u32 * k_multiple(dtype) as u32;
                     keys.push(KernelKey { op, dtype, m, n, k });
                     keys.push(KernelKey { op, dtype, m, n: n / 2, k });
                 }
@@ -279,7 +301,7 @@ mod tests {
         let key = |dtype, m, n, k| KernelKey { op: Op::Matmul, dtype, m, n, k };
         for dtype in DType::ALL {
             for m in M_BUCKETS {
-                assert!(!variants(&key(dtype, m, 1, 32), AVX2).is_empty());
+                assert!(!variants(&key(dtype, m, 1, k_multiple(dtype).max(32) as u32), AVX2).is_empty());
             }
         }
         assert!(!variants(&key(DType::F32, 1, 1, 1), AVX2).is_empty());

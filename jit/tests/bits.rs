@@ -6,6 +6,7 @@ mod common;
 use common::{Case, EVERY_ISA, host_isa};
 use jit::{Compiler, JitError, space};
 use model::kernel::{DType, KernelKey, M_BUCKETS, Op, Variant, Width};
+use model::layout::k_multiple;
 use proptest::prelude::*;
 
 /// Compiles and checks every variant of `key` this machine can run; returns how many, and says what went wrong.
@@ -30,13 +31,16 @@ fn check_dtype(dtype: DType) {
         let mut compiler = Compiler::new(isa).unwrap();
         for op in Op::ALL {
             for m in M_BUCKETS {
-                let shapes: &[(u32, u32)] = match (dtype.is_quantised(), m) {
-                    (true, 1) => &[(1, 32), (161, 96), (224, 160)],
-                    (true, 64) => &[(70, 96)],
-                    (true, _) => &[(33, 32), (160, 160)],
-                    (false, 1) => &[(1, 1), (161, 37), (224, 64)],
-                    (false, 64) => &[(70, 19)],
-                    (false, _) => &[(33, 5), (160, 40)],
+                let shapes: &[(u32, u32)] = match (k_multiple(dtype), m) {
+                    (256, 1) => &[(1, 256), (161, 768), (224, 512)],
+                    (256, 64) => &[(70, 256)],
+                    (256, _) => &[(33, 512), (160, 256)],
+                    (32, 1) => &[(1, 32), (161, 96), (224, 160)],
+                    (32, 64) => &[(70, 96)],
+                    (32, _) => &[(33, 32), (160, 160)],
+                    (_, 1) => &[(1, 1), (161, 37), (224, 64)],
+                    (_, 64) => &[(70, 19)],
+                    _ => &[(33, 5), (160, 40)],
                 };
                 for (n, k) in shapes {
                     let key = KernelKey { op, dtype, m, n: *n, k: *k };
@@ -76,6 +80,41 @@ fn q4_1_space_matches_the_oracle() {
     check_dtype(DType::Q4_1);
 }
 
+#[test]
+fn q5_0_space_matches_the_oracle() {
+    check_dtype(DType::Q5_0);
+}
+
+#[test]
+fn q5_1_space_matches_the_oracle() {
+    check_dtype(DType::Q5_1);
+}
+
+#[test]
+fn q2_k_space_matches_the_oracle() {
+    check_dtype(DType::Q2_K);
+}
+
+#[test]
+fn q3_k_space_matches_the_oracle() {
+    check_dtype(DType::Q3_K);
+}
+
+#[test]
+fn q4_k_space_matches_the_oracle() {
+    check_dtype(DType::Q4_K);
+}
+
+#[test]
+fn q5_k_space_matches_the_oracle() {
+    check_dtype(DType::Q5_K);
+}
+
+#[test]
+fn q6_k_space_matches_the_oracle() {
+    check_dtype(DType::Q6_K);
+}
+
 /// Every variant of the space of a real model's keys compiles: nothing spills, nothing is unlisted.
 #[test]
 fn spaces_of_a_real_model_compile_without_refusal() {
@@ -91,7 +130,8 @@ fn spaces_of_a_real_model_compile_without_refusal() {
                     (Op::MatmulResidual, 576, 1536),
                     (Op::LmHead, 49152, 576),
                 ] {
-                    let key = KernelKey { op, dtype, m, n, k };
+                    // The next smaller depth that K types can have.
+                    let key = KernelKey { op, dtype, m, n, k: k / k_multiple(dtype) as u32 * k_multiple(dtype) as u32 };
                     for variant in space::variants(&key, isa) {
                         let kernel =
                             compiler.compile(&key, &variant).unwrap_or_else(|e| panic!("{key} as {variant}: {e}"));
@@ -115,7 +155,7 @@ fn wide_code_computes_what_narrow_code_computes() {
     for op in Op::ALL {
         for dtype in DType::ALL {
             for (m, rows) in [(1, 1), (4, 3), (16, 2)] {
-                let key = KernelKey { op, dtype, m, n: 100, k: 64 };
+                let key = KernelKey { op, dtype, m, n: 100, k: k_multiple(dtype).max(64) as u32 };
                 let case = Case::new(key, 11, 8);
                 let variant = |width, vnni| Variant {
                     width,
@@ -141,8 +181,8 @@ fn wide_code_computes_what_narrow_code_computes() {
             }
         }
     }
-    // X128 against itself alone would be 75 or fewer.
-    assert!(compared > 120, "only {compared} pairs");
+    // X128 against itself alone would be 180 or fewer.
+    assert!(compared > 300, "only {compared} pairs");
 }
 
 /// What cannot be is refused with its own error, and counted.
@@ -158,12 +198,13 @@ fn refusals_have_their_own_error() {
         KernelKey { n: 0, ..key },
         KernelKey { k: 0, ..key },
         KernelKey { k: 48, ..key },
+        KernelKey { dtype: DType::Q4_K, k: 128, ..key },
         KernelKey { n: u32::MAX, k: u32::MAX - 31, ..key },
         KernelKey { n: 1 << 20, k: 1 << 20, ..key },
     ] {
         assert!(matches!(compiler.compile(&key, &variant), Err(JitError::Shape { .. })), "{key}");
     }
-    assert_eq!(compiler.refusals().shape, 6);
+    assert_eq!(compiler.refusals().shape, 7);
     for variant in [
         Variant { rows: 0, ..variant },
         Variant { rows: 5, ..variant },
@@ -184,14 +225,14 @@ fn refusals_have_their_own_error() {
         assert!(matches!(compiler.compile(&key, &variant), Err(JitError::Isa { .. })), "{variant}");
     }
     assert_eq!(compiler.refusals().isa, 2);
-    assert_eq!(compiler.refusals().total(), 19);
+    assert_eq!(compiler.refusals().total(), 20);
 }
 
 fn any_key() -> impl Strategy<Value = KernelKey> {
     (0..Op::ALL.len(), 0..DType::ALL.len(), 0..M_BUCKETS.len(), 1u32..300, 1u32..200).prop_map(
         |(op, dtype, m, n, k)| {
             let dtype = DType::ALL[dtype];
-            let k = if dtype.is_quantised() { k.div_ceil(32) * 32 } else { k };
+            let k = k.next_multiple_of(k_multiple(dtype) as u32);
             let n = if M_BUCKETS[m] == 64 { n.min(100) } else { n };
             KernelKey { op: Op::ALL[op], dtype, m: M_BUCKETS[m], n, k }
         },
@@ -213,7 +254,7 @@ fn any_variant() -> impl Strategy<Value = Variant> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 1500, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 3000, failure_persistence: None, ..ProptestConfig::default() })]
 
     /// Any key with any variant is either refused before code is made, or right. Nothing fails in between: the
     /// register estimate of the plan lets nothing through that spills.

@@ -167,6 +167,14 @@ fn file_type(ty: TensorType) -> Option<u32> {
         TensorType::Q4_0 => 2,
         TensorType::Q4_1 => 3,
         TensorType::Q8_0 => 7,
+        TensorType::Q5_0 => 8,
+        TensorType::Q5_1 => 9,
+        TensorType::Q2_K => 10,
+        // The small mixtures: those of this type alone.
+        TensorType::Q3_K => 11,
+        TensorType::Q4_K => 14,
+        TensorType::Q5_K => 16,
+        TensorType::Q6_K => 18,
         TensorType::BF16 => 32,
         _ => return None,
     })

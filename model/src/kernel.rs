@@ -9,7 +9,7 @@ use core::fmt;
 use core::str::FromStr;
 use serde::{Deserialize, Serialize};
 
-/// Storage type of a weight matrix that a kernel reads.
+/// Storage type of a weight matrix that a kernel reads; [`crate::layout`] says where its bits are.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
 pub enum DType {
     /// IEEE 754 binary32.
@@ -22,11 +22,43 @@ pub enum DType {
     Q4_0,
     /// Blocks of 32 nibbles with an f16 scale and an f16 minimum: `w = d * q + m`.
     Q4_1,
+    /// Blocks of 32 5-bit codes with one f16 scale: `w = d * (q - 16)`.
+    Q5_0,
+    /// Blocks of 32 5-bit codes with an f16 scale and an f16 minimum: `w = d * q + m`.
+    Q5_1,
+    /// Super-blocks of 256 2-bit codes, scale and minimum per 16: `w = d * sc * q + m * mn`.
+    #[allow(non_camel_case_types)]
+    Q2_K,
+    /// Super-blocks of 256 3-bit codes, scale per 16: `w = d * sc * (q - 4)`.
+    #[allow(non_camel_case_types)]
+    Q3_K,
+    /// Super-blocks of 256 nibbles, scale and minimum per 32: `w = d * sc * q + m * mn`.
+    #[allow(non_camel_case_types)]
+    Q4_K,
+    /// Super-blocks of 256 5-bit codes, scale and minimum per 32: `w = d * sc * q + m * mn`.
+    #[allow(non_camel_case_types)]
+    Q5_K,
+    /// Super-blocks of 256 6-bit codes, scale per 16: `w = d * sc * (q - 32)`.
+    #[allow(non_camel_case_types)]
+    Q6_K,
 }
 
 impl DType {
     /// Every kernel dtype, in the order reports list them.
-    pub const ALL: [DType; 5] = [DType::F32, DType::F16, DType::Q8_0, DType::Q4_0, DType::Q4_1];
+    pub const ALL: [DType; 12] = [
+        DType::F32,
+        DType::F16,
+        DType::Q8_0,
+        DType::Q4_0,
+        DType::Q4_1,
+        DType::Q5_0,
+        DType::Q5_1,
+        DType::Q2_K,
+        DType::Q3_K,
+        DType::Q4_K,
+        DType::Q5_K,
+        DType::Q6_K,
+    ];
 
     /// Lower-case name as used in kernel names.
     pub fn name(self) -> &'static str {
@@ -36,6 +68,13 @@ impl DType {
             DType::Q8_0 => "q8_0",
             DType::Q4_0 => "q4_0",
             DType::Q4_1 => "q4_1",
+            DType::Q5_0 => "q5_0",
+            DType::Q5_1 => "q5_1",
+            DType::Q2_K => "q2_k",
+            DType::Q3_K => "q3_k",
+            DType::Q4_K => "q4_k",
+            DType::Q5_K => "q5_k",
+            DType::Q6_K => "q6_k",
         }
     }
 
@@ -259,6 +298,13 @@ impl FromStr for Variant {
 mod tests {
     use super::*;
     use alloc::string::ToString;
+
+    #[test]
+    fn all_dtypes_are_listed_in_the_order_of_their_numbers() {
+        for (number, dtype) in DType::ALL.into_iter().enumerate() {
+            assert_eq!(dtype as usize, number, "{dtype}");
+        }
+    }
 
     #[test]
     fn key_names_round_trip() {

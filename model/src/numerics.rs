@@ -6,14 +6,19 @@
 //!
 //! **Products.** One f32 accumulator per output element, starting at `+0.0`, `k` ascending:
 //! - F32, F16: `acc = fma(f32(w[k]), x[k], acc)`.
-//! - Q8_0, per block: `acc = fma(d_w * d_x, f32(sum q_w q_x), acc)` (the sum is an exact i32).
-//! - Q4_0, per block: `acc = fma(d_w * d_x, f32(sum q_w q_x - 8 * sum q_x), acc)` (exact i32 before conversion).
-//! - Q4_1, per block: `acc = fma(d_w * d_x, f32(sum q_w q_x), acc)`, then `acc = fma(m_w, dsum_x, acc)`.
+//! - Quantised types, for each block of 32, sub-block after sub-block (the whole block, or its two halves of 16 for types
+//!   with a scale for each 16): `acc = fma(d_w * d_x, f32(dot), acc)`, then for types with minima
+//!   `acc = fma(m_w, dsum_x, acc)`.
+//!   - `dot = sum q_w q_x - offset * sum q_x` over the sub-block, an exact i32. The offset of codes is 8 for Q4_0, 16 for
+//!     Q5_0, 4 for Q3_K, 32 for Q6_K and otherwise 0 ([`BlockLayout::offset`](crate::layout::BlockLayout::offset)).
+//!   - `d_w = f32(d)` and `m_w = f32(m)`; for K types `d_w = f32(d) * f32(sc)` and `m_w = f32(m) * f32(mn)` with the scale
+//!     and minimum of the sub-block, 8-bit integers: these products of 11 and 8 bits are exact.
+//!   - `dsum_x = d_x * f32(sum q_x)` over the sub-block.
 //!
 //! **Fusions.** `GateUpSilu`: `y = silu(g) * u`. `MatmulResidual`: `y = y + acc`. The rest store `acc`.
 //!
 //! **Activation quantisation**, per block of 32: `amax = max |x|`; `d = amax / 127`; `id = 127 / amax` (0 when `amax` is 0);
-//! `q = round_ties_even(x * id)`; `sum = sum q`; `dsum = d * f32(sum)`. `d` stays f32.
+//! `q = round_ties_even(x * id)`; `sum = sum q`; `sum_low` that of the first 16; `dsum = d * f32(sum)`. `d` stays f32.
 //!
 //! **exp(x)**, with the constants below: `x = min(max(x, EXP_LO), EXP_HI)`; `t = fma(x, LOG2E, ROUND_MAGIC)`;
 //! `n = t - ROUND_MAGIC`; `r = fma(n, -LN2_HI, x)`; `r = fma(n, -LN2_LO, r)`; `p = EXP_POLY[0]`; for the other

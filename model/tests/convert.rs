@@ -32,8 +32,17 @@ fn read(file: &[u8]) -> ModelDescription {
 
 #[test]
 fn converting_equals_making_the_model_in_that_type() {
-    let types =
-        [TensorType::F32, TensorType::F16, TensorType::BF16, TensorType::Q8_0, TensorType::Q4_0, TensorType::Q4_1];
+    // K types: `rows_that_are_no_whole_blocks_keep_their_type`, or as here with blocks of 32.
+    let types = [
+        TensorType::F32,
+        TensorType::F16,
+        TensorType::BF16,
+        TensorType::Q8_0,
+        TensorType::Q4_0,
+        TensorType::Q4_1,
+        TensorType::Q5_0,
+        TensorType::Q5_1,
+    ];
     let spec = Spec { tied_head: false, ..Spec::default() };
     let source = synthetic::gguf(&spec).unwrap();
     for matrices in types {
@@ -120,8 +129,8 @@ fn failures_are_typed() {
     let q4 = Target::uniform(TensorType::Q4_0);
     assert!(matches!(run(&source, 1000, q4), Err(ConvertError::Model(ModelError::Truncated { .. }))));
     assert_eq!(
-        run(&source, source.len(), Target::uniform(TensorType::Q6_K)).unwrap_err(),
-        ConvertError::Target { ty: TensorType::Q6_K }
+        run(&source, source.len(), Target::uniform(TensorType::Q8_K)).unwrap_err(),
+        ConvertError::Target { ty: TensorType::Q8_K }
     );
     let mut written = 0;
     let error = convert(&source, source.len() as u64, q4, &mut |_, _| Err("read failed"), &mut |bytes| {

@@ -251,11 +251,11 @@ fn tensor_errors_name_the_tensor() {
         ModelError::WrongShape { tensor: "blk.0.attn_v.weight".into(), expected: vec![64, 32], found: vec![64, 64] }
     );
     assert_eq!(
-        change(|n, d, t| same(n, d, if n == "blk.0.attn_v.weight" { TensorType::Q5_0 } else { t })),
+        change(|n, d, t| same(n, d, if n == "blk.0.attn_v.weight" { TensorType::IQ4_NL } else { t })),
         ModelError::UnsupportedTensorType {
             tensor: "blk.0.attn_v.weight".into(),
-            found: "Q5_0",
-            supported: "F32, F16, BF16, Q8_0, Q4_0, Q4_1"
+            found: "IQ4_NL",
+            supported: model::quant::SUPPORTED_NAMES
         }
     );
     assert!(matches!(

@@ -13,8 +13,8 @@ use core::arch::x86_64::*;
 use core::ptr::read_unaligned;
 use model::kernel::{DType, KernelKey, Op};
 use model::layout::{
-    BLOCK, MINS_OFFSET, PANEL, XBLOCK_BYTES, XBLOCK_D, XBLOCK_DSUM, XBLOCK_SUM, panel_bytes, panels, scales_offset,
-    step_bytes, x_row_bytes,
+    BlockLayout, PANEL, QuadField, SUPER, WORD_BYTES, XBLOCK_BYTES, XBLOCK_D, XBLOCK_DSUM, XBLOCK_SUM, XBLOCK_SUM_LOW,
+    panel_bytes, panels, step_k, x_row_bytes,
 };
 
 /// Rows of a register tile.
@@ -103,68 +103,218 @@ impl<const HALF: bool> Product for Float<HALF> {
     }
 }
 
-/// The last operations of a quantised block, the same for every type.
-///
-/// # Safety
-/// AVX2, FMA and F16C; `x` is an activation block and `w` a step; `vector < 4`.
+/// Four activation bytes `4 quad..` of a block, in every 32-bit lane.
 #[inline(always)]
-unsafe fn scale_block(acc: __m256, dot: __m256i, x: *const u8, w: *const u8, vector: usize, dtype: DType) -> __m256 {
-    // SAFETY: the offsets lie inside the activation block and the step.
+unsafe fn broadcast_quad(x: *const u8, quad: usize) -> __m256i {
+    // SAFETY: the caller vouches for an activation block of 8 quads at `x` and `quad < 8`.
+    unsafe { _mm256_set1_epi32(read_unaligned(x.add(4 * quad).cast())) }
+}
+
+/// `v` with its 16-bit lanes shifted from bit `from` to bit `to`: constants once inlined.
+#[inline(always)]
+unsafe fn shift(v: __m256i, from: usize, to: usize) -> __m256i {
+    // SAFETY: AVX2, by the caller.
     unsafe {
-        let half = |at: usize| _mm256_cvtph_ps(_mm_loadu_si128(w.add(at + 16 * vector).cast()));
-        let d = _mm256_mul_ps(half(scales_offset(dtype)), _mm256_broadcast_ss(&*x.add(XBLOCK_D).cast()));
-        let acc = _mm256_fmadd_ps(d, _mm256_cvtepi32_ps(dot), acc);
-        match dtype {
-            DType::Q4_1 => _mm256_fmadd_ps(half(MINS_OFFSET), _mm256_broadcast_ss(&*x.add(XBLOCK_DSUM).cast()), acc),
-            _ => acc,
+        if from >= to {
+            _mm256_srl_epi16(v, _mm_cvtsi32_si128((from - to) as i32))
+        } else {
+            _mm256_sll_epi16(v, _mm_cvtsi32_si128((to - from) as i32))
         }
     }
 }
 
-/// Four activation bytes `4 group..` of a block, in every 32-bit lane.
-#[inline(always)]
-unsafe fn broadcast_group(x: *const u8, group: usize) -> __m256i {
-    // SAFETY: the caller vouches for an activation block of 8 groups at `x` and `group < 8`.
-    unsafe { _mm256_set1_epi32(read_unaligned(x.add(4 * group).cast())) }
-}
+/// Quantised weights of the type number `DTYPE` with int8 activations: one code for all types, in which the layout is a
+/// constant.
+struct Quantised<const DTYPE: usize>;
 
-/// Q8_0 weights with int8 activations.
-struct Q8;
+impl<const DTYPE: usize> Quantised<DTYPE> {
+    const LAYOUT: BlockLayout = BlockLayout::of(DType::ALL[DTYPE]).unwrap();
+    const STEP_BYTES: usize = Self::LAYOUT.step_bytes();
+    const HEADER_BYTES: usize = Self::LAYOUT.header_bytes();
+    const GROUP_STEPS: usize = if Self::LAYOUT.super_blocks { SUPER } else { 1 };
+    /// Quads whose products with activations of at most 127 sum in 16 bits: pairs of `2 * code * 127`.
+    const QUADS_IN_16_BITS: usize = i16::MAX as usize / (2 * 127 * ((1 << Self::LAYOUT.bits()) - 1));
 
-impl Q8 {
-    /// `sum + |w| . sign(w) x`: the operands `vpmaddubsw` needs. `|w| <= 128` and `|x| <= 127` cannot saturate its pairs.
+    /// `R` rows of `x`, `x_stride` bytes apart, with the `V` vectors of columns from `vector` on of the panel at `w`.
+    ///
+    /// # Safety
+    /// AVX2, FMA and F16C; the rows are whole, the panel has `steps` steps, and `vector + V <= 4`.
     #[inline(always)]
-    unsafe fn dot4(sum: __m256i, w: __m256i, w_abs: __m256i, x: __m256i) -> __m256i {
+    unsafe fn sums<const R: usize, const V: usize>(
+        x: *const u8,
+        x_stride: usize,
+        w: *const u8,
+        vector: usize,
+        steps: usize,
+    ) -> [[__m256; V]; R] {
+        // SAFETY: group `g` of the panel has a header and `GROUP_STEPS` steps, and each row as many activation blocks.
+        unsafe {
+            let mut acc = [[_mm256_setzero_ps(); V]; R];
+            let (mut x, mut header) = (x, w);
+            for _ in 0..steps / Self::GROUP_STEPS {
+                let mut step = header.add(Self::HEADER_BYTES);
+                for _ in 0..Self::GROUP_STEPS {
+                    for sub in 0..Self::LAYOUT.sub_blocks {
+                        let dots = Self::dots::<R, V>(x, x_stride, step, vector, sub);
+                        for j in 0..V {
+                            let (d, m) = Self::factors(header, step, vector + j, sub);
+                            for (r, acc) in acc.iter_mut().enumerate() {
+                                acc[j] = Self::scale(acc[j], dots[r][j], d, m, x.add(r * x_stride), sub);
+                            }
+                        }
+                    }
+                    x = x.add(XBLOCK_BYTES);
+                    step = step.add(Self::STEP_BYTES);
+                }
+                header = step;
+            }
+            acc
+        }
+    }
+
+    /// The codes of `quad` in the 8 columns of `vector`, as unsigned bytes.
+    #[inline(always)]
+    unsafe fn codes(step: *const u8, quad: usize, vector: usize) -> __m256i {
+        // SAFETY: the fields of a quad lie inside the step, and `vector < 4`, by the caller.
+        unsafe {
+            let field = |field: QuadField, to: usize| {
+                let words = _mm256_loadu_si256(step.add(field.word * WORD_BYTES + 32 * vector).cast());
+                let mask = (((1u32 << field.bits) - 1) << to) as u8;
+                _mm256_and_si256(shift(words, field.shift, to), _mm256_set1_epi8(mask.cast_signed()))
+            };
+            let low = field(Self::LAYOUT.low_field(quad), 0);
+            match Self::LAYOUT.high_field(quad) {
+                Some(high) => _mm256_or_si256(low, field(high, Self::LAYOUT.low_bits)),
+                None => low,
+            }
+        }
+    }
+
+    /// Exact sums `q_w q_x` of sub-block `sub`, without the offset.
+    #[inline(always)]
+    unsafe fn dots<const R: usize, const V: usize>(
+        x: *const u8,
+        x_stride: usize,
+        step: *const u8,
+        vector: usize,
+        sub: usize,
+    ) -> [[__m256i; V]; R] {
+        let layout = Self::LAYOUT;
+        let first_word = sub * layout.low_words_per_scale();
+        // SAFETY: words and quads of the step and of an activation block, by the caller.
+        unsafe {
+            let ones = _mm256_set1_epi16(1);
+            let mut dots = [[_mm256_setzero_si256(); V]; R];
+            let mut pairs = [[_mm256_setzero_si256(); V]; R];
+            let mut in_pairs = 0;
+            for word in first_word..first_word + layout.low_words_per_scale() {
+                if layout.signed_codes() {
+                    for j in 0..V {
+                        // `|w| . sign(w) x`, as vpmaddubsw needs it: `|w| <= 128` and `|x| <= 127` cannot saturate its pairs.
+                        let w = _mm256_loadu_si256(step.add(word * WORD_BYTES + 32 * (vector + j)).cast());
+                        let w_abs = _mm256_abs_epi8(w);
+                        for (r, dots) in dots.iter_mut().enumerate() {
+                            let x = broadcast_quad(x.add(r * x_stride), word);
+                            let pairs = _mm256_maddubs_epi16(w_abs, _mm256_sign_epi8(x, w));
+                            dots[j] = _mm256_add_epi32(dots[j], _mm256_madd_epi16(pairs, ones));
+                        }
+                    }
+                    continue;
+                }
+                for i in 0..layout.quads_per_word() {
+                    let quad = layout.quad_in_word(word, i);
+                    for j in 0..V {
+                        let codes = Self::codes(step, quad, vector + j);
+                        for (r, pairs) in pairs.iter_mut().enumerate() {
+                            let products = _mm256_maddubs_epi16(codes, broadcast_quad(x.add(r * x_stride), quad));
+                            pairs[j] = _mm256_add_epi16(pairs[j], products);
+                        }
+                    }
+                    in_pairs += 1;
+                    if in_pairs == Self::QUADS_IN_16_BITS {
+                        Self::widen(&mut dots, &mut pairs);
+                        in_pairs = 0;
+                    }
+                }
+            }
+            if !layout.signed_codes() && in_pairs > 0 {
+                Self::widen(&mut dots, &mut pairs);
+            }
+            dots
+        }
+    }
+
+    /// Adds the 16-bit sums to the 32-bit ones and clears them.
+    #[inline(always)]
+    unsafe fn widen<const R: usize, const V: usize>(dots: &mut [[__m256i; V]; R], pairs: &mut [[__m256i; V]; R]) {
         // SAFETY: AVX2, by the caller.
         unsafe {
-            let pairs = _mm256_maddubs_epi16(w_abs, _mm256_sign_epi8(x, w));
-            _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
+            for (dot, pair) in dots.as_flattened_mut().iter_mut().zip(pairs.as_flattened_mut()) {
+                *dot = _mm256_add_epi32(*dot, _mm256_madd_epi16(*pair, _mm256_set1_epi16(1)));
+                *pair = _mm256_setzero_si256();
+            }
+        }
+    }
+
+    /// Scale and minimum (0 where there is none) of sub-block `sub` in the 8 columns of `vector`.
+    #[inline(always)]
+    unsafe fn factors(header: *const u8, step: *const u8, vector: usize, sub: usize) -> (__m256, __m256) {
+        let layout = Self::LAYOUT;
+        // SAFETY: header and step of the group, `vector < 4`, by the caller.
+        unsafe {
+            let half = |at: *const u8| _mm256_cvtph_ps(_mm_loadu_si128(at.add(16 * vector).cast()));
+            let (scales, minima) = (step.add(layout.scales_offset(sub)), step.add(layout.minima_offset(sub)));
+            if !layout.super_blocks {
+                let m = if layout.minima { half(minima) } else { _mm256_setzero_ps() };
+                return (half(scales), m);
+            }
+            let scales = _mm_loadl_epi64(scales.add(8 * vector).cast());
+            let scales = if layout.signed_scales { _mm256_cvtepi8_epi32(scales) } else { _mm256_cvtepu8_epi32(scales) };
+            let d = _mm256_mul_ps(half(header), _mm256_cvtepi32_ps(scales));
+            if !layout.minima {
+                return (d, _mm256_setzero_ps());
+            }
+            let minima = _mm256_cvtepu8_epi32(_mm_loadl_epi64(minima.add(8 * vector).cast()));
+            (d, _mm256_mul_ps(half(header.add(2 * PANEL)), _mm256_cvtepi32_ps(minima)))
+        }
+    }
+
+    /// The last operations of a sub-block.
+    #[inline(always)]
+    unsafe fn scale(acc: __m256, dot: __m256i, d: __m256, m: __m256, x: *const u8, sub: usize) -> __m256 {
+        let layout = Self::LAYOUT;
+        // SAFETY: an activation block at `x`, by the caller.
+        unsafe {
+            let sum = |at: usize| read_unaligned(x.add(at).cast::<i32>());
+            let sum = match (layout.sub_blocks, sub) {
+                (1, _) => sum(XBLOCK_SUM),
+                (_, 0) => sum(XBLOCK_SUM_LOW),
+                _ => sum(XBLOCK_SUM) - sum(XBLOCK_SUM_LOW),
+            };
+            let d_x = read_unaligned(x.add(XBLOCK_D).cast::<f32>());
+            let dot = match layout.offset {
+                0 => dot,
+                offset => _mm256_sub_epi32(dot, _mm256_set1_epi32(offset * sum)),
+            };
+            let acc = _mm256_fmadd_ps(_mm256_mul_ps(d, _mm256_set1_ps(d_x)), _mm256_cvtepi32_ps(dot), acc);
+            if !layout.minima {
+                return acc;
+            }
+            let dsum = match layout.sub_blocks {
+                1 => read_unaligned(x.add(XBLOCK_DSUM).cast::<f32>()),
+                _ => d_x * sum as f32,
+            };
+            _mm256_fmadd_ps(m, _mm256_set1_ps(dsum), acc)
         }
     }
 }
 
-impl Product for Q8 {
+impl<const DTYPE: usize> Product for Quantised<DTYPE> {
     #[inline(always)]
     unsafe fn row(x: *const u8, w: *const u8, steps: usize) -> [__m256; VECTORS] {
-        // SAFETY: block `b < steps` of `x` and step `b` of `w` exist, and the offsets lie inside them.
-        unsafe {
-            let mut acc = [_mm256_setzero_ps(); VECTORS];
-            for b in 0..steps {
-                let (x, w) = (x.add(b * XBLOCK_BYTES), w.add(b * step_bytes(DType::Q8_0)));
-                let mut dot = [_mm256_setzero_si256(); VECTORS];
-                for group in 0..BLOCK / 4 {
-                    let x = broadcast_group(x, group);
-                    for (j, dot) in dot.iter_mut().enumerate() {
-                        let w = _mm256_loadu_si256(w.add(group * 4 * PANEL + 32 * j).cast());
-                        *dot = Self::dot4(*dot, w, _mm256_abs_epi8(w), x);
-                    }
-                }
-                for (j, acc) in acc.iter_mut().enumerate() {
-                    *acc = scale_block(*acc, dot[j], x, w, j, DType::Q8_0);
-                }
-            }
-            acc
-        }
+        // SAFETY: by the caller.
+        let [row] = unsafe { Self::sums::<1, VECTORS>(x, 0, w, 0, steps) };
+        row
     }
 
     #[inline(always)]
@@ -175,121 +325,11 @@ impl Product for Q8 {
         vector: usize,
         steps: usize,
     ) -> [[__m256; TILE]; R] {
-        // SAFETY: as in `row`, for rows `x_stride` bytes apart and columns inside the panel.
+        // SAFETY: by the caller. One vector at a time: its block sums alone take `R` registers.
         unsafe {
-            let mut acc = [[_mm256_setzero_ps(); TILE]; R];
-            for j in 0..TILE {
-                for b in 0..steps {
-                    let (x, w) = (x.add(b * XBLOCK_BYTES), w.add(b * step_bytes(DType::Q8_0)));
-                    let mut dot = [_mm256_setzero_si256(); R];
-                    for group in 0..BLOCK / 4 {
-                        let w = _mm256_loadu_si256(w.add(group * 4 * PANEL + 32 * (vector + j)).cast());
-                        let w_abs = _mm256_abs_epi8(w);
-                        for (r, dot) in dot.iter_mut().enumerate() {
-                            *dot = Self::dot4(*dot, w, w_abs, broadcast_group(x.add(r * x_stride), group));
-                        }
-                    }
-                    for (r, acc) in acc.iter_mut().enumerate() {
-                        acc[j] = scale_block(acc[j], dot[r], x.add(r * x_stride), w, vector + j, DType::Q8_0);
-                    }
-                }
-            }
-            acc
-        }
-    }
-}
-
-/// Q4_0 (`MINS` false) and Q4_1 (`MINS` true) weights with int8 activations.
-struct Q4<const MINS: bool>;
-
-impl<const MINS: bool> Q4<MINS> {
-    const DTYPE: DType = if MINS { DType::Q4_1 } else { DType::Q4_0 };
-
-    /// Nibble sums of a block in 16-bit pairs -> exact 32-bit dots, less `8 sum q_x` for Q4_0.
-    #[inline(always)]
-    unsafe fn finish(pairs: __m256i, x: *const u8) -> __m256i {
-        // SAFETY: AVX2 and an activation block at `x`, by the caller.
-        unsafe {
-            let dot = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-            if MINS {
-                dot
-            } else {
-                let sum = _mm256_set1_epi32(read_unaligned(x.add(XBLOCK_SUM).cast()));
-                _mm256_sub_epi32(dot, _mm256_slli_epi32::<3>(sum))
-            }
-        }
-    }
-
-    /// Low and high nibbles of 32 bytes.
-    #[inline(always)]
-    unsafe fn nibbles(w: *const u8) -> (__m256i, __m256i) {
-        // SAFETY: 32 bytes at `w` and AVX2, by the caller.
-        unsafe {
-            let mask = _mm256_set1_epi8(15);
-            let pairs = _mm256_loadu_si256(w.cast());
-            (_mm256_and_si256(pairs, mask), _mm256_and_si256(_mm256_srli_epi16::<4>(pairs), mask))
-        }
-    }
-}
-
-impl<const MINS: bool> Product for Q4<MINS> {
-    #[inline(always)]
-    unsafe fn row(x: *const u8, w: *const u8, steps: usize) -> [__m256; VECTORS] {
-        // SAFETY: block `b < steps` of `x` and step `b` of `w` exist, and the offsets lie inside them.
-        unsafe {
-            let mut acc = [_mm256_setzero_ps(); VECTORS];
-            for b in 0..steps {
-                let (x, w) = (x.add(b * XBLOCK_BYTES), w.add(b * step_bytes(Self::DTYPE)));
-                // Eight products of at most 2 * 15 * 127 stay below 2^15, so a block sums in 16 bits.
-                let mut pairs = [_mm256_setzero_si256(); VECTORS];
-                for group in 0..BLOCK / 8 {
-                    let (x_low, x_high) = (broadcast_group(x, group), broadcast_group(x, group + 4));
-                    for (j, pairs) in pairs.iter_mut().enumerate() {
-                        let (low, high) = Self::nibbles(w.add(group * 4 * PANEL + 32 * j));
-                        let both =
-                            _mm256_add_epi16(_mm256_maddubs_epi16(low, x_low), _mm256_maddubs_epi16(high, x_high));
-                        *pairs = _mm256_add_epi16(*pairs, both);
-                    }
-                }
-                for (j, acc) in acc.iter_mut().enumerate() {
-                    *acc = scale_block(*acc, Self::finish(pairs[j], x), x, w, j, Self::DTYPE);
-                }
-            }
-            acc
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn tile<const R: usize>(
-        x: *const u8,
-        x_stride: usize,
-        w: *const u8,
-        vector: usize,
-        steps: usize,
-    ) -> [[__m256; TILE]; R] {
-        // SAFETY: as in `row`, for rows `x_stride` bytes apart and columns inside the panel.
-        unsafe {
-            let mut acc = [[_mm256_setzero_ps(); TILE]; R];
-            for j in 0..TILE {
-                for b in 0..steps {
-                    let (x, w) = (x.add(b * XBLOCK_BYTES), w.add(b * step_bytes(Self::DTYPE)));
-                    let mut pairs = [_mm256_setzero_si256(); R];
-                    for group in 0..BLOCK / 8 {
-                        let (low, high) = Self::nibbles(w.add(group * 4 * PANEL + 32 * (vector + j)));
-                        for (r, pairs) in pairs.iter_mut().enumerate() {
-                            let x = x.add(r * x_stride);
-                            let low = _mm256_maddubs_epi16(low, broadcast_group(x, group));
-                            let high = _mm256_maddubs_epi16(high, broadcast_group(x, group + 4));
-                            *pairs = _mm256_add_epi16(*pairs, _mm256_add_epi16(low, high));
-                        }
-                    }
-                    for (r, acc) in acc.iter_mut().enumerate() {
-                        let x = x.add(r * x_stride);
-                        acc[j] = scale_block(acc[j], Self::finish(pairs[r], x), x, w, vector + j, Self::DTYPE);
-                    }
-                }
-            }
-            acc
+            let left = Self::sums::<R, 1>(x, x_stride, w, vector, steps);
+            let right = Self::sums::<R, 1>(x, x_stride, w, vector + 1, steps);
+            core::array::from_fn(|r| [left[r][0], right[r][0]])
         }
     }
 }
@@ -336,7 +376,7 @@ impl Operands<'_> {
         let (m, n, k) = (self.key.m as usize, self.key.n as usize, self.key.k as usize);
         let dtype = self.key.dtype;
         let panel_bytes = panel_bytes(dtype, k);
-        let steps = panel_bytes / step_bytes(dtype);
+        let steps = k / step_k(dtype);
         let x_stride = x_row_bytes(dtype, k);
         let fused = self.key.op == Op::GateUpSilu;
         for p in 0..panels(n) {
@@ -413,9 +453,16 @@ pub(crate) fn run(_: Avx2, key: &KernelKey, x: &[u8], w: &[u8], mut y: ColumnsMu
         match key.dtype {
             DType::F32 => run_f32(operands),
             DType::F16 => run_f16(operands),
-            DType::Q8_0 => run_q8_0(operands),
-            DType::Q4_0 => run_q4_0(operands),
-            DType::Q4_1 => run_q4_1(operands),
+            DType::Q8_0 => run_quantised::<{ DType::Q8_0 as usize }>(operands),
+            DType::Q4_0 => run_quantised::<{ DType::Q4_0 as usize }>(operands),
+            DType::Q4_1 => run_quantised::<{ DType::Q4_1 as usize }>(operands),
+            DType::Q5_0 => run_quantised::<{ DType::Q5_0 as usize }>(operands),
+            DType::Q5_1 => run_quantised::<{ DType::Q5_1 as usize }>(operands),
+            DType::Q2_K => run_quantised::<{ DType::Q2_K as usize }>(operands),
+            DType::Q3_K => run_quantised::<{ DType::Q3_K as usize }>(operands),
+            DType::Q4_K => run_quantised::<{ DType::Q4_K as usize }>(operands),
+            DType::Q5_K => run_quantised::<{ DType::Q5_K as usize }>(operands),
+            DType::Q6_K => run_quantised::<{ DType::Q6_K as usize }>(operands),
         }
     }
 }
@@ -433,19 +480,7 @@ unsafe fn run_f16(operands: Operands<'_>) {
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn run_q8_0(operands: Operands<'_>) {
+unsafe fn run_quantised<const DTYPE: usize>(operands: Operands<'_>) {
     // SAFETY: the caller checked the operands; the features are enabled here.
-    unsafe { operands.run::<Q8>() }
-}
-
-#[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn run_q4_0(operands: Operands<'_>) {
-    // SAFETY: the caller checked the operands; the features are enabled here.
-    unsafe { operands.run::<Q4<false>>() }
-}
-
-#[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn run_q4_1(operands: Operands<'_>) {
-    // SAFETY: the caller checked the operands; the features are enabled here.
-    unsafe { operands.run::<Q4<true>>() }
+    unsafe { operands.run::<Quantised<DTYPE>>() }
 }

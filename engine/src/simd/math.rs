@@ -3,7 +3,7 @@
 use super::Avx2;
 use crate::math::fold_halves;
 use core::arch::x86_64::*;
-use model::layout::{BLOCK, XBLOCK_BYTES, XBLOCK_D, XBLOCK_DSUM, XBLOCK_SUM};
+use model::layout::{BLOCK, XBLOCK_BYTES, XBLOCK_D, XBLOCK_DSUM, XBLOCK_SUM, XBLOCK_SUM_LOW};
 use model::numerics::{EXP_HI, EXP_LO, EXP_POLY, LN2_HI, LN2_LO, LOG2E, REDUCE_LANES, ROUND_MAGIC};
 
 /// `exp` of eight lanes (see `math::exp_with`).
@@ -126,15 +126,17 @@ pub(crate) fn quantise(_: Avx2, x: &[f32], out: &mut [u8]) {
             let q = _mm256_max_epi8(q, _mm256_set1_epi8(-127));
             let pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), q);
             let sums = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-            let sums = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256::<1>(sums));
-            let sums = _mm_add_epi32(sums, _mm_shuffle_epi32::<0x4e>(sums));
-            let sum = _mm_cvtsi128_si32(_mm_add_epi32(sums, _mm_shuffle_epi32::<0xb1>(sums)));
+            // Both halves of the block at once: neighbours, then pairs.
+            let sums = _mm256_add_epi32(sums, _mm256_shuffle_epi32::<0x4e>(sums));
+            let sums = _mm256_add_epi32(sums, _mm256_shuffle_epi32::<0xb1>(sums));
+            let sum_low = _mm_cvtsi128_si32(_mm256_castsi256_si128(sums));
+            let sum = sum_low + _mm_cvtsi128_si32(_mm256_extracti128_si256::<1>(sums));
             // SAFETY: the chunk is 48 bytes.
             unsafe { _mm256_storeu_si256(out.as_mut_ptr().cast(), q) };
             out[XBLOCK_D..XBLOCK_D + 4].copy_from_slice(&d.to_le_bytes());
             out[XBLOCK_SUM..XBLOCK_SUM + 4].copy_from_slice(&sum.to_le_bytes());
             out[XBLOCK_DSUM..XBLOCK_DSUM + 4].copy_from_slice(&(d * sum as f32).to_le_bytes());
-            out[XBLOCK_DSUM + 4..].fill(0);
+            out[XBLOCK_SUM_LOW..].copy_from_slice(&sum_low.to_le_bytes());
         }
     }
     // SAFETY: `Avx2` proves the features.

@@ -25,6 +25,7 @@ pub(crate) fn pack_panel(_: Avx2, format: RowFormat, rows: &[u8], row_bytes: usi
             RowFormat::Q8_0 => pack_blocks::<34, 2, 2>(rows, row_bytes, panel, format),
             RowFormat::Q4_0 => pack_blocks::<18, 2, 1>(rows, row_bytes, panel, format),
             RowFormat::Q4_1 => pack_blocks::<20, 4, 1>(rows, row_bytes, panel, format),
+            _ => unreachable!("{format:?} is packed lane by lane"),
         }
     }
 }

@@ -56,11 +56,13 @@ pub const PLAIN: &[Row] = rows! {
     // Integer arithmetic.
     VEX_Vpxor_xmm_xmm_xmmm128       => VEX_Vpxor_xmm_xmm_xmmm128       | VEX_Vpxor_ymm_ymm_ymmm256       | EVEX_Vpxord_zmm_k1z_zmm_zmmm512b32;
     VEX_Vpand_xmm_xmm_xmmm128       => VEX_Vpand_xmm_xmm_xmmm128       | VEX_Vpand_ymm_ymm_ymmm256       | EVEX_Vpandd_zmm_k1z_zmm_zmmm512b32;
+    VEX_Vpor_xmm_xmm_xmmm128        => VEX_Vpor_xmm_xmm_xmmm128        | VEX_Vpor_ymm_ymm_ymmm256        | EVEX_Vpord_zmm_k1z_zmm_zmmm512b32;
     VEX_Vpaddd_xmm_xmm_xmmm128      => VEX_Vpaddd_xmm_xmm_xmmm128      | VEX_Vpaddd_ymm_ymm_ymmm256      | EVEX_Vpaddd_zmm_k1z_zmm_zmmm512b32;
     VEX_Vpsubd_xmm_xmm_xmmm128      => VEX_Vpsubd_xmm_xmm_xmmm128      | VEX_Vpsubd_ymm_ymm_ymmm256      | EVEX_Vpsubd_zmm_k1z_zmm_zmmm512b32;
     VEX_Vpaddw_xmm_xmm_xmmm128      => VEX_Vpaddw_xmm_xmm_xmmm128      | VEX_Vpaddw_ymm_ymm_ymmm256      | EVEX_Vpaddw_zmm_k1z_zmm_zmmm512;
     VEX_Vpabsb_xmm_xmmm128          => VEX_Vpabsb_xmm_xmmm128          | VEX_Vpabsb_ymm_ymmm256          | EVEX_Vpabsb_zmm_k1z_zmmm512;
     VEX_Vpslld_xmm_xmm_imm8         => VEX_Vpslld_xmm_xmm_imm8         | VEX_Vpslld_ymm_ymm_imm8         | EVEX_Vpslld_zmm_k1z_zmmm512b32_imm8;
+    VEX_Vpsllw_xmm_xmm_imm8         => VEX_Vpsllw_xmm_xmm_imm8         | VEX_Vpsllw_ymm_ymm_imm8         | EVEX_Vpsllw_zmm_k1z_zmmm512_imm8;
     VEX_Vpsrlw_xmm_xmm_imm8         => VEX_Vpsrlw_xmm_xmm_imm8         | VEX_Vpsrlw_ymm_ymm_imm8         | EVEX_Vpsrlw_zmm_k1z_zmmm512_imm8;
     VEX_Vpmaddubsw_xmm_xmm_xmmm128  => VEX_Vpmaddubsw_xmm_xmm_xmmm128  | VEX_Vpmaddubsw_ymm_ymm_ymmm256  | EVEX_Vpmaddubsw_zmm_k1z_zmm_zmmm512;
 };
@@ -75,6 +77,9 @@ pub const CARRIERS: &[Row] = rows! {
     VEX_Vfnmsub213ps_xmm_xmm_xmmm128 => EVEX_Vpdpbusd_xmm_k1z_xmm_xmmm128b32 | EVEX_Vpdpbusd_ymm_k1z_ymm_ymmm256b32 | EVEX_Vpdpbusd_zmm_k1z_zmm_zmmm512b32;
     // Half a vector of f16 to f32: from memory only.
     VEX_Vpmovzxwd_xmm_xmmm64         => VEX_Vcvtph2ps_xmm_xmmm64        | VEX_Vcvtph2ps_ymm_xmmm128       | EVEX_Vcvtph2ps_zmm_k1z_ymmm256_sae;
+    // A quarter of a vector of u8 or i8 to i32: from memory only.
+    VEX_Vpmovzxbw_xmm_xmmm64         => VEX_Vpmovzxbd_xmm_xmmm32        | VEX_Vpmovzxbd_ymm_xmmm64        | EVEX_Vpmovzxbd_zmm_k1z_xmmm128;
+    VEX_Vpmovsxbw_xmm_xmmm64         => VEX_Vpmovsxbd_xmm_xmmm32        | VEX_Vpmovsxbd_ymm_xmmm64        | EVEX_Vpmovsxbd_zmm_k1z_xmmm128;
     // Four bytes in every lane: from memory only.
     VEX_Vpmovzxdq_xmm_xmmm64         => VEX_Vbroadcastss_xmm_m32        | VEX_Vbroadcastss_ymm_m32        | EVEX_Vbroadcastss_zmm_k1z_xmmm32;
     // x with the signs of w.
@@ -109,7 +114,13 @@ pub const PREFETCH: Code = Code::Prefetcht0_m8;
 
 /// True for carriers that are a load: their register forms mean something else when widened.
 pub fn memory_only(emitted: Code) -> bool {
-    matches!(emitted, Code::VEX_Vpmovzxwd_xmm_xmmm64 | Code::VEX_Vpmovzxdq_xmm_xmmm64)
+    matches!(
+        emitted,
+        Code::VEX_Vpmovzxwd_xmm_xmmm64
+            | Code::VEX_Vpmovzxbw_xmm_xmmm64
+            | Code::VEX_Vpmovsxbw_xmm_xmmm64
+            | Code::VEX_Vpmovzxdq_xmm_xmmm64
+    )
 }
 
 /// The row for an instruction Cranelift emitted.

@@ -7,8 +7,8 @@
 use jit::{CompiledKernel, TargetIsa};
 use model::kernel::{DType, KernelKey, Op};
 use model::layout::{
-    BLOCK, MINS_OFFSET, PANEL, XBLOCK_BYTES, XBLOCK_D, XBLOCK_DSUM, XBLOCK_QS, XBLOCK_SUM, padded, panel_bytes, panels,
-    scales_offset, step_bytes, x_row_bytes,
+    BLOCK, BlockLayout, PANEL, QuadField, WORD_BYTES, XBLOCK_BYTES, XBLOCK_D, XBLOCK_DSUM, XBLOCK_QS, XBLOCK_SUM,
+    XBLOCK_SUM_LOW, group_bytes, group_steps, header_bytes, padded, panel_bytes, panels, step_bytes, x_row_bytes,
 };
 use model::numerics::{EXP_HI, EXP_LO, EXP_POLY, LN2_HI, LN2_LO, LOG2E, ROUND_MAGIC};
 
@@ -258,8 +258,8 @@ pub fn fill_x(dtype: DType, bytes: &mut [u8], random: &mut Random) {
     }
     for block in bytes.chunks_exact_mut(XBLOCK_BYTES) {
         let kind = random.below(8);
-        let mut sum = 0i32;
-        for q in &mut block[XBLOCK_QS..XBLOCK_QS + BLOCK] {
+        let (mut sum, mut sum_low) = (0i32, 0);
+        for (i, q) in block[XBLOCK_QS..XBLOCK_QS + BLOCK].iter_mut().enumerate() {
             let value: i8 = match kind {
                 0 => 127,
                 1 => -127,
@@ -268,11 +268,13 @@ pub fn fill_x(dtype: DType, bytes: &mut [u8], random: &mut Random) {
             };
             *q = value as u8;
             sum += i32::from(value);
+            sum_low += if i < BLOCK / 2 { i32::from(value) } else { 0 };
         }
         let d = if kind == 2 { 0.0 } else { random.float().abs() };
         block[XBLOCK_D..XBLOCK_D + 4].copy_from_slice(&d.to_le_bytes());
         block[XBLOCK_SUM..XBLOCK_SUM + 4].copy_from_slice(&sum.to_le_bytes());
         block[XBLOCK_DSUM..XBLOCK_DSUM + 4].copy_from_slice(&(d * sum as f32).to_le_bytes());
+        block[XBLOCK_SUM_LOW..XBLOCK_SUM_LOW + 4].copy_from_slice(&sum_low.to_le_bytes());
     }
 }
 
@@ -292,19 +294,27 @@ pub fn fill_w(key: &KernelKey, bytes: &mut [u8], random: &mut Random) {
             }
         }
         dtype => {
-            for step in bytes.chunks_exact_mut(step_bytes(dtype)) {
-                let (quants, scales) = step.split_at_mut(scales_offset(dtype));
-                let kind = random.below(8);
-                for byte in quants {
-                    *byte = match kind {
-                        0 => 0x80, // -128: not what quantisers make, but what a file may hold
-                        1 => 0xff,
-                        2 => 0x7f,
-                        _ => random.next() as u8,
-                    };
+            let layout = BlockLayout::of(dtype).expect("a quantised type");
+            for group in bytes.chunks_exact_mut(group_bytes(dtype)) {
+                let (header, steps) = group.split_at_mut(header_bytes(dtype));
+                for scale in header.chunks_exact_mut(2) {
+                    scale.copy_from_slice(&f16_bits(random.float() / 64.0).to_le_bytes());
                 }
-                for scale in scales.chunks_exact_mut(2) {
-                    scale.copy_from_slice(&f16_bits(random.float()).to_le_bytes());
+                for step in steps.chunks_exact_mut(step_bytes(dtype)) {
+                    let (quants, scales) = step.split_at_mut(layout.words() * WORD_BYTES);
+                    let kind = random.below(8);
+                    for byte in quants {
+                        *byte = match kind {
+                            0 => 0x80, // -128: not what quantisers make, but what a file may hold
+                            1 => 0xff,
+                            2 => 0x7f,
+                            _ => random.next() as u8,
+                        };
+                    }
+                    for scale in scales.chunks_exact_mut(2) {
+                        let bits = if layout.super_blocks { random.next() as u16 } else { f16_bits(random.float()) };
+                        scale.copy_from_slice(&bits.to_le_bytes());
+                    }
                 }
             }
         }
@@ -334,23 +344,41 @@ fn product(dtype: DType, k: usize, x: &[u8], row: usize, w: &[u8], panel: usize,
         }
         return acc;
     }
+    let layout = BlockLayout::of(dtype).expect("a quantised type");
     for block in 0..k / BLOCK {
         let x = &x[block * XBLOCK_BYTES..][..XBLOCK_BYTES];
-        let w = &w[block * step_bytes(dtype)..][..step_bytes(dtype)];
-        let quant = |i: usize| -> i32 {
-            match dtype {
-                DType::Q8_0 => i32::from(w[(i / 4) * 4 * PANEL + 4 * lane + i % 4] as i8),
-                _ if i < 16 => i32::from(w[(i / 4) * 4 * PANEL + 4 * lane + i % 4] & 15),
-                _ => i32::from(w[((i - 16) / 4) * 4 * PANEL + 4 * lane + i % 4] >> 4),
-            }
+        let group = &w[block / group_steps(dtype) * group_bytes(dtype)..][..group_bytes(dtype)];
+        let (header, steps) = group.split_at(header_bytes(dtype));
+        let w = &steps[block % group_steps(dtype) * step_bytes(dtype)..][..step_bytes(dtype)];
+        let code = |i: usize| -> i32 {
+            let bits = |field: QuadField| {
+                let byte = u32::from(w[field.word * WORD_BYTES + 4 * lane + i % 4]);
+                (byte >> field.shift) % (1 << field.bits)
+            };
+            let code = bits(layout.low_field(i / 4)) + (layout.high_field(i / 4).map_or(0, bits) << layout.low_bits);
+            if layout.signed_codes() { i32::from(code as u8 as i8) } else { code as i32 }
         };
-        let dot: i32 = (0..BLOCK).map(|i| quant(i) * i32::from(x[XBLOCK_QS + i] as i8)).sum();
-        let sum = i32::from_le_bytes(x[XBLOCK_SUM..XBLOCK_SUM + 4].try_into().unwrap());
-        let dot = if dtype == DType::Q4_0 { dot - 8 * sum } else { dot };
-        let d_w = f16_at(w, scales_offset(dtype) + 2 * lane);
-        acc = (d_w * f32_at(x, XBLOCK_D)).mul_add(dot as f32, acc);
-        if dtype == DType::Q4_1 {
-            acc = f16_at(w, MINS_OFFSET + 2 * lane).mul_add(f32_at(x, XBLOCK_DSUM), acc);
+        let byte = |at: usize, signed: bool| if signed { f32::from(w[at] as i8) } else { f32::from(w[at]) };
+        let d_x = f32_at(x, XBLOCK_D);
+        let len = BLOCK / layout.sub_blocks;
+        for sub in 0..layout.sub_blocks {
+            let elements = sub * len..(sub + 1) * len;
+            let activation = |i: usize| i32::from(x[XBLOCK_QS + i] as i8);
+            let dot: i32 = elements.clone().map(|i| (code(i) - layout.offset) * activation(i)).sum();
+            let (scale, minimum) = (layout.scales_offset(sub), layout.minima_offset(sub));
+            let d_w = match layout.super_blocks {
+                true => f16_at(header, 2 * lane) * byte(scale + lane, layout.signed_scales),
+                false => f16_at(w, scale + 2 * lane),
+            };
+            acc = (d_w * d_x).mul_add(dot as f32, acc);
+            if layout.minima {
+                let m_w = match layout.super_blocks {
+                    true => f16_at(header, 2 * PANEL + 2 * lane) * byte(minimum + lane, false),
+                    false => f16_at(w, minimum + 2 * lane),
+                };
+                let sum: i32 = elements.map(activation).sum();
+                acc = m_w.mul_add(d_x * sum as f32, acc);
+            }
         }
     }
     acc

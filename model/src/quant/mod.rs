@@ -1,24 +1,49 @@
 //! Weight storage types of ggml: names, sizes, and the reference conversion to and from `f32`.
 //!
-//! Input -> output: bytes of whole blocks -> `f32` values ([`dequantise`]); `f32` values -> bytes ([`quantise`]).
-//! The quantisers give the same bytes as ggml's `quantize_row_*_ref`. Each format is one file that implements
-//! `BlockFormat`; a further format is one more file and one arm in `with_format!`.
+//! Input -> output: bytes of whole blocks -> `f32` values ([`dequantise`]); `f32` values -> bytes ([`quantise`]);
+//! bytes of a quantised block -> its codes and scales ([`BlockFormat`]), which is what `engine` packs.
+//! Each format is one file that says where its bits are; a further format is one more file, one line of
+//! `with_format!`, and a [`DType`] with its [`crate::layout::BlockLayout`]. All of them mean the same: [`Parts`].
+//!
+//! The quantisers of the types with blocks of 32 give the same bytes as ggml's `quantize_row_*_ref`. Those of the K types
+//! do not search for the best scales as ggml's do: they span each sub-block. They are meant for tests, and good enough to
+//! run.
 //! Not here: packed kernel layouts ([`crate::layout`]) and anything fast; `engine` packs, this defines.
 
+mod parts;
 mod plain;
+mod q2_k;
+mod q3_k;
 mod q4_0;
 mod q4_1;
+mod q4_k;
+mod q5_0;
+mod q5_1;
+mod q5_k;
+mod q6_k;
 mod q8_0;
 
 use crate::kernel::DType;
+use crate::layout::BlockLayout;
 use alloc::vec::Vec;
 use core::fmt;
 use serde::{Deserialize, Serialize};
 
+pub use parts::Parts;
 pub use plain::{bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16};
+pub use q2_k::Q2K;
+pub use q3_k::Q3K;
+pub use q4_0::Q4_0;
+pub use q4_1::Q4_1;
+pub use q4_k::Q4K;
+pub use q5_0::Q5_0;
+pub use q5_1::Q5_1;
+pub use q5_k::Q5K;
+pub use q6_k::Q6K;
+pub use q8_0::Q8_0;
 
 /// Names of the types that can be read and run, for messages.
-pub const SUPPORTED_NAMES: &str = "F32, F16, BF16, Q8_0, Q4_0, Q4_1";
+pub const SUPPORTED_NAMES: &str = "F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K";
 
 macro_rules! tensor_types {
     ($($name:ident = $id:literal, $block_len:literal, $block_bytes:literal;)*) => {
@@ -108,6 +133,13 @@ impl TensorType {
             TensorType::Q8_0 => Some(DType::Q8_0),
             TensorType::Q4_0 => Some(DType::Q4_0),
             TensorType::Q4_1 => Some(DType::Q4_1),
+            TensorType::Q5_0 => Some(DType::Q5_0),
+            TensorType::Q5_1 => Some(DType::Q5_1),
+            TensorType::Q2_K => Some(DType::Q2_K),
+            TensorType::Q3_K => Some(DType::Q3_K),
+            TensorType::Q4_K => Some(DType::Q4_K),
+            TensorType::Q5_K => Some(DType::Q5_K),
+            TensorType::Q6_K => Some(DType::Q6_K),
             _ => None,
         }
     }
@@ -135,6 +167,13 @@ impl From<DType> for TensorType {
             DType::Q8_0 => TensorType::Q8_0,
             DType::Q4_0 => TensorType::Q4_0,
             DType::Q4_1 => TensorType::Q4_1,
+            DType::Q5_0 => TensorType::Q5_0,
+            DType::Q5_1 => TensorType::Q5_1,
+            DType::Q2_K => TensorType::Q2_K,
+            DType::Q3_K => TensorType::Q3_K,
+            DType::Q4_K => TensorType::Q4_K,
+            DType::Q5_K => TensorType::Q5_K,
+            DType::Q6_K => TensorType::Q6_K,
         }
     }
 }
@@ -166,15 +205,41 @@ pub enum QuantError {
     },
 }
 
-/// One storage format: blocks of `LEN` values in `BYTES` bytes, converted independently of each other.
-pub(crate) trait BlockFormat<const LEN: usize, const BYTES: usize> {
+/// Blocks of `LEN` values in `BYTES` bytes, converted independently of each other.
+trait Storage<const LEN: usize, const BYTES: usize> {
     /// Values of one block.
     fn decode(block: &[u8; BYTES]) -> [f32; LEN];
-    /// Bytes of one block, as ggml's reference quantiser writes them.
+    /// Bytes of one block.
     fn encode(values: &[f32; LEN]) -> [u8; BYTES];
 }
 
-fn decode_all<F: BlockFormat<LEN, BYTES>, const LEN: usize, const BYTES: usize>(
+/// A quantised format: blocks of `LEN` weights in `BYTES` bytes, and where in them the codes and scales are.
+///
+/// # Source
+/// `block_*` of `ggml-common.h` in the ggml project.
+pub trait BlockFormat<const LEN: usize, const BYTES: usize> {
+    /// The kernel type, which says what the codes mean.
+    const DTYPE: DType;
+    /// Codes and scales of one block.
+    fn take_apart(block: &[u8; BYTES]) -> Parts<LEN>;
+    /// The block of these parts: the inverse of [`BlockFormat::take_apart`].
+    fn put_together(parts: &Parts<LEN>) -> [u8; BYTES];
+    /// Codes and scales for `values`.
+    fn quantise(values: &[f32; LEN]) -> Parts<LEN>;
+}
+
+impl<F: BlockFormat<LEN, BYTES>, const LEN: usize, const BYTES: usize> Storage<LEN, BYTES> for F {
+    fn decode(block: &[u8; BYTES]) -> [f32; LEN] {
+        let layout = const { BlockLayout::of(F::DTYPE).unwrap() };
+        F::take_apart(block).values(&layout)
+    }
+
+    fn encode(values: &[f32; LEN]) -> [u8; BYTES] {
+        F::put_together(&F::quantise(values))
+    }
+}
+
+fn decode_all<F: Storage<LEN, BYTES>, const LEN: usize, const BYTES: usize>(
     bytes: &[u8],
     out: &mut [f32],
 ) -> Option<()> {
@@ -189,7 +254,7 @@ fn decode_all<F: BlockFormat<LEN, BYTES>, const LEN: usize, const BYTES: usize>(
     Some(())
 }
 
-fn encode_all<F: BlockFormat<LEN, BYTES>, const LEN: usize, const BYTES: usize>(
+fn encode_all<F: Storage<LEN, BYTES>, const LEN: usize, const BYTES: usize>(
     values: &[f32],
     out: &mut Vec<u8>,
 ) -> Option<()> {
@@ -211,9 +276,16 @@ macro_rules! with_format {
             TensorType::F32 => $call::<plain::F32, 1, 4>($($arg),*),
             TensorType::F16 => $call::<plain::F16, 1, 2>($($arg),*),
             TensorType::BF16 => $call::<plain::Bf16, 1, 2>($($arg),*),
-            TensorType::Q8_0 => $call::<q8_0::Q8_0, 32, 34>($($arg),*),
-            TensorType::Q4_0 => $call::<q4_0::Q4_0, 32, 18>($($arg),*),
-            TensorType::Q4_1 => $call::<q4_1::Q4_1, 32, 20>($($arg),*),
+            TensorType::Q8_0 => $call::<Q8_0, 32, 34>($($arg),*),
+            TensorType::Q4_0 => $call::<Q4_0, 32, 18>($($arg),*),
+            TensorType::Q4_1 => $call::<Q4_1, 32, 20>($($arg),*),
+            TensorType::Q5_0 => $call::<Q5_0, 32, 22>($($arg),*),
+            TensorType::Q5_1 => $call::<Q5_1, 32, 24>($($arg),*),
+            TensorType::Q2_K => $call::<Q2K, 256, 84>($($arg),*),
+            TensorType::Q3_K => $call::<Q3K, 256, 110>($($arg),*),
+            TensorType::Q4_K => $call::<Q4K, 256, 144>($($arg),*),
+            TensorType::Q5_K => $call::<Q5K, 256, 176>($($arg),*),
+            TensorType::Q6_K => $call::<Q6K, 256, 210>($($arg),*),
             ty => return Err(QuantError::Unsupported { ty }),
         }
     };
@@ -228,22 +300,12 @@ pub fn dequantise(ty: TensorType, bytes: &[u8], out: &mut [f32]) -> Result<(), Q
     with_format!(ty, decode_all(bytes, out)).ok_or(QuantError::Length { ty, values, bytes: len })
 }
 
-/// Appends `values` to `out` as blocks of `ty`, byte for byte what ggml's reference quantiser writes.
+/// Appends `values` to `out` as blocks of `ty`; for all but the K types byte for byte what ggml's reference quantiser writes.
 ///
 /// # Errors
 /// [`QuantError::Unsupported`], or [`QuantError::Length`] when `values` are not whole blocks.
 pub fn quantise(ty: TensorType, values: &[f32], out: &mut Vec<u8>) -> Result<(), QuantError> {
     with_format!(ty, encode_all(values, out)).ok_or(QuantError::Length { ty, values: values.len(), bytes: 0 })
-}
-
-/// Splits 16 bytes of nibbles into 32 codes: low nibbles are elements 0..16, high nibbles 16..32.
-fn nibbles(qs: &[u8; 16]) -> [u8; 32] {
-    core::array::from_fn(|i| if i < 16 { qs[i] & 0x0f } else { qs[i - 16] >> 4 })
-}
-
-/// The inverse of [`nibbles`]; codes are below 16.
-fn pack_nibbles(codes: &[u8; 32]) -> [u8; 16] {
-    core::array::from_fn(|i| codes[i] | codes[i + 16] << 4)
 }
 
 #[cfg(test)]

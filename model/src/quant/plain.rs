@@ -1,6 +1,6 @@
 //! Formats without blocks: F32, F16 and BF16, little-endian.
 
-use super::BlockFormat;
+use super::Storage;
 
 /// Exact value of an IEEE 754 binary16 given by its bits.
 pub fn f16_to_f32(bits: u16) -> f32 {
@@ -26,7 +26,7 @@ pub(super) struct F32;
 pub(super) struct F16;
 pub(super) struct Bf16;
 
-impl BlockFormat<1, 4> for F32 {
+impl Storage<1, 4> for F32 {
     fn decode(block: &[u8; 4]) -> [f32; 1] {
         [f32::from_le_bytes(*block)]
     }
@@ -35,7 +35,7 @@ impl BlockFormat<1, 4> for F32 {
     }
 }
 
-impl BlockFormat<1, 2> for F16 {
+impl Storage<1, 2> for F16 {
     fn decode(block: &[u8; 2]) -> [f32; 1] {
         [f16_to_f32(u16::from_le_bytes(*block))]
     }
@@ -44,7 +44,7 @@ impl BlockFormat<1, 2> for F16 {
     }
 }
 
-impl BlockFormat<1, 2> for Bf16 {
+impl Storage<1, 2> for Bf16 {
     fn decode(block: &[u8; 2]) -> [f32; 1] {
         [bf16_to_f32(u16::from_le_bytes(*block))]
     }

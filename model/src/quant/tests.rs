@@ -4,8 +4,21 @@ use super::*;
 use alloc::vec;
 use proptest::prelude::*;
 
-const SUPPORTED: [TensorType; 6] =
-    [TensorType::F32, TensorType::F16, TensorType::BF16, TensorType::Q8_0, TensorType::Q4_0, TensorType::Q4_1];
+const SUPPORTED: [TensorType; 13] = [
+    TensorType::F32,
+    TensorType::F16,
+    TensorType::BF16,
+    TensorType::Q8_0,
+    TensorType::Q4_0,
+    TensorType::Q4_1,
+    TensorType::Q5_0,
+    TensorType::Q5_1,
+    TensorType::Q2_K,
+    TensorType::Q3_K,
+    TensorType::Q4_K,
+    TensorType::Q5_K,
+    TensorType::Q6_K,
+];
 
 fn encode(ty: TensorType, values: &[f32]) -> Vec<u8> {
     let mut out = Vec::new();
@@ -72,9 +85,11 @@ fn ties_round_as_the_reference_does() {
 #[test]
 fn constant_and_zero_blocks() {
     for ty in SUPPORTED {
-        assert!(decode(ty, &encode(ty, &[0.0; 64])).iter().all(|&v| v == 0.0), "{ty}");
+        assert!(decode(ty, &encode(ty, &[0.0; 256])).iter().all(|&v| v == 0.0), "{ty}");
     }
-    assert!(decode(TensorType::Q4_1, &encode(TensorType::Q4_1, &[0.25; 32])).iter().all(|&v| v == 0.25));
+    for ty in [TensorType::Q4_1, TensorType::Q5_1] {
+        assert!(decode(ty, &encode(ty, &[0.25; 32])).iter().all(|&v| v == 0.25), "{ty}");
+    }
 }
 
 #[test]
@@ -89,8 +104,8 @@ fn lengths_that_do_not_fit_are_errors() {
         quantise(TensorType::Q8_0, &[0.0; 33], &mut Vec::new()),
         Err(QuantError::Length { ty: TensorType::Q8_0, values: 33, bytes: 0 })
     );
-    let unsupported = QuantError::Unsupported { ty: TensorType::Q6_K };
-    assert_eq!(quantise(TensorType::Q6_K, &[0.0; 256], &mut Vec::new()), Err(unsupported));
+    let unsupported = QuantError::Unsupported { ty: TensorType::Q8_K };
+    assert_eq!(quantise(TensorType::Q8_K, &[0.0; 256], &mut Vec::new()), Err(unsupported));
 }
 
 #[test]
@@ -122,19 +137,29 @@ proptest! {
     /// Each value comes back within half a step of its block's scale (a whole step for the one clamped Q4 end), plus the
     /// rounding of the scale to f16.
     #[test]
-    fn round_trips_stay_within_a_step(values in prop::collection::vec(-100.0f32..100.0, 96)) {
+    fn round_trips_stay_within_a_step(values in prop::collection::vec(-100.0f32..100.0, 256)) {
         for ty in SUPPORTED {
             let back = decode(ty, &encode(ty, &values));
             for (block, out) in values.chunks(32).zip(back.chunks(32)) {
                 let amax = block.iter().fold(0f32, |m, v| m.max(v.abs()));
                 let max = block.iter().fold(f32::MIN, |m, &v| m.max(v));
                 let min = block.iter().fold(f32::MAX, |m, &v| m.min(v));
+                // The largest magnitude of the block that shares super-scales.
+                let all = values.iter().fold(0f32, |m, v| m.max(v.abs()));
                 let tolerance = match ty {
                     TensorType::F32 => 0.0,
                     TensorType::F16 => amax / 2048.0,
                     TensorType::BF16 => amax / 256.0,
                     TensorType::Q8_0 => amax / 254.0 + amax / 1024.0,
                     TensorType::Q4_0 => amax / 8.0 + amax / 512.0,
+                    TensorType::Q5_0 => amax / 16.0 + amax / 512.0,
+                    TensorType::Q5_1 => (max - min) / 62.0 + amax / 512.0,
+                    // A step of the scale, an error of half a super-step in it for every code, and the same of the minimum.
+                    TensorType::Q6_K => amax / 32.0 + all / 127.0,
+                    TensorType::Q3_K => amax / 4.0 + all / 31.0,
+                    TensorType::Q5_K => (max.max(0.0) - min.min(0.0)) / 62.0 + all / 20.0,
+                    TensorType::Q4_K => (max.max(0.0) - min.min(0.0)) / 30.0 + all / 20.0,
+                    TensorType::Q2_K => (max.max(0.0) - min.min(0.0)) / 6.0 + all / 8.0,
                     _ => (max - min) / 30.0 + amax / 512.0,
                 };
                 for (a, b) in block.iter().zip(out) {
@@ -153,4 +178,33 @@ proptest! {
             prop_assert!((a - b).abs() <= a.abs() / 512.0);
         }
     }
+}
+
+/// Blocks of any bytes, taken apart and put together again.
+#[test]
+fn blocks_survive_being_taken_apart() {
+    fn check<F: BlockFormat<LEN, BYTES>, const LEN: usize, const BYTES: usize>() {
+        let mut state = 0x1234_5678_9abc_def1u64;
+        for _ in 0..200 {
+            let block: [u8; BYTES] = core::array::from_fn(|_| {
+                state ^= state << 13;
+                state ^= state >> 7;
+                state ^= state << 17;
+                (state >> 32) as u8
+            });
+            assert_eq!(F::put_together(&F::take_apart(&block)), block, "{}", F::DTYPE);
+        }
+        let ty = TensorType::from(F::DTYPE);
+        assert_eq!((ty.block_len() as usize, ty.block_bytes() as usize), (LEN, BYTES));
+    }
+    check::<Q8_0, 32, 34>();
+    check::<Q4_0, 32, 18>();
+    check::<Q4_1, 32, 20>();
+    check::<Q5_0, 32, 22>();
+    check::<Q5_1, 32, 24>();
+    check::<Q2K, 256, 84>();
+    check::<Q3K, 256, 110>();
+    check::<Q4K, 256, 144>();
+    check::<Q5K, 256, 176>();
+    check::<Q6K, 256, 210>();
 }
