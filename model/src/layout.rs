@@ -16,8 +16,8 @@
 //! In a 4-byte group of column `c`, step `s`: Q8_0 holds `q[4s..4s+4]`; Q4 holds four bytes whose low nibbles are
 //! `q[4s..4s+4]` and whose high nibbles are `q[16+4s..16+4s+4]` (the pairing of the GGUF block, unchanged).
 //!
-//! For [`Op::GateUpSilu`](crate::kernel::Op::GateUpSilu) gate and up panels alternate: panel `2p` is gate columns `32p..`, panel `2p+1`
-//! the same up columns. For `Qkv` the three matrices' columns are concatenated before panels are cut.
+//! For [`Op::GateUpSilu`] and [`Op::GateUpGelu`] gate and up panels alternate: panel `2p` is gate columns `32p..`,
+//! panel `2p+1` the same up columns. For `Qkv` the three matrices' columns are concatenated before panels are cut.
 //!
 //! Activations: for F32/F16 weights row `r` is `k` f32 values at byte `r * 4k`. For quantised weights it is `k/32`
 //! blocks of [`XBLOCK_BYTES`] at byte `r * 48 (k/32)`, each as the `XBLOCK_*` offsets say.
@@ -120,6 +120,6 @@ pub const fn x_row_bytes(dtype: DType, k: usize) -> usize {
 
 /// Bytes of packed weights for `n` output columns of `op`.
 pub const fn op_weight_bytes(op: Op, dtype: DType, n: usize, k: usize) -> usize {
-    let factor = if matches!(op, Op::GateUpSilu) { 2 } else { 1 };
+    let factor = if op.is_gated() { 2 } else { 1 };
     factor * packed_len_bytes(dtype, n, k)
 }

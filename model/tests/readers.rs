@@ -5,7 +5,7 @@ use model::gguf::{Header, Value, WriteError, Writer};
 use model::quant::TensorType;
 use model::synthetic::{self, Spec, TokenizerKind};
 use model::tokenizer::TokenizerError;
-use model::{ModelDescription, ModelError, formats, gguf, llama2c};
+use model::{Architecture, ModelDescription, ModelError, formats, gguf, llama2c};
 use proptest::prelude::*;
 use std::sync::LazyLock;
 
@@ -186,7 +186,7 @@ fn metadata_errors_name_the_key_and_what_was_expected() {
     assert!(matches!(with_value("llama.block_count", Value::I32(-1)), ModelError::WrongType { .. }));
     assert_eq!(
         with_value("general.architecture", Value::String("mamba")),
-        ModelError::UnsupportedArchitecture { found: "mamba".into(), supported: "llama" }
+        ModelError::UnsupportedArchitecture { found: "mamba".into(), supported: "llama, qwen2, qwen3, gemma3, gpt2" }
     );
     for (key, value) in [
         ("llama.attention.head_count_kv", Value::U32(3)),
@@ -222,11 +222,20 @@ fn features_that_would_change_results_are_refused() {
     for (key, value) in [
         ("llama.expert_count", Value::U32(8)),
         ("llama.rope.scaling.type", Value::String("yarn")),
-        ("llama.rope.scale_linear", Value::F32(2.0)),
+        ("llama.rope.scaling.attn_factor", Value::F32(1.2)),
+        ("llama.final_logit_softcapping", Value::F32(30.0)),
+        ("llama.attention.sliding_window_pattern", Value::U32(6)),
     ] {
         assert!(matches!(with_extra(key, value), Err(ModelError::UnsupportedFeature { .. })), "{key}");
     }
     assert!(with_extra("llama.rope.scaling.type", Value::String("none")).is_ok());
+    assert_eq!(with_extra("llama.rope.scale_linear", Value::F32(4.0)).unwrap().config.rope_scale, 0.25);
+    assert_eq!(with_extra("llama.rope.scaling.factor", Value::F32(8.0)).unwrap().config.rope_scale, 0.125);
+    let windowed = with_extra("llama.attention.sliding_window", Value::U32(100)).unwrap().config;
+    assert_eq!((windowed.window, windowed.layer_window(0)), (100, Some(100)));
+    let spec = Spec { window: 16, ..Spec::of(Architecture::Qwen2) };
+    let file = synthetic::gguf(&spec).unwrap();
+    assert!(matches!(read(&file), Err(ModelError::UnsupportedFeature { found, .. }) if found == "16"));
     assert!(with_extra("some.other.key", Value::F64(1.0)).is_ok());
 }
 
@@ -419,20 +428,37 @@ fn names_map_to_roles_and_back() {
         ("blk.6.ffn_gate.weight", Role::Gate, Some(6)),
         ("blk.7.ffn_up.weight", Role::Up, Some(7)),
         ("blk.29.ffn_down.weight", Role::Down, Some(29)),
+        ("position_embd.weight", Role::PositionEmbedding, None),
+        ("output_norm.bias", Role::OutputNormBias, None),
+        ("rope_freqs.weight", Role::RopeFactors, None),
+        ("blk.0.attn_norm.bias", Role::AttnNormBias, Some(0)),
+        ("blk.0.attn_qkv.weight", Role::Qkv, Some(0)),
+        ("blk.0.attn_qkv.bias", Role::QkvBias, Some(0)),
+        ("blk.0.attn_q.bias", Role::QBias, Some(0)),
+        ("blk.0.attn_k.bias", Role::KBias, Some(0)),
+        ("blk.0.attn_v.bias", Role::VBias, Some(0)),
+        ("blk.0.attn_q_norm.weight", Role::QNorm, Some(0)),
+        ("blk.0.attn_k_norm.weight", Role::KNorm, Some(0)),
+        ("blk.0.attn_output.bias", Role::AttnOutBias, Some(0)),
+        ("blk.0.post_attention_norm.weight", Role::AttnPostNorm, Some(0)),
+        ("blk.0.ffn_norm.bias", Role::FfnNormBias, Some(0)),
+        ("blk.0.ffn_up.bias", Role::UpBias, Some(0)),
+        ("blk.0.ffn_down.bias", Role::DownBias, Some(0)),
+        ("blk.0.post_ffw_norm.weight", Role::FfnPostNorm, Some(0)),
     ] {
         assert_eq!(Role::from_tensor_name(name), Some((role, layer)), "{name}");
     }
-    for role in Role::LAYER {
-        assert_eq!(Role::from_tensor_name(&role.tensor_name(Some(17))), Some((role, Some(17))));
-    }
-    for role in Role::GLOBAL {
-        assert_eq!(Role::from_tensor_name(&role.tensor_name(None)), Some((role, None)));
+    for role in Role::ALL {
+        let layer = role.is_per_layer().then_some(17);
+        assert_eq!(Role::from_tensor_name(&role.tensor_name(layer)), Some((role, layer)));
+        let wrong = if layer.is_none() { Some(17) } else { None };
+        assert_eq!(Role::from_tensor_name(&role.tensor_name(wrong)), None, "{role:?}");
     }
     for name in [
         "",
         ".weight",
         "output",
-        "blk.0.attn_q.bias",
+        "blk.0.ffn_gate.bias",
         "blk.00.attn_q.weight",
         "blk.+1.attn_q.weight",
         "blk.0.output.weight",
