@@ -239,6 +239,68 @@ fn features_that_would_change_results_are_refused() {
     assert!(with_extra("some.other.key", Value::F64(1.0)).is_ok());
 }
 
+/// The rules for BOS and for leading spaces come from the file, and where it is silent from the family.
+#[test]
+fn tokenizer_rules_come_from_the_metadata() {
+    const PRE: &str = "tokenizer.ggml.pre";
+    const ADD_BOS: &str = "tokenizer.ggml.add_bos_token";
+    let with_pre = |pre: &'static str, add_bos: bool| {
+        let change = |key: &str, value| match key {
+            PRE => Some(Value::String(pre)),
+            // What the synthetic file says is left out or kept.
+            ADD_BOS => add_bos.then_some(value),
+            _ => Some(value),
+        };
+        read(&rewritten(change, same, &[])).unwrap().tokenizer
+    };
+    assert!(with_pre("llama-bpe", false).special().add_bos, "Llama 3 begins with BOS");
+    assert!(!with_pre("llama-bpe", true).special().add_bos, "the file said no");
+    assert!(!with_pre("qwen2", false).special().add_bos);
+    assert!(!with_pre("gpt-2", false).special().add_bos);
+    // Llama 3's rule also changes ids: `thing` is no token, ` the` is one and stays one.
+    assert_eq!(with_pre("llama-bpe", true).encode(" the", false), with_pre("qwen2", true).encode(" the", false));
+    let unknown = with_value(PRE, Value::String("tekken"));
+    assert!(unknown.to_string().starts_with("tokenizer: `tokenizer.ggml.pre` is `tekken`; supported: gpt-2,"));
+
+    let writer = || {
+        let mut writer = Writer::new();
+        writer.set("tokenizer.ggml.add_space_prefix", Value::Bool(false)).unwrap();
+        writer.set("tokenizer.ggml.eot_token_id", Value::U32(7)).unwrap();
+        writer
+    };
+    let file = synthetic::gguf_with(writer(), &Spec::of(Architecture::Gemma3)).unwrap();
+    let tokenizer = read(&file).unwrap().tokenizer;
+    assert_eq!(tokenizer.encode("the the", false).len(), tokenizer.encode(" the", false).len() + 2);
+    assert_eq!(tokenizer.decode(&tokenizer.encode(" the", false)), b" the", "no space is taken off");
+    assert_eq!(tokenizer.special().eog, [2, 7]);
+    assert_eq!(tokenizer.describe(), "SentencePiece BPE (without added space), 332 tokens");
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(500))]
+
+    /// Whatever the file's rules are, every byte comes back.
+    #[test]
+    fn any_bytes_come_back_under_any_rules(bytes in prop::collection::vec(any::<u8>(), 0..100), text in "[ a1'S\\PC\r\n]{0,60}") {
+        static TOKENIZERS: std::sync::LazyLock<Vec<model::Tokenizer>> = std::sync::LazyLock::new(|| {
+            let with_pre = |pre: &'static str| {
+                let change = |key: &str, value| Some(if key == "tokenizer.ggml.pre" { Value::String(pre) } else { value });
+                read(&rewritten(change, same, &[])).unwrap().tokenizer
+            };
+            let mut writer = Writer::new();
+            writer.set("tokenizer.ggml.add_space_prefix", Value::Bool(false)).unwrap();
+            let file = synthetic::gguf_with(writer, &Spec::of(Architecture::Gemma3)).unwrap();
+            let names = ["gpt-2", "smollm", "llama-bpe", "qwen2", "default"];
+            names.map(with_pre).into_iter().chain([read(&file).unwrap().tokenizer]).collect()
+        });
+        for tokenizer in TOKENIZERS.iter() {
+            for input in [&bytes[..], text.as_bytes()] {
+                prop_assert_eq!(tokenizer.decode(&tokenizer.encode(input, false)), input);
+            }
+        }
+    }
+}
+
 #[test]
 fn tensor_errors_name_the_tensor() {
     let change =
@@ -300,7 +362,7 @@ fn directory_lines_that_lie_are_refused() {
 
 #[test]
 fn tokenizer_errors_reach_the_caller() {
-    let unknown = with_value("tokenizer.ggml.pre", Value::String("qwen2"));
+    let unknown = with_value("tokenizer.ggml.pre", Value::String("tekken"));
     assert!(unknown.to_string().contains("`tokenizer.ggml.pre` is `qwen2`; supported: gpt-2, smollm"), "{unknown}");
     let kind = |error| match error {
         ModelError::Tokenizer(error) => *error,

@@ -7,7 +7,7 @@ use crate::chat::ChatTemplate;
 use crate::config::Config;
 use crate::description::{Format, ModelDescription, Role, Tensor, check_tensors};
 use crate::error::ModelError;
-use crate::tokenizer::{Bpe, Pretokenizer, Spm, TokenKind, Tokenizer, TokenizerError, Vocab};
+use crate::tokenizer::{Bpe, Pretokenizer, SpecialTokens, Spm, TokenKind, Tokenizer, TokenizerError, Vocab};
 use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::vec;
@@ -245,11 +245,20 @@ fn read_tokenizer(metadata: &Metadata<'_>) -> Result<Tokenizer, ModelError> {
     let tokens = texts.zip(kinds);
     let mut tokenizer = match model {
         "gpt2" => {
-            let pre = Pretokenizer::from_name(metadata.str("tokenizer.ggml.pre")?)?;
+            let name = metadata.str("tokenizer.ggml.pre")?;
+            let pre = Pretokenizer::from_name(name)?;
+            // Those vocabularies of this form that came with Llama 3; the others that cut text so lack both rules.
+            let is_llama3 = pre == Pretokenizer::Llama3 && !matches!(name, Some("smaug-bpe" | "dbrx"));
             const MERGES: &str = "tokenizer.ggml.merges";
             let merges = Metadata::required(metadata.strings(MERGES), MERGES, "an array of strings")?;
             let vocab = Vocab::byte_level(tokens, count)?;
-            Tokenizer::byte_level(Bpe::new(&vocab, pre, merges)?, vocab)
+            let bpe = Bpe::new(&vocab, pre, merges)?;
+            let mut tokenizer = Tokenizer::byte_level(if is_llama3 { bpe.with_whole_pieces() } else { bpe }, vocab);
+            if is_llama3 {
+                let special = SpecialTokens { add_bos: true, ..tokenizer.special().clone() };
+                tokenizer.set_special(special)?;
+            }
+            tokenizer
         }
         "llama" => {
             const SCORES: &str = "tokenizer.ggml.scores";
