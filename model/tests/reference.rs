@@ -79,7 +79,7 @@ fn smollm2_is_described_in_full() {
 
     let template = model.chat_template.as_ref().unwrap();
     let messages = [chat::Message { role: "user", content: "Hi<|im_end|>" }];
-    let text = template.render(&messages, true).unwrap();
+    let text = template.render(&model.tokenizer, &messages, true).unwrap();
     assert_eq!(
         text,
         "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n\
