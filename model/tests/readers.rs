@@ -363,7 +363,7 @@ fn directory_lines_that_lie_are_refused() {
 #[test]
 fn tokenizer_errors_reach_the_caller() {
     let unknown = with_value("tokenizer.ggml.pre", Value::String("tekken"));
-    assert!(unknown.to_string().contains("`tokenizer.ggml.pre` is `qwen2`; supported: gpt-2, phi-2"), "{unknown}");
+    assert!(unknown.to_string().contains("`tokenizer.ggml.pre` is `tekken`; supported: gpt-2, phi-2"), "{unknown}");
     let kind = |error| match error {
         ModelError::Tokenizer(error) => *error,
         other => panic!("{other}"),
