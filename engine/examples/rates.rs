@@ -55,7 +55,7 @@ fn main() {
     let mut copy = vec![0u8; file.len()];
     println!("copy 64 MiB: {:.2} GB/s", file.len() as f64 / 1e9 / median_seconds(|| copy.copy_from_slice(&file)));
 
-    let formats: Vec<RowFormat> = TensorType::ALL.iter().filter_map(|&ty| RowFormat::of(ty)).collect();
+    let formats: Vec<RowFormat> = model::TensorType::ALL.iter().filter_map(|&ty| RowFormat::of(ty)).collect();
     for format in formats {
         for k in [576, 1536] {
             let n = (32 << 20) / format.row_bytes(k) / 32 * 32;

@@ -41,7 +41,7 @@ impl KvType {
     /// The type that does a model's weights justice: f32 where they are unrounded, else f16.
     pub fn for_model(model: &ModelDescription) -> KvType {
         let unrounded = |ty| matches!(ty, TensorType::F32 | TensorType::BF16);
-        let matrices = model.tensors.iter().filter(|tensor| !tensor.role.is_norm());
+        let matrices = model.tensors.iter().filter(|tensor| !tensor.role.is_vector());
         if matrices.into_iter().all(|tensor| unrounded(tensor.ty)) { KvType::F32 } else { KvType::F16 }
     }
 

@@ -1,4 +1,4 @@
-//! The forward pass of a llama model: tokens in, logits of the last one out.
+//! The forward pass of every architecture: tokens in, logits of the last one out.
 //!
 //! Key types: [`Engine`] (weights, kernel table, rope angles) and [`Session`] (one context: KV cache, position, buffers).
 //! A prompt runs in chunks of up to 64 rows; a chunk runs in the smallest batch bucket that holds it, its spare rows
@@ -9,18 +9,19 @@ use crate::dispatch::ColumnsMut;
 use crate::error::EngineError;
 use crate::isa::Isa;
 use crate::loader::LoadedModel;
-use crate::math::{RopeTable, quantise_activations, rmsnorm, rope, silu_times};
+use crate::math::{RopeTable, activate, layernorm, quantise_activations, rmsnorm, rope};
 use crate::operands::AlignedBytes;
 use crate::pack::dequantise_column;
 use crate::simd::Level;
 use crate::table::{KernelTable, OpCall, Tier};
-use crate::weights::{Embedding, GateUpWeights, Plan, QkvWeights};
+use crate::weights::{Embedding, NormWeights, Plan, QkvWeights, RopeParameters, UpWeights, Vector};
 use crate::workers::Workers;
 use alloc::vec::Vec;
 use core::ops::Range;
-use model::Config;
+use model::architecture::Positions;
 use model::kernel::{DType, M_BUCKETS};
 use model::layout::{KV_BLOCK, PANEL, WEIGHT_ALIGN, padded, x_row_bytes};
+use model::{Config, Role};
 use zerocopy::{FromBytes, IntoBytes};
 
 /// Rows of the largest batch bucket.
@@ -32,9 +33,11 @@ pub struct Engine<'w> {
     pub(crate) plan: Plan,
     /// The arena from its first aligned byte.
     pub(crate) weights: &'w [u8],
-    norms: Vec<f32>,
+    /// Norms, biases and rotary divisors.
+    vectors: Vec<f32>,
     pub(crate) table: KernelTable,
-    rope: RopeTable,
+    /// One for each of `Plan::ropes`.
+    ropes: Vec<RopeTable>,
     /// For each slot, the activations of the first op that ran in it: inputs to verify and time kernels on.
     pub(crate) captured: Vec<Option<AlignedBytes>>,
     pub(crate) replay: crate::replay::Scratch,
@@ -47,16 +50,28 @@ impl<'w> Engine<'w> {
     /// # Errors
     /// [`EngineError::ArenaMoved`] when `arena` is not the memory the model was loaded into.
     pub fn new(loaded: LoadedModel, arena: &'w [u8], isa: Isa, tier: Tier) -> Result<Self, EngineError> {
-        let LoadedModel { mut plan, norms, base_address } = loaded;
+        let LoadedModel { mut plan, vectors, base_address } = loaded;
         let weights = &arena[plan.base(arena)?..];
         if weights.as_ptr().addr() != base_address {
             return Err(EngineError::ArenaMoved);
         }
         let mut table = KernelTable::new(Level::new(isa), tier);
         plan.add_slots(&mut table);
-        let rope = RopeTable::new(plan.config.rope_base, plan.config.rope_dim as usize);
+        let divisors = plan.rope_factors.map_or(&[][..], |factors| factors.of(&vectors));
+        let rope_dim = plan.config.rope_dim as usize;
+        let table_of = |rope: &RopeParameters| RopeTable::new(rope.base, rope.scale, divisors, rope_dim);
+        let ropes = plan.ropes.iter().map(table_of).collect();
         let captured = (0..table.len()).map(|_| None).collect();
-        Ok(Self { plan, weights, norms, table, rope, captured, replay: Default::default(), verify: Default::default() })
+        Ok(Self {
+            plan,
+            weights,
+            vectors,
+            table,
+            ropes,
+            captured,
+            replay: Default::default(),
+            verify: Default::default(),
+        })
     }
 
     /// Hyperparameters.
@@ -84,25 +99,51 @@ impl<'w> Engine<'w> {
         self.captured.get(slot).is_some_and(Option::is_some)
     }
 
-    /// Weights of row `row` of the norm table.
-    fn norm(&self, row: usize) -> &[f32] {
-        let dim = self.plan.config.dim as usize;
-        &self.norms[row * dim..][..dim]
+    fn vector(&self, vector: Vector) -> &[f32] {
+        vector.of(&self.vectors)
     }
 
-    /// Writes the embedding of `token`, `(dim)`.
-    fn embed(&self, token: u32, out: &mut [f32]) {
-        match &self.plan.embedding {
+    /// Writes the input of the first layer for `token` at `pos`, `(dim)`; `row` is scratch of the same length.
+    fn embed(&self, token: u32, pos: usize, out: &mut [f32], row: &mut [f32]) {
+        self.embedding_row(&self.plan.embedding, token as usize, out);
+        let scale = self.plan.config.embedding_scale;
+        if scale != 1.0 {
+            out.iter_mut().for_each(|out| *out *= scale);
+        }
+        if let Some(positions) = &self.plan.positions {
+            self.embedding_row(positions, pos, row);
+            add(out, row);
+        }
+    }
+
+    /// Row `index` of `embedding` as f32.
+    fn embedding_row(&self, embedding: &Embedding, index: usize, out: &mut [f32]) {
+        match embedding {
             Embedding::Head => {
                 let head = &self.plan.matrices[self.plan.head];
-                dequantise_column(head.dtype, token as usize, &self.weights[head.bytes.clone()], out);
+                dequantise_column(head.dtype, index, &self.weights[head.bytes.clone()], out);
             }
-            Embedding::Rows { bytes, ty } => {
-                let rows = &self.weights[bytes.clone()];
-                let row_bytes = rows.len() / self.plan.config.vocab_size as usize;
-                let row = &rows[token as usize * row_bytes..][..row_bytes];
+            Embedding::Rows { bytes, row_bytes, ty } => {
+                let row = &self.weights[bytes.clone()][index * row_bytes..][..*row_bytes];
                 model::quant::dequantise(*ty, row, out).expect("the plan checked type and length of these rows");
             }
+        }
+    }
+
+    /// `out = norm(x)` for one row.
+    fn norm(&self, norm: &NormWeights, x: &[f32], out: &mut [f32]) {
+        let (level, eps) = (self.table.level(), self.plan.config.norm_eps);
+        match norm.bias {
+            Some(bias) => layernorm(level, x, self.vector(norm.gain), self.vector(bias), eps, out),
+            None => rmsnorm(level, x, self.vector(norm.gain), eps, out),
+        }
+    }
+
+    /// Replaces each head by its RMSNorm; `scratch` is as long as a head.
+    fn norm_heads(&self, gain: Vector, heads: &mut [f32], scratch: &mut [f32]) {
+        for head in heads.chunks_exact_mut(scratch.len()) {
+            self.norm(&NormWeights { gain, bias: None }, head, scratch);
+            head.copy_from_slice(scratch);
         }
     }
 
@@ -150,6 +191,8 @@ struct Buffers<'m> {
     hidden: &'m mut [f32],
     /// The up half where it is not fused, as `hidden`.
     up: &'m mut [f32],
+    /// Output of a block that is normalised before it joins `x`, as `x`; empty where none is.
+    projected: &'m mut [f32],
     /// Partial results of one position's attention.
     partials: &'m mut [f32],
     /// `(padded(vocab_size))`.
@@ -166,6 +209,8 @@ struct Sizes {
     kv_dim: usize,
     hidden_dim: usize,
     vocab_size: usize,
+    /// Elements of a row of `Buffers::projected`.
+    projected: usize,
     kv: KvShape,
 }
 
@@ -179,6 +224,8 @@ impl Sizes {
             blocks: context.div_ceil(KV_BLOCK),
             ty: kv,
         };
+        let roles = config.architecture.blueprint().layer;
+        let has_post_norm = roles.contains(&Role::AttnPostNorm) || roles.contains(&Role::FfnPostNorm);
         Self {
             context,
             threads,
@@ -187,6 +234,7 @@ impl Sizes {
             kv_dim: kv.n_kv_heads * kv.head_dim,
             hidden_dim: config.hidden_dim as usize,
             vocab_size: config.vocab_size as usize,
+            projected: if has_post_norm { padded(config.dim as usize) } else { 0 },
             kv,
         }
     }
@@ -197,7 +245,7 @@ impl Sizes {
     }
 
     /// Elements of each buffer, KV cache first, in the order [`Session::new`] takes them.
-    fn lens(&self) -> [usize; 10] {
+    fn lens(&self) -> [usize; 11] {
         let longest_k = self.dim.max(self.q_dim).max(self.hidden_dim);
         [
             self.kv.len_bytes().div_ceil(size_of::<f32>()),
@@ -208,6 +256,7 @@ impl Sizes {
             MAX_ROWS * self.q_dim,
             MAX_ROWS * padded(self.hidden_dim),
             MAX_ROWS * padded(self.hidden_dim),
+            MAX_ROWS * self.projected,
             self.kv.partials_len(),
             padded(self.vocab_size),
         ]
@@ -260,6 +309,7 @@ impl<'m> Session<'m> {
             attended: next(),
             hidden: next(),
             up: next(),
+            projected: next(),
             partials: next(),
             logits: next(),
         };
@@ -292,7 +342,9 @@ impl<'m> Session<'m> {
         tokens: &[u32],
     ) -> Result<&[f32], EngineError> {
         self.check(engine, tokens)?;
-        engine.rope.extend_to(self.pos + tokens.len());
+        for rope in &mut engine.ropes {
+            rope.extend_to(self.pos + tokens.len());
+        }
         let mut rest = tokens;
         while !rest.is_empty() {
             let (rows, bucket) = next_chunk(rest.len());
@@ -341,9 +393,10 @@ impl<'m> Session<'m> {
     fn chunk(&mut self, engine: &mut Engine<'_>, workers: &dyn Workers, tokens: &[u32], bucket: usize) {
         let m = M_BUCKETS[bucket] as usize;
         let (dim, stride) = (self.sizes.dim, padded(self.sizes.dim));
-        for (r, x) in self.buffers.x.chunks_exact_mut(stride).take(m).enumerate() {
+        let Buffers { x, normed, .. } = &mut self.buffers;
+        for (r, x) in x.chunks_exact_mut(stride).take(m).enumerate() {
             match tokens.get(r) {
-                Some(&token) => engine.embed(token, &mut x[..dim]),
+                Some(&token) => engine.embed(token, self.pos + r, &mut x[..dim], &mut normed[..dim]),
                 None => x.fill(0.0),
             }
         }
@@ -354,7 +407,7 @@ impl<'m> Session<'m> {
         self.pos += tokens.len();
     }
 
-    /// `x += attention(norm(x)) Wo`.
+    /// `x += attention(norm(x)) Wo`, with the norms and biases that the layer has.
     fn attention_block(
         &mut self,
         engine: &mut Engine<'_>,
@@ -368,8 +421,8 @@ impl<'m> Session<'m> {
         let m = M_BUCKETS[bucket] as usize;
         let Sizes { dim, q_dim, kv_dim, .. } = self.sizes;
         let qkv_stride = self.sizes.qkv_stride();
-        self.norm_rows(engine, 2 * layer, 0..m);
-        let Buffers { x, normed, quantised, qkv, attended, partials, .. } = &mut self.buffers;
+        self.norm_rows(engine, &weights.attn_norm, 0..m);
+        let Buffers { x, normed, quantised, qkv, attended, projected, partials, .. } = &mut self.buffers;
         let normed = &normed[..m * dim];
 
         // Where key and value columns start in a row of `qkv`.
@@ -393,18 +446,24 @@ impl<'m> Session<'m> {
         let kv = &self.sizes.kv;
         for (r, row) in qkv.chunks_exact_mut(qkv_stride).take(rows).enumerate() {
             let pos = self.pos + r;
-            let angles = engine.rope.row(pos);
-            rope(level, &mut row[..q_dim], kv.head_dim, angles);
-            rope(level, &mut row[k_at..k_at + kv_dim], kv.head_dim, angles);
-            attention::store(
-                level,
-                kv,
-                self.kv.as_mut_bytes(),
-                layer,
-                pos,
-                &row[k_at..k_at + kv_dim],
-                &row[v_at..v_at + kv_dim],
-            );
+            let columns = [0..q_dim, k_at..k_at + kv_dim, v_at..v_at + kv_dim];
+            for (columns, bias) in columns.iter().zip(weights.qkv_bias) {
+                if let Some(bias) = bias {
+                    add(&mut row[columns.clone()], engine.vector(bias));
+                }
+            }
+            let [q_columns, k_columns, v_columns] = columns;
+            for (columns, gain) in [(&q_columns, weights.q_norm), (&k_columns, weights.k_norm)] {
+                let heads = &mut row[columns.clone()];
+                if let Some(gain) = gain {
+                    engine.norm_heads(gain, heads, &mut attended[..kv.head_dim]);
+                }
+                if let Positions::Rotary(order) = engine.config().architecture.blueprint().positions {
+                    rope(level, order, heads, kv.head_dim, engine.ropes[weights.rope].row(pos));
+                }
+            }
+            let (k, v) = (&row[k_columns], &row[v_columns]);
+            attention::store(level, kv, self.kv.as_mut_bytes(), layer, pos, k, v);
         }
 
         let queries = Queries {
@@ -415,37 +474,66 @@ impl<'m> Session<'m> {
             q_stride: qkv_stride,
             rows,
             pos: self.pos,
-            window: usize::MAX,
-            scale: 1.0 / libm::sqrtf(kv.head_dim as f32),
+            window: weights.window,
+            scale: engine.config().query_scale / libm::sqrtf(kv.head_dim as f32),
         };
         attended[rows * q_dim..m * q_dim].fill(0.0);
         attention::attend(level, &queries, workers, self.sizes.threads, attended, partials);
 
         let input = activations(level, engine.dtype(weights.attn_out), &attended[..m * q_dim], q_dim, quantised);
-        engine.run(weights.attn_out, bucket, input, ColumnsMut::new(x, m, padded(dim), padded(dim)), workers);
+        let out = if weights.attn_post_norm.is_some() { projected } else { &mut **x };
+        engine.run(weights.attn_out, bucket, input, ColumnsMut::new(out, m, padded(dim), padded(dim)), workers);
+        self.finish_block(engine, weights.attn_out_bias, weights.attn_post_norm, m);
     }
 
-    /// `x += down(silu(gate(norm(x))) * up(norm(x)))`.
+    /// What follows a block's last product, for `m` rows: its bias, or the norm of its output and the residual.
+    fn finish_block(&mut self, engine: &Engine<'_>, bias: Option<Vector>, post_norm: Option<Vector>, m: usize) {
+        let (dim, stride) = (self.sizes.dim, padded(self.sizes.dim));
+        let Buffers { x, projected, normed, .. } = &mut self.buffers;
+        if let Some(bias) = bias {
+            let out = if post_norm.is_some() { &mut **projected } else { &mut **x };
+            out.chunks_exact_mut(stride).take(m).for_each(|row| add(&mut row[..dim], engine.vector(bias)));
+        }
+        if let Some(gain) = post_norm {
+            let normed = &mut normed[..dim];
+            for (x, projected) in x.chunks_exact_mut(stride).zip(projected.chunks_exact(stride)).take(m) {
+                engine.norm(&NormWeights { gain, bias: None }, &projected[..dim], normed);
+                add(&mut x[..dim], normed);
+            }
+        }
+    }
+
+    /// `x += down(activation(gate(norm(x))) * up(norm(x)))`, or without a gate `x += down(activation(up(norm(x))))`.
     fn feed_forward_block(&mut self, engine: &mut Engine<'_>, workers: &dyn Workers, layer: usize, bucket: usize) {
         let level = engine.table.level();
         let weights = engine.plan.layers[layer];
         let m = M_BUCKETS[bucket] as usize;
         let Sizes { dim, hidden_dim, .. } = self.sizes;
         let stride = padded(hidden_dim);
-        self.norm_rows(engine, 2 * layer + 1, 0..m);
-        let Buffers { x, normed, quantised, hidden, up: up_rows, .. } = &mut self.buffers;
+        self.norm_rows(engine, &weights.ffn_norm, 0..m);
+        let activation = engine.config().architecture.blueprint().activation;
+        let Buffers { x, normed, quantised, hidden, up: up_rows, projected, .. } = &mut self.buffers;
         let normed = &normed[..m * dim];
-        match weights.gate_up {
-            GateUpWeights::Fused(matrix) => {
+        match weights.up {
+            UpWeights::Fused(matrix) => {
                 let input = activations(level, engine.dtype(matrix), normed, dim, quantised);
                 engine.run(matrix, bucket, input, ColumnsMut::new(hidden, m, stride, stride), workers);
             }
-            GateUpWeights::Separate { gate, up } => {
+            UpWeights::Separate { gate, up } => {
                 for (matrix, out) in [(gate, &mut *hidden), (up, &mut *up_rows)] {
                     let input = activations(level, engine.dtype(matrix), normed, dim, quantised);
                     engine.run(matrix, bucket, input, ColumnsMut::new(out, m, stride, stride), workers);
                 }
-                silu_times(level, &mut hidden[..m * stride], &up_rows[..m * stride]);
+                activate(level, activation, &mut hidden[..m * stride], Some(&up_rows[..m * stride]));
+            }
+            UpWeights::Plain { up, bias } => {
+                let input = activations(level, engine.dtype(up), normed, dim, quantised);
+                engine.run(up, bucket, input, ColumnsMut::new(hidden, m, stride, stride), workers);
+                if let Some(bias) = bias {
+                    let bias = engine.vector(bias);
+                    hidden.chunks_exact_mut(stride).take(m).for_each(|row| add(&mut row[..hidden_dim], bias));
+                }
+                activate(level, activation, &mut hidden[..m * stride], None);
             }
         }
         if stride != hidden_dim {
@@ -455,28 +543,36 @@ impl<'m> Session<'m> {
             }
         }
         let input = activations(level, engine.dtype(weights.down), &hidden[..m * hidden_dim], hidden_dim, quantised);
-        engine.run(weights.down, bucket, input, ColumnsMut::new(x, m, padded(dim), padded(dim)), workers);
+        let out = if weights.ffn_post_norm.is_some() { projected } else { &mut **x };
+        engine.run(weights.down, bucket, input, ColumnsMut::new(out, m, padded(dim), padded(dim)), workers);
+        self.finish_block(engine, weights.down_bias, weights.ffn_post_norm, m);
     }
 
     /// Logits after row `row` of the chunk that just ran.
     fn head(&mut self, engine: &mut Engine<'_>, workers: &dyn Workers, row: usize) {
         let level = engine.table.level();
         let (dim, head) = (self.sizes.dim, engine.plan.head);
-        self.norm_rows(engine, 2 * engine.plan.layers.len(), row..row + 1);
+        self.norm_rows(engine, &engine.plan.output_norm, row..row + 1);
         let Buffers { normed, quantised, logits, .. } = &mut self.buffers;
         let input = activations(level, engine.dtype(head), &normed[..dim], dim, quantised);
         let columns = logits.len();
         engine.run(head, 0, input, ColumnsMut::new(logits, 1, columns, columns), workers);
     }
 
-    /// `normed = rmsnorm(x)` with row `norm` of the norm table, for `rows` of `x`; the first goes to row 0.
-    fn norm_rows(&mut self, engine: &Engine<'_>, norm: usize, rows: Range<usize>) {
+    /// `normed = norm(x)` for `rows` of `x`; the first goes to row 0.
+    fn norm_rows(&mut self, engine: &Engine<'_>, norm: &NormWeights, rows: Range<usize>) {
         let (dim, stride) = (self.sizes.dim, padded(self.sizes.dim));
-        let (level, eps) = (engine.table.level(), engine.config().norm_eps);
         let x = self.buffers.x.chunks_exact(stride).skip(rows.start).take(rows.len());
         for (x, out) in x.zip(self.buffers.normed.chunks_exact_mut(dim)) {
-            rmsnorm(level, &x[..dim], engine.norm(norm), eps, out);
+            engine.norm(norm, &x[..dim], out);
         }
+    }
+}
+
+/// `x += other`.
+fn add(x: &mut [f32], other: &[f32]) {
+    for (x, other) in x.iter_mut().zip(other) {
+        *x += other;
     }
 }
 

@@ -41,7 +41,7 @@ pub use forward::{Engine, Session};
 pub use isa::Isa;
 pub use loader::{LoadedModel, Loader};
 pub use random::SplitMix64;
-pub use sampler::Sampler;
+pub use sampler::{Sampler, Sampling};
 pub use simd::cycles;
 pub use table::{KernelTable, Runs, Tier};
 pub use weights::Plan;

@@ -9,14 +9,13 @@ use crate::simd::Level;
 use crate::weights::{Destination, Plan, PlannedTensor};
 use alloc::vec;
 use alloc::vec::Vec;
-use model::kernel::Op;
 
 /// A model whose weights are in an arena.
 #[derive(Clone, Debug)]
 pub struct LoadedModel {
     pub(crate) plan: Plan,
-    /// `(2 n_layers + 1, dim)`: attention and feed-forward norm of each layer, then the output norm.
-    pub(crate) norms: Vec<f32>,
+    /// Norms, biases and rotary divisors, where the plan says.
+    pub(crate) vectors: Vec<f32>,
     /// Address of the first aligned byte: the arena must stay where it is.
     pub(crate) base_address: usize,
 }
@@ -27,7 +26,7 @@ pub struct Loader<'a> {
     plan: Plan,
     level: Level,
     arena: &'a mut [u8],
-    norms: Vec<f32>,
+    vectors: Vec<f32>,
     /// Tensor that is being read.
     tensor: usize,
     /// Bytes of it that were taken in, `carry` included.
@@ -43,8 +42,8 @@ impl<'a> Loader<'a> {
     /// [`EngineError::ArenaTooSmall`].
     pub fn new(plan: Plan, level: Level, arena: &'a mut [u8]) -> Result<Self, EngineError> {
         let base = plan.base(arena)?;
-        let norms = vec![0.0; (2 * plan.layers.len() + 1) * plan.config.dim as usize];
-        Ok(Self { plan, level, arena: &mut arena[base..], norms, tensor: 0, have_bytes: 0, carry: Vec::new() })
+        let vectors = vec![0.0; plan.vectors_len];
+        Ok(Self { plan, level, arena: &mut arena[base..], vectors, tensor: 0, have_bytes: 0, carry: Vec::new() })
     }
 
     /// First byte of the file that is still needed; `None` when all weights are in.
@@ -89,7 +88,7 @@ impl<'a> Loader<'a> {
         let planned = &self.plan.tensors[self.tensor];
         let row_bytes = planned.row_bytes;
         let mut row = (self.have_bytes / row_bytes as u64) as usize;
-        let mut sink = Sink { plan: &self.plan, level: self.level, arena: self.arena, norms: &mut self.norms };
+        let mut sink = Sink { plan: &self.plan, level: self.level, arena: self.arena, vectors: &mut self.vectors };
         let mut bytes = bytes;
         if !self.carry.is_empty() {
             let missing = row_bytes - self.carry.len();
@@ -125,12 +124,12 @@ impl<'a> Loader<'a> {
         for matrix in &self.plan.matrices {
             let packed = &mut self.arena[matrix.bytes.clone()];
             let maps: &[ColumnMap] =
-                if matrix.op == Op::GateUpSilu { &[ColumnMap::GATE, ColumnMap::UP] } else { &[ColumnMap::WHOLE] };
+                if matrix.op.is_gated() { &[ColumnMap::GATE, ColumnMap::UP] } else { &[ColumnMap::WHOLE] };
             for &map in maps {
                 zero_padding(matrix.dtype, matrix.k, map, matrix.n, packed);
             }
         }
-        Ok(LoadedModel { base_address: self.arena.as_ptr().addr(), plan: self.plan, norms: self.norms })
+        Ok(LoadedModel { base_address: self.arena.as_ptr().addr(), plan: self.plan, vectors: self.vectors })
     }
 }
 
@@ -139,7 +138,7 @@ struct Sink<'a> {
     plan: &'a Plan,
     level: Level,
     arena: &'a mut [u8],
-    norms: &'a mut [f32],
+    vectors: &'a mut [f32],
 }
 
 impl Sink<'_> {
@@ -155,9 +154,9 @@ impl Sink<'_> {
                 let at = bytes.start + first * planned.row_bytes;
                 self.arena[at..at + rows.len()].copy_from_slice(rows);
             }
-            Destination::Norm { at } => {
-                for (norm, bytes) in self.norms[*at..].iter_mut().zip(rows.as_chunks().0) {
-                    *norm = f32::from_le_bytes(*bytes);
+            Destination::Vector { at } => {
+                for (element, bytes) in self.vectors[*at..].iter_mut().zip(rows.as_chunks().0) {
+                    *element = f32::from_le_bytes(*bytes);
                 }
             }
         }

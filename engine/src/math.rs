@@ -4,8 +4,11 @@
 use crate::reference::{ScalarArithmetic, Software};
 use crate::simd::{self, Level};
 use alloc::vec::Vec;
+use model::architecture::{Activation, RopeOrder};
 use model::layout::{BLOCK, XBLOCK_BYTES, XBLOCK_D, XBLOCK_DSUM, XBLOCK_QS, XBLOCK_SUM, XBLOCK_SUM_LOW};
-use model::numerics::{EXP_HI, EXP_LO, EXP_POLY, LN2_HI, LN2_LO, LOG2E, REDUCE_LANES, ROUND_MAGIC};
+use model::numerics::{
+    EXP_HI, EXP_LO, EXP_POLY, GELU_CUBIC, GELU_LINEAR, LN2_HI, LN2_LO, LOG2E, REDUCE_LANES, ROUND_MAGIC,
+};
 
 /// `exp(x)` of the numerics contract: within 2 ulp of the true value between the clamps -87 and 87, NaN gives `exp(-87)`.
 pub fn exp(x: f32) -> f32 {
@@ -31,18 +34,29 @@ pub(crate) fn silu_with<F: ScalarArithmetic>(x: f32) -> f32 {
     x / (1.0 + exp_with::<F>(0.0 - x))
 }
 
-/// `gate = silu(gate) * up`: the fusion of `GateUpSilu` for models whose gate and up weights differ in type.
+#[inline(always)]
+pub(crate) fn gelu_with<F: ScalarArithmetic>(x: f32) -> f32 {
+    let z = x * F::fma(x * x, GELU_CUBIC, GELU_LINEAR);
+    x / (1.0 + exp_with::<F>(0.0 - z))
+}
+
+/// `x = activation(x)`, times `up` where there is one: the fusion of the gated ops for models whose gate and up weights
+/// differ in type, and the activation of plain feed-forward blocks.
 ///
 /// # Panics
 /// When the slices differ in length.
-pub fn silu_times(level: Level, gate: &mut [f32], up: &[f32]) {
-    assert_eq!(gate.len(), up.len(), "gate and up activations");
+pub fn activate(level: Level, activation: Activation, x: &mut [f32], up: Option<&[f32]>) {
+    assert!(up.is_none_or(|up| up.len() == x.len()), "gate and up activations");
     let done = match level {
         Level::Portable => 0,
-        Level::Avx2(avx2) => simd::math::silu_times(avx2, gate, up),
+        Level::Avx2(avx2) => simd::math::activate(avx2, activation, x, up),
     };
-    for (gate, up) in gate[done..].iter_mut().zip(&up[done..]) {
-        *gate = silu_with::<Software>(*gate) * up;
+    for (i, x) in x.iter_mut().enumerate().skip(done) {
+        let active = match activation {
+            Activation::Silu => silu_with::<Software>(*x),
+            Activation::Gelu => gelu_with::<Software>(*x),
+        };
+        *x = up.map_or(active, |up| active * up[i]);
     }
 }
 
@@ -65,7 +79,40 @@ pub(crate) fn fold_halves(mut lanes: [f32; REDUCE_LANES]) -> f32 {
 /// When the three slices differ in length.
 pub fn rmsnorm(level: Level, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
     assert!(x.len() == weight.len() && x.len() == out.len(), "rmsnorm of {} with {} weights", x.len(), weight.len());
-    let sum = match level {
+    let scale = 1.0 / libm::sqrtf(sum_of_squares(level, x) / x.len() as f32 + eps);
+    // Multiplications only: the compiler may vectorise them as it likes, each rounds by itself.
+    for ((out, &x), &weight) in out.iter_mut().zip(x).zip(weight) {
+        *out = x * scale * weight;
+    }
+}
+
+/// `out = (x - mean(x)) * (1 / sqrt(variance(x) + eps)) * weight + bias` for one row.
+///
+/// # Panics
+/// When the four slices differ in length.
+pub fn layernorm(level: Level, x: &[f32], weight: &[f32], bias: &[f32], eps: f32, out: &mut [f32]) {
+    let n = x.len();
+    assert!(n == weight.len() && n == bias.len() && n == out.len(), "layernorm of {n} with {} weights", weight.len());
+    // Additions of independent lanes: the compiler may vectorise them as it likes.
+    let mut lanes = [0.0; REDUCE_LANES];
+    for x in x.chunks(REDUCE_LANES) {
+        for (lane, &x) in lanes.iter_mut().zip(x) {
+            *lane += x;
+        }
+    }
+    let mean = fold_halves(lanes) / n as f32;
+    for (out, &x) in out.iter_mut().zip(x) {
+        *out = x - mean;
+    }
+    let scale = 1.0 / libm::sqrtf(sum_of_squares(level, out) / n as f32 + eps);
+    for ((out, &weight), &bias) in out.iter_mut().zip(weight).zip(bias) {
+        *out = *out * scale * weight + bias;
+    }
+}
+
+/// Sum of squares in the order of a contract reduction.
+fn sum_of_squares(level: Level, x: &[f32]) -> f32 {
+    match level {
         Level::Portable => {
             let mut lanes = [0.0; REDUCE_LANES];
             for x in x.chunks(REDUCE_LANES) {
@@ -76,11 +123,6 @@ pub fn rmsnorm(level: Level, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32
             fold_halves(lanes)
         }
         Level::Avx2(avx2) => simd::math::sum_of_squares(avx2, x),
-    };
-    let scale = 1.0 / libm::sqrtf(sum / x.len() as f32 + eps);
-    // Multiplications only: the compiler may vectorise them as it likes, each rounds by itself.
-    for ((out, &x), &weight) in out.iter_mut().zip(x).zip(weight) {
-        *out = x * scale * weight;
     }
 }
 
@@ -152,17 +194,20 @@ pub fn softmax_numerators(level: Level, scores: &mut [f32], len: usize) -> f32 {
 /// Angles of rotary position embedding, made for each position when it is first reached.
 #[derive(Clone, Debug)]
 pub struct RopeTable {
-    /// `base^(-2 i / rope_dim)` for each pair `i`.
+    /// `base^(-2 i / rope_dim) * scale / divisors[i]` for each pair `i`.
     frequencies: Vec<f64>,
     /// For each position, for each pair: cos, sin.
     cos_sin: Vec<f32>,
 }
 
 impl RopeTable {
-    /// A table for heads whose first `rope_dim` elements turn.
-    pub fn new(base: f32, rope_dim: usize) -> Self {
+    /// A table for heads whose first `rope_dim` elements turn. `divisors`, one per pair, may be empty: all 1 then.
+    pub fn new(base: f32, scale: f32, divisors: &[f32], rope_dim: usize) -> Self {
         let pairs = rope_dim / 2;
-        let frequency = |i: usize| libm::pow(f64::from(base), -2.0 * i as f64 / rope_dim as f64);
+        let frequency = |i: usize| {
+            let plain = libm::pow(f64::from(base), -2.0 * i as f64 / rope_dim as f64);
+            plain * f64::from(scale) / divisors.get(i).map_or(1.0, |&divisor| f64::from(divisor))
+        };
         Self { frequencies: (0..pairs).map(frequency).collect(), cos_sin: Vec::new() }
     }
 
@@ -196,23 +241,30 @@ impl RopeTable {
     }
 }
 
-/// Turns the pairs `(2i, 2i + 1)` of every head in `heads` by the angles `cos_sin` of one position.
+/// Turns the pairs of every head in `heads` by the angles `cos_sin` of one position; `order` says which elements pair.
 ///
 /// `heads`: heads of `head_dim` elements; `cos_sin`: [`RopeTable::row`].
 ///
 /// # Panics
 /// When `heads` is no whole number of heads or the table row is longer than a head.
-pub fn rope(level: Level, heads: &mut [f32], head_dim: usize, cos_sin: &[f32]) {
+pub fn rope(level: Level, order: RopeOrder, heads: &mut [f32], head_dim: usize, cos_sin: &[f32]) {
     assert!(heads.len().is_multiple_of(head_dim) && cos_sin.len() <= head_dim, "{} of heads {head_dim}", heads.len());
     for head in heads.chunks_exact_mut(head_dim) {
+        let head = &mut head[..cos_sin.len()];
+        let half = head.len() / 2;
+        // Pairs that whole vectors covered.
         let done = match level {
             Level::Portable => 0,
-            Level::Avx2(avx2) => simd::math::rope(avx2, &mut head[..cos_sin.len()], cos_sin),
+            Level::Avx2(avx2) => simd::math::rope(avx2, order, head, cos_sin),
         };
-        for (pair, angle) in head[done..].chunks_exact_mut(2).zip(cos_sin[done..].chunks_exact(2)) {
-            let (x0, x1, cos, sin) = (pair[0], pair[1], angle[0], angle[1]);
-            pair[0] = x0 * cos - x1 * sin;
-            pair[1] = x1 * cos + x0 * sin;
+        for (i, angle) in cos_sin.chunks_exact(2).enumerate().skip(done) {
+            let (a, b) = match order {
+                RopeOrder::Adjacent => (2 * i, 2 * i + 1),
+                RopeOrder::Halves => (i, i + half),
+            };
+            let (x0, x1, cos, sin) = (head[a], head[b], angle[0], angle[1]);
+            head[a] = x0 * cos - x1 * sin;
+            head[b] = x1 * cos + x0 * sin;
         }
     }
 }
@@ -247,18 +299,53 @@ mod tests {
     }
 
     #[test]
-    fn silu_is_the_formula_and_the_same_at_every_level() {
+    fn activations_are_the_formulas_and_the_same_at_every_level() {
         let mut rng = SplitMix64::new(5);
-        for len in [1, 8, 13, 172] {
-            let (gate, up) = (random(&mut rng, len, 9.0), random(&mut rng, len, 2.0));
-            let (mut portable, mut fast) = (gate.clone(), gate.clone());
-            silu_times(Level::Portable, &mut portable, &up);
-            silu_times(Level::detect(), &mut fast, &up);
+        for (len, is_gated) in [(1, true), (8, true), (13, false), (172, true), (172, false)] {
+            for activation in [Activation::Silu, Activation::Gelu] {
+                let (gate, up) = (random(&mut rng, len, 9.0), random(&mut rng, len, 2.0));
+                let up = is_gated.then_some(up.as_slice());
+                let (mut portable, mut fast) = (gate.clone(), gate.clone());
+                activate(Level::Portable, activation, &mut portable, up);
+                activate(Level::detect(), activation, &mut fast, up);
+                assert_eq!(bits(&portable), bits(&fast), "{activation:?} {len}");
+                for i in 0..len {
+                    let x = f64::from(gate[i]);
+                    let active = match activation {
+                        Activation::Silu => x / (1.0 + libm::exp(-x)),
+                        Activation::Gelu => {
+                            let inner = (2.0 / core::f64::consts::PI).sqrt() * (x + 0.044715 * x * x * x);
+                            0.5 * x * (1.0 + libm::tanh(inner))
+                        }
+                    };
+                    let want = active * up.map_or(1.0, |up| f64::from(up[i]));
+                    let error = (f64::from(fast[i]) - want).abs();
+                    assert!(error < 1e-5 * (want.abs() + 1e-3), "{activation:?} {len} [{i}]: {error}");
+                }
+            }
+        }
+        let mut extreme = [1e30, -1e30, 0.0, -0.0, 40.0, -40.0];
+        activate(Level::Portable, Activation::Gelu, &mut extreme, None);
+        assert_eq!(extreme[0], 1e30);
+        assert!(extreme[1..].iter().take(3).all(|x| x.abs() < 1e-7), "{extreme:?}");
+    }
+
+    #[test]
+    fn layernorm_is_the_formula_and_the_same_at_every_level() {
+        let mut rng = SplitMix64::new(6);
+        for len in [1, 7, 32, 48, 100, 768] {
+            let (x, weight, bias) =
+                (random(&mut rng, len, 3.0), random(&mut rng, len, 1.0), random(&mut rng, len, 1.0));
+            let (mut portable, mut fast) = (vec![0.0; len], vec![0.0; len]);
+            layernorm(Level::Portable, &x, &weight, &bias, 1e-5, &mut portable);
+            layernorm(Level::detect(), &x, &weight, &bias, 1e-5, &mut fast);
             assert_eq!(bits(&portable), bits(&fast), "{len}");
+            let mean = x.iter().map(|&x| f64::from(x)).sum::<f64>() / len as f64;
+            let variance = x.iter().map(|&x| (f64::from(x) - mean).powi(2)).sum::<f64>() / len as f64;
             for i in 0..len {
-                let x = f64::from(gate[i]);
-                let want = x / (1.0 + libm::exp(-x)) * f64::from(up[i]);
-                assert!((f64::from(fast[i]) - want).abs() < 1e-5 * (want.abs() + 1e-3), "{len} [{i}]");
+                let want =
+                    (f64::from(x[i]) - mean) / (variance + 1e-5).sqrt() * f64::from(weight[i]) + f64::from(bias[i]);
+                assert!((f64::from(fast[i]) - want).abs() <= 1e-5 * (want.abs() + 1.0), "{len} [{i}]");
             }
         }
     }
@@ -338,27 +425,34 @@ mod tests {
     #[test]
     fn rope_turns_pairs_by_position_times_frequency() {
         let mut rng = SplitMix64::new(4);
-        for (head_dim, rope_dim) in [(8, 8), (64, 64), (48, 48), (20, 12), (6, 6)] {
-            let mut table = RopeTable::new(10_000.0, rope_dim);
-            table.extend_to(3);
-            table.extend_to(12);
-            let x = random(&mut rng, 3 * head_dim, 1.0);
-            let (mut portable, mut fast) = (x.clone(), x.clone());
-            rope(Level::Portable, &mut portable, head_dim, table.row(11));
-            rope(Level::detect(), &mut fast, head_dim, table.row(11));
-            assert_eq!(bits(&portable), bits(&fast), "{head_dim}/{rope_dim}");
-            for (i, got) in fast.iter().enumerate() {
-                let d = i % head_dim;
-                if d >= rope_dim {
-                    assert_eq!(*got, x[i], "elements behind rope_dim stay");
-                    continue;
+        for (head_dim, rope_dim) in [(8, 8), (64, 64), (48, 48), (20, 12), (6, 6), (40, 36)] {
+            for order in [RopeOrder::Adjacent, RopeOrder::Halves] {
+                let divisors: Vec<f32> = (0..rope_dim / 2).map(|i| 1.0 + i as f32).collect();
+                let mut table = RopeTable::new(10_000.0, 0.5, &divisors, rope_dim);
+                table.extend_to(3);
+                table.extend_to(12);
+                let x = random(&mut rng, 3 * head_dim, 1.0);
+                let (mut portable, mut fast) = (x.clone(), x.clone());
+                rope(Level::Portable, order, &mut portable, head_dim, table.row(11));
+                rope(Level::detect(), order, &mut fast, head_dim, table.row(11));
+                assert_eq!(bits(&portable), bits(&fast), "{head_dim}/{rope_dim} {order:?}");
+                for (i, got) in fast.iter().enumerate() {
+                    let (head, d) = (i / head_dim * head_dim, i % head_dim);
+                    if d >= rope_dim {
+                        assert_eq!(*got, x[i], "elements behind rope_dim stay");
+                        continue;
+                    }
+                    let (pair, is_first, other) = match order {
+                        RopeOrder::Adjacent => (d / 2, d % 2 == 0, d ^ 1),
+                        RopeOrder::Halves => (d % (rope_dim / 2), d < rope_dim / 2, (d + rope_dim / 2) % rope_dim),
+                    };
+                    let plain = 11.0 / 10_000f64.powf((2 * pair) as f64 / rope_dim as f64);
+                    let angle = plain * 0.5 / (1.0 + pair as f64);
+                    let (own, other) = (f64::from(x[i]), f64::from(x[head + other]));
+                    let sign = if is_first { -1.0 } else { 1.0 };
+                    let want = own * angle.cos() + sign * other * angle.sin();
+                    assert!((f64::from(*got) - want).abs() < 1e-6, "{head_dim}/{rope_dim} [{i}]: {got} {want}");
                 }
-                let angle = 11.0 / 10_000f64.powf((d / 2 * 2) as f64 / rope_dim as f64);
-                let at = i / 2 * 2;
-                let (x0, x1) = (f64::from(x[at]), f64::from(x[at + 1]));
-                let want =
-                    if d % 2 == 0 { x0 * angle.cos() - x1 * angle.sin() } else { x0 * angle.sin() + x1 * angle.cos() };
-                assert!((f64::from(*got) - want).abs() < 1e-6, "{head_dim}/{rope_dim} [{i}]: {got} {want}");
             }
         }
     }

@@ -60,11 +60,14 @@ pub(crate) fn run<F: ScalarArithmetic>(key: &KernelKey, x: &[u8], w: &[u8], mut 
                         *y += acc;
                     }
                 }
-                Op::GateUpSilu => {
+                Op::GateUpSilu | Op::GateUpGelu => {
                     let Some(panel) = panels_of_w.next() else { return };
                     let up = product::<F>(key.dtype, x, panel);
+                    let is_silu = key.op == Op::GateUpSilu;
                     for (y, (gate, up)) in y.iter_mut().zip(acc.into_iter().zip(up)) {
-                        *y = crate::math::silu_with::<F>(gate) * up;
+                        let gate =
+                            if is_silu { crate::math::silu_with::<F>(gate) } else { crate::math::gelu_with::<F>(gate) };
+                        *y = gate * up;
                     }
                 }
             }

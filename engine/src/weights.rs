@@ -2,6 +2,8 @@
 //!
 //! Input: a `ModelDescription` and the number of cores. Output: a [`Plan`] with the arena's size and, for every tensor of
 //! the file, where its rows go. Fused where the types allow it: q, k, v side by side, gate and up by alternating panels.
+//! What else the pass does in each layer (norms, biases, window, rotary table) follows from the tensors and the
+//! architecture's `Blueprint`; nothing here or in `forward` asks which architecture it is.
 
 use crate::dispatch::{MAX_PARTS, Partition};
 use crate::error::EngineError;
@@ -9,6 +11,7 @@ use crate::pack::{ColumnMap, RowFormat};
 use crate::table::KernelTable;
 use alloc::vec::Vec;
 use core::ops::Range;
+use model::architecture::{Activation, Positions};
 use model::kernel::{DType, KernelKey, M_BUCKETS, Op};
 use model::layout::{PANEL, WEIGHT_ALIGN, op_weight_bytes, panel_bytes, panels};
 use model::order::sorted_by_key;
@@ -99,31 +102,76 @@ pub(crate) enum QkvWeights {
     Separate { q: usize, k: usize, v: usize },
 }
 
-/// Gate and up projection of one layer.
+/// First half of the feed-forward block of one layer.
 #[derive(Clone, Copy, Debug)]
-pub(crate) enum GateUpWeights {
-    /// One matrix with alternating panels.
+pub(crate) enum UpWeights {
+    /// Gate and up as one matrix with alternating panels.
     Fused(usize),
     /// Two, because their types differ.
     Separate { gate: usize, up: usize },
+    /// No gate.
+    Plain { up: usize, bias: Option<Vector> },
 }
 
-/// The matrices of one layer, as indices into [`Plan::matrices`].
+/// Norm weights, a bias or rotary divisors: elements of [`crate::LoadedModel`]'s vectors.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Vector {
+    start: usize,
+    len: usize,
+}
+
+impl Vector {
+    pub fn of(self, vectors: &[f32]) -> &[f32] {
+        &vectors[self.start..self.start + self.len]
+    }
+}
+
+/// Weights of a norm; RMSNorm has no bias.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct NormWeights {
+    pub gain: Vector,
+    pub bias: Option<Vector>,
+}
+
+/// What one layer computes with: matrices as indices into [`Plan::matrices`].
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct LayerWeights {
+    pub attn_norm: NormWeights,
     pub qkv: QkvWeights,
+    /// Biases of query, key and value.
+    pub qkv_bias: [Option<Vector>; 3],
+    /// Gains of the norms of each query and of each key head.
+    pub q_norm: Option<Vector>,
+    pub k_norm: Option<Vector>,
+    /// Positions that a query sees, its own included.
+    pub window: usize,
+    /// Which of [`Plan::ropes`] turns queries and keys.
+    pub rope: usize,
     pub attn_out: usize,
-    pub gate_up: GateUpWeights,
+    pub attn_out_bias: Option<Vector>,
+    /// Gain of the norm of the block's output; without one, output and residual are added in one op.
+    pub attn_post_norm: Option<Vector>,
+    pub ffn_norm: NormWeights,
+    pub up: UpWeights,
     pub down: usize,
+    pub down_bias: Option<Vector>,
+    pub ffn_post_norm: Option<Vector>,
 }
 
-/// Where rows of the token embedding come from.
+/// Base and scale of a table of rotary angles.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub(crate) struct RopeParameters {
+    pub base: f32,
+    pub scale: f32,
+}
+
+/// Where rows of an embedding come from.
 #[derive(Clone, Debug)]
 pub(crate) enum Embedding {
     /// Columns of the packed output head.
     Head,
     /// File rows kept as they are, at these bytes of the arena.
-    Rows { bytes: Range<usize>, ty: TensorType },
+    Rows { bytes: Range<usize>, row_bytes: usize, ty: TensorType },
 }
 
 /// Where the rows of one tensor of the file go.
@@ -133,8 +181,8 @@ pub(crate) enum Destination {
     Packed { matrix: usize, map: ColumnMap, format: RowFormat },
     /// Into the arena as they are.
     Rows { bytes: Range<usize> },
-    /// Into the norm weights, from this element on.
-    Norm { at: usize },
+    /// Into the vectors, from this element on.
+    Vector { at: usize },
 }
 
 /// One tensor of the file and its destination.
@@ -152,8 +200,16 @@ pub struct Plan {
     pub(crate) threads: usize,
     pub(crate) matrices: Vec<Matrix>,
     pub(crate) layers: Vec<LayerWeights>,
+    pub(crate) output_norm: NormWeights,
     pub(crate) head: usize,
     pub(crate) embedding: Embedding,
+    /// Rows added to the embedding by position.
+    pub(crate) positions: Option<Embedding>,
+    /// Different tables of rotary angles; none where positions are learned.
+    pub(crate) ropes: Vec<RopeParameters>,
+    pub(crate) rope_factors: Option<Vector>,
+    /// Elements of all vectors.
+    pub(crate) vectors_len: usize,
     /// In file order.
     pub(crate) tensors: Vec<PlannedTensor>,
     arena_len: usize,
@@ -169,18 +225,36 @@ impl Plan {
             return Err(EngineError::Threads { threads, max: MAX_PARTS });
         }
         let config = model.config.clone();
-        let mut planner = Planner { model, threads, matrices: Vec::new(), tensors: Vec::new(), at: 0 };
+        let mut planner =
+            Planner { model, threads, matrices: Vec::new(), tensors: Vec::new(), ropes: Vec::new(), at: 0, vectors: 0 };
         let mut layers = Vec::with_capacity(config.n_layers as usize);
         for layer in 0..config.n_layers {
             layers.push(planner.layer(layer)?);
         }
         let head_role = if config.tied_head { Role::TokenEmbedding } else { Role::Output };
         let head = planner.matrix(Op::LmHead, None, head_role, &[])?;
-        let embedding = if config.tied_head { Embedding::Head } else { planner.embedding_rows()? };
-        planner.norm(Role::OutputNorm, None, 2 * config.n_layers as usize)?;
-        let Planner { matrices, tensors, at, .. } = planner;
+        let embedding = if config.tied_head { Embedding::Head } else { planner.rows(Role::TokenEmbedding)? };
+        let is_learned = config.architecture.blueprint().positions == Positions::Learned;
+        let positions = if is_learned { Some(planner.rows(Role::PositionEmbedding)?) } else { None };
+        let output_norm = planner.norm(None, Role::OutputNorm, Role::OutputNormBias)?;
+        let rope_factors = planner.optional_vector(None, Role::RopeFactors)?;
+        let Planner { matrices, tensors, ropes, at, vectors, .. } = planner;
         let tensors = sorted_by_key(&tensors, |planned| planned.tensor.offset);
-        Ok(Plan { config, threads, matrices, layers, head, embedding, tensors, arena_len: at })
+        Ok(Plan {
+            config,
+            threads,
+            matrices,
+            layers,
+            output_norm,
+            head,
+            embedding,
+            positions,
+            ropes,
+            rope_factors,
+            vectors_len: vectors,
+            tensors,
+            arena_len: at,
+        })
     }
 
     /// Bytes of the weights arena, with room to align its start.
@@ -221,8 +295,11 @@ struct Planner<'a> {
     threads: usize,
     matrices: Vec<Matrix>,
     tensors: Vec<PlannedTensor>,
+    ropes: Vec<RopeParameters>,
     /// Bytes of the arena given away.
     at: usize,
+    /// Elements of vectors given away.
+    vectors: usize,
 }
 
 impl Planner<'_> {
@@ -245,14 +322,14 @@ impl Planner<'_> {
         RowFormat::of(tensor.ty).ok_or_else(unsupported)
     }
 
-    /// A matrix of the tensors `first` and `others` of a layer, side by side (`GateUpSilu`: in alternating panels).
+    /// A matrix of the tensors `first` and `others` of a layer, side by side (gated ops: in alternating panels).
     fn matrix(&mut self, op: Op, layer: Option<u32>, first: Role, others: &[Role]) -> Result<usize, EngineError> {
         let index = self.matrices.len();
         let Tensor { n, k, ty, .. } = self.packed(index, first, layer, op, 0)?;
         let mut columns = n as usize;
         for &role in others {
             let tensor = self.packed(index, role, layer, op, columns)?;
-            if op != Op::GateUpSilu {
+            if !op.is_gated() {
                 columns += tensor.n as usize;
             }
         }
@@ -272,10 +349,10 @@ impl Planner<'_> {
         columns: usize,
     ) -> Result<Tensor, EngineError> {
         let tensor = self.tensor(role, layer)?;
-        let map = match (op, role) {
-            (Op::GateUpSilu, Role::Up) => ColumnMap::UP,
-            (Op::GateUpSilu, _) => ColumnMap::GATE,
-            _ => ColumnMap::after(columns),
+        let map = match (op.is_gated(), role) {
+            (true, Role::Up) => ColumnMap::UP,
+            (true, _) => ColumnMap::GATE,
+            (false, _) => ColumnMap::after(columns),
         };
         let destination = Destination::Packed { matrix, map, format: Self::format(&tensor)? };
         self.tensors.push(PlannedTensor { tensor, row_bytes: Self::row_bytes(&tensor)?, destination });
@@ -292,9 +369,16 @@ impl Planner<'_> {
 
     fn layer(&mut self, number: u32) -> Result<LayerWeights, EngineError> {
         let layer = Some(number);
-        self.norm(Role::AttnNorm, layer, 2 * number as usize)?;
-        self.norm(Role::FfnNorm, layer, 2 * number as usize + 1)?;
-        let qkv = if self.same_type(&[Role::Q, Role::K, Role::V], layer)? {
+        let config = &self.model.config;
+        let blueprint = config.architecture.blueprint();
+        let window = config.layer_window(number).map_or(usize::MAX, |window| window as usize);
+        let (base, scale) = config.layer_rope(number);
+        let rope = self.rope(RopeParameters { base, scale });
+        let attn_norm = self.norm(layer, Role::AttnNorm, Role::AttnNormBias)?;
+        let is_whole = blueprint.layer.contains(&Role::Qkv);
+        let qkv = if is_whole {
+            QkvWeights::Fused(self.matrix(Op::Qkv, layer, Role::Qkv, &[])?)
+        } else if self.same_type(&[Role::Q, Role::K, Role::V], layer)? {
             QkvWeights::Fused(self.matrix(Op::Qkv, layer, Role::Q, &[Role::K, Role::V])?)
         } else {
             QkvWeights::Separate {
@@ -303,40 +387,104 @@ impl Planner<'_> {
                 v: self.matrix(Op::Matmul, layer, Role::V, &[])?,
             }
         };
-        let attn_out = self.matrix(Op::MatmulResidual, layer, Role::AttnOut, &[])?;
-        let gate_up = if self.same_type(&[Role::Gate, Role::Up], layer)? {
-            GateUpWeights::Fused(self.matrix(Op::GateUpSilu, layer, Role::Gate, &[Role::Up])?)
+        let qkv_bias = match self.optional_vector(layer, Role::QkvBias)? {
+            Some(Vector { start, .. }) => {
+                let (q, kv) = (config.q_dim() as usize, config.kv_dim() as usize);
+                [(0, q), (q, kv), (q + kv, kv)].map(|(at, len)| Some(Vector { start: start + at, len }))
+            }
+            None => [
+                self.optional_vector(layer, Role::QBias)?,
+                self.optional_vector(layer, Role::KBias)?,
+                self.optional_vector(layer, Role::VBias)?,
+            ],
+        };
+        let q_norm = self.optional_vector(layer, Role::QNorm)?;
+        let k_norm = self.optional_vector(layer, Role::KNorm)?;
+        let attn_post_norm = self.optional_vector(layer, Role::AttnPostNorm)?;
+        let attn_out_op = if attn_post_norm.is_some() { Op::Matmul } else { Op::MatmulResidual };
+        let attn_out = self.matrix(attn_out_op, layer, Role::AttnOut, &[])?;
+        let attn_out_bias = self.optional_vector(layer, Role::AttnOutBias)?;
+        let ffn_norm = self.norm(layer, Role::FfnNorm, Role::FfnNormBias)?;
+        let up = if !blueprint.is_gated() {
+            let up = self.matrix(Op::Matmul, layer, Role::Up, &[])?;
+            UpWeights::Plain { up, bias: self.optional_vector(layer, Role::UpBias)? }
+        } else if self.same_type(&[Role::Gate, Role::Up], layer)? {
+            let op = match blueprint.activation {
+                Activation::Silu => Op::GateUpSilu,
+                Activation::Gelu => Op::GateUpGelu,
+            };
+            UpWeights::Fused(self.matrix(op, layer, Role::Gate, &[Role::Up])?)
         } else {
-            GateUpWeights::Separate {
+            UpWeights::Separate {
                 gate: self.matrix(Op::Matmul, layer, Role::Gate, &[])?,
                 up: self.matrix(Op::Matmul, layer, Role::Up, &[])?,
             }
         };
-        let down = self.matrix(Op::MatmulResidual, layer, Role::Down, &[])?;
-        Ok(LayerWeights { qkv, attn_out, gate_up, down })
+        let ffn_post_norm = self.optional_vector(layer, Role::FfnPostNorm)?;
+        let down_op = if ffn_post_norm.is_some() { Op::Matmul } else { Op::MatmulResidual };
+        let down = self.matrix(down_op, layer, Role::Down, &[])?;
+        let down_bias = self.optional_vector(layer, Role::DownBias)?;
+        Ok(LayerWeights {
+            attn_norm,
+            qkv,
+            qkv_bias,
+            q_norm,
+            k_norm,
+            window,
+            rope,
+            attn_out,
+            attn_out_bias,
+            attn_post_norm,
+            ffn_norm,
+            up,
+            down,
+            down_bias,
+            ffn_post_norm,
+        })
     }
 
-    /// A norm's weights go to row `row` of the norm table.
-    fn norm(&mut self, role: Role, layer: Option<u32>, row: usize) -> Result<(), EngineError> {
-        let tensor = self.tensor(role, layer)?;
+    /// Index of the table with these parameters.
+    fn rope(&mut self, parameters: RopeParameters) -> usize {
+        match self.ropes.iter().position(|known| *known == parameters) {
+            Some(index) => index,
+            None => {
+                self.ropes.push(parameters);
+                self.ropes.len() - 1
+            }
+        }
+    }
+
+    fn norm(&mut self, layer: Option<u32>, gain: Role, bias: Role) -> Result<NormWeights, EngineError> {
+        Ok(NormWeights { gain: self.vector(self.tensor(gain, layer)?)?, bias: self.optional_vector(layer, bias)? })
+    }
+
+    fn optional_vector(&mut self, layer: Option<u32>, role: Role) -> Result<Option<Vector>, EngineError> {
+        match self.model.tensor(role, layer).copied() {
+            Some(tensor) => self.vector(tensor).map(Some),
+            None => Ok(None),
+        }
+    }
+
+    fn vector(&mut self, tensor: Tensor) -> Result<Vector, EngineError> {
         if tensor.ty != TensorType::F32 {
             return Err(EngineError::UnsupportedType { name: tensor.name(), found: tensor.ty.name() });
         }
         let row_bytes = Self::row_bytes(&tensor)?;
-        let destination = Destination::Norm { at: row * self.model.config.dim as usize };
-        self.tensors.push(PlannedTensor { tensor, row_bytes, destination });
-        Ok(())
+        let vector = Vector { start: self.vectors, len: tensor.k as usize };
+        self.vectors += vector.len;
+        self.tensors.push(PlannedTensor { tensor, row_bytes, destination: Destination::Vector { at: vector.start } });
+        Ok(vector)
     }
 
-    /// Keeps the token embedding as the file has it: its rows are read one at a time.
-    fn embedding_rows(&mut self) -> Result<Embedding, EngineError> {
-        let tensor = self.tensor(Role::TokenEmbedding, None)?;
+    /// Keeps a matrix as the file has it: its rows are read one at a time.
+    fn rows(&mut self, role: Role) -> Result<Embedding, EngineError> {
+        let tensor = self.tensor(role, None)?;
         Self::format(&tensor)?;
         let row_bytes = Self::row_bytes(&tensor)?;
         let bytes = self.at..self.at + row_bytes * tensor.n as usize;
         self.at = bytes.end.next_multiple_of(WEIGHT_ALIGN);
         let destination = Destination::Rows { bytes: bytes.clone() };
         self.tensors.push(PlannedTensor { tensor, row_bytes, destination });
-        Ok(Embedding::Rows { bytes, ty: tensor.ty })
+        Ok(Embedding::Rows { bytes, row_bytes, ty: tensor.ty })
     }
 }

@@ -8,9 +8,10 @@ use engine::operands::AlignedBytes;
 use engine::simd::Level;
 use engine::workers::Single;
 use engine::{Engine, EngineError, Isa, Loader, Plan, Session, Tier};
+use model::architecture::{Activation, Norm, Positions, RopeOrder};
 use model::quant::{dequantise, quantise};
 use model::synthetic::{self, Spec, TokenizerKind};
-use model::{ModelDescription, Role, TensorType};
+use model::{Architecture, ModelDescription, Role, TensorType};
 use support::{Threads, forced_logits, generate, load, session_memory};
 
 fn gguf(spec: &Spec) -> (ModelDescription, Vec<u8>) {
@@ -71,9 +72,24 @@ fn specs() -> Vec<(&'static str, Spec)> {
                     (Role::Up, TensorType::F32),
                     (Role::Down, TensorType::Q4_0),
                 ],
-                ..base
+                ..base.clone()
             },
         ),
+        ("windowed", Spec { window: 5, rope_factors: true, rope_stretch: 4.0, ..base }),
+        ("qwen2", Spec::of(Architecture::Qwen2)),
+        ("qwen2 q4_1", Spec { matrices: TensorType::Q4_1, ..Spec::of(Architecture::Qwen2) }),
+        ("qwen3", Spec::of(Architecture::Qwen3)),
+        ("gemma3", Spec::of(Architecture::Gemma3)),
+        (
+            "gemma3 mixed",
+            Spec {
+                matrices: TensorType::Q8_0,
+                overrides: vec![(Role::Up, TensorType::F16), (Role::V, TensorType::F32)],
+                ..Spec::of(Architecture::Gemma3)
+            },
+        ),
+        ("gpt2", Spec::of(Architecture::Gpt2)),
+        ("gpt2 untied q8_0", Spec { tied_head: false, matrices: TensorType::Q8_0, ..Spec::of(Architecture::Gpt2) }),
     ]
 }
 
@@ -159,7 +175,9 @@ fn as_int8(x: &[f64]) -> Vec<f64> {
 /// The whole model in f64, from the weights as the file stores them: every position's logits.
 fn naive_logits(spec: &Spec, tokens: &[u32]) -> Vec<Vec<f64>> {
     let c = spec.config();
+    let blueprint = c.architecture.blueprint();
     let (dim, head_dim) = (c.dim as usize, c.head_dim as usize);
+    let (q_dim, kv_dim) = (c.q_dim() as usize, c.kv_dim() as usize);
     let weights = |role: Role, layer| -> Vec<f64> {
         let exact = spec.weights(role, layer);
         let (mut stored, mut read) = (Vec::new(), vec![0.0f32; exact.len()]);
@@ -172,61 +190,122 @@ fn naive_logits(spec: &Spec, tokens: &[u32]) -> Vec<Vec<f64>> {
         let x = if quantised { as_int8(x) } else { x.to_vec() };
         w.chunks_exact(x.len()).map(|row| row.iter().zip(&x).map(|(a, b)| a * b).sum()).collect()
     };
-    let norm = |x: &[f64], gain: &[f64]| -> Vec<f64> {
+    let rmsnorm = |x: &[f64], gain: &[f64]| -> Vec<f64> {
         let scale = 1.0 / (x.iter().map(|x| x * x).sum::<f64>() / x.len() as f64 + f64::from(c.norm_eps)).sqrt();
         x.iter().zip(gain).map(|(x, g)| x * scale * g).collect()
     };
-    let rope = |x: &mut [f64], pos: usize| {
+    let norm = |x: &[f64], gain: &[f64], bias: Option<&[f64]>| -> Vec<f64> {
+        if blueprint.norm == Norm::Rms {
+            return rmsnorm(x, gain);
+        }
+        let mean = x.iter().sum::<f64>() / x.len() as f64;
+        let centred: Vec<f64> = x.iter().map(|x| x - mean).collect();
+        rmsnorm(&centred, gain).iter().zip(bias.unwrap()).map(|(x, b)| x + b).collect()
+    };
+    let factors = spec.rope_factors.then(|| weights(Role::RopeFactors, None));
+    let rope = |x: &mut [f64], pos: usize, layer: u32| {
+        let Positions::Rotary(order) = blueprint.positions else { return };
+        let (base, scale) = c.layer_rope(layer);
         for head in x.chunks_exact_mut(head_dim) {
-            for (i, pair) in head.chunks_exact_mut(2).enumerate() {
-                let angle = pos as f64 * f64::from(c.rope_base).powf(-2.0 * i as f64 / head_dim as f64);
-                let (x0, x1) = (pair[0], pair[1]);
-                pair[0] = x0 * angle.cos() - x1 * angle.sin();
-                pair[1] = x0 * angle.sin() + x1 * angle.cos();
+            for i in 0..head_dim / 2 {
+                let divisor = factors.as_ref().map_or(1.0, |factors| factors[i]);
+                let frequency = f64::from(base).powf(-2.0 * i as f64 / head_dim as f64) * f64::from(scale) / divisor;
+                let angle = pos as f64 * frequency;
+                let (a, b) = match order {
+                    RopeOrder::Adjacent => (2 * i, 2 * i + 1),
+                    RopeOrder::Halves => (i, i + head_dim / 2),
+                };
+                let (x0, x1) = (head[a], head[b]);
+                head[a] = x0 * angle.cos() - x1 * angle.sin();
+                head[b] = x0 * angle.sin() + x1 * angle.cos();
             }
         }
     };
+    let active = |x: f64| match blueprint.activation {
+        Activation::Silu => x / (1.0 + (-x).exp()),
+        Activation::Gelu => 0.5 * x * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3))).tanh()),
+    };
+    let add = |x: &mut [f64], other: &[f64]| x.iter_mut().zip(other).for_each(|(x, other)| *x += other);
     let embedding = weights(Role::TokenEmbedding, None);
-    let row = |&token: &u32| embedding[token as usize * dim..][..dim].to_vec();
+    let scale = if c.architecture == Architecture::Gemma3 { f64::from(c.dim).sqrt() } else { 1.0 };
+    let row = |&token: &u32| embedding[token as usize * dim..][..dim].iter().map(|x| x * scale).collect();
     let mut xs: Vec<Vec<f64>> = tokens.iter().map(row).collect();
+    if blueprint.positions == Positions::Learned {
+        let positions = weights(Role::PositionEmbedding, None);
+        xs.iter_mut().zip(positions.chunks_exact(dim)).for_each(|(x, position)| add(x, position));
+    }
     for layer in 0..c.n_layers {
+        let has = |role: Role| blueprint.layer.contains(&role);
         let w = |role| weights(role, Some(layer));
-        let (wq, wk, wv, wo) = (w(Role::Q), w(Role::K), w(Role::V), w(Role::AttnOut));
-        let (gate, up, down) = (w(Role::Gate), w(Role::Up), w(Role::Down));
+        let optional = |role| has(role).then(|| w(role));
+        let wo = w(Role::AttnOut);
+        let (gate, up, down) = (optional(Role::Gate), w(Role::Up), w(Role::Down));
         let (attn_norm, ffn_norm) = (w(Role::AttnNorm), w(Role::FfnNorm));
+        let (attn_norm_bias, ffn_norm_bias) = (optional(Role::AttnNormBias), optional(Role::FfnNormBias));
         let (mut keys, mut values) = (Vec::new(), Vec::new());
         for (pos, x) in xs.iter_mut().enumerate() {
-            let h = norm(x, &attn_norm);
-            let (mut q, mut k) = (matmul(&h, &wq, Role::Q), matmul(&h, &wk, Role::K));
-            rope(&mut q, pos);
-            rope(&mut k, pos);
+            let h = norm(x, &attn_norm, attn_norm_bias.as_deref());
+            let projection = |role: Role, bias: Role| {
+                let mut y = matmul(&h, &w(role), role);
+                if let Some(bias) = optional(bias) {
+                    add(&mut y, &bias);
+                }
+                y
+            };
+            let (mut q, mut k, v) = if has(Role::Qkv) {
+                let all = projection(Role::Qkv, Role::QkvBias);
+                (all[..q_dim].to_vec(), all[q_dim..q_dim + kv_dim].to_vec(), all[q_dim + kv_dim..].to_vec())
+            } else {
+                (projection(Role::Q, Role::QBias), projection(Role::K, Role::KBias), projection(Role::V, Role::VBias))
+            };
+            for (heads, gain) in [(&mut q, optional(Role::QNorm)), (&mut k, optional(Role::KNorm))] {
+                if let Some(gain) = gain {
+                    *heads = heads.chunks_exact(head_dim).flat_map(|head| rmsnorm(head, &gain)).collect();
+                }
+                rope(heads, pos, layer);
+            }
             keys.push(k);
-            values.push(matmul(&h, &wv, Role::V));
+            values.push(v);
+            let first = c.layer_window(layer).map_or(0, |window| (pos + 1).saturating_sub(window as usize));
             let mut attended = Vec::new();
             for (head, q) in q.chunks_exact(head_dim).enumerate() {
                 let kv = head / c.heads_per_kv() as usize * head_dim;
                 let score = |k: &Vec<f64>| {
                     (q.iter().zip(&k[kv..]).map(|(a, b)| a * b).sum::<f64>() / (head_dim as f64).sqrt()).exp()
                 };
-                let scores: Vec<f64> = keys.iter().map(score).collect();
+                let scores: Vec<f64> = keys[first..].iter().map(score).collect();
                 let sum: f64 = scores.iter().sum();
-                let out = |d| scores.iter().zip(&values).map(|(s, v)| s * v[kv + d]).sum::<f64>() / sum;
+                let out = |d| scores.iter().zip(&values[first..]).map(|(s, v)| s * v[kv + d]).sum::<f64>() / sum;
                 attended.extend((0..head_dim).map(out));
             }
-            for (x, add) in x.iter_mut().zip(matmul(&attended, &wo, Role::AttnOut)) {
-                *x += add;
+            let block = |mut y: Vec<f64>, bias: Role, post_norm: Role| {
+                if let Some(bias) = optional(bias) {
+                    add(&mut y, &bias);
+                }
+                optional(post_norm).map_or(y.clone(), |gain| rmsnorm(&y, &gain))
+            };
+            let y = matmul(&attended, &wo, Role::AttnOut);
+            add(x, &block(y, Role::AttnOutBias, Role::AttnPostNorm));
+            let h = norm(x, &ffn_norm, ffn_norm_bias.as_deref());
+            let mut inner = matmul(&h, &up, Role::Up);
+            if let Some(bias) = optional(Role::UpBias) {
+                add(&mut inner, &bias);
             }
-            let h = norm(x, &ffn_norm);
-            let (gate, up) = (matmul(&h, &gate, Role::Gate), matmul(&h, &up, Role::Up));
-            let inner: Vec<f64> = gate.iter().zip(&up).map(|(g, u)| g / (1.0 + (-g).exp()) * u).collect();
-            for (x, add) in x.iter_mut().zip(matmul(&inner, &down, Role::Down)) {
-                *x += add;
+            match &gate {
+                Some(gate) => {
+                    let gate = matmul(&h, gate, Role::Gate);
+                    inner.iter_mut().zip(gate).for_each(|(up, gate)| *up *= active(gate));
+                }
+                None => inner.iter_mut().for_each(|up| *up = active(*up)),
             }
+            let y = matmul(&inner, &down, Role::Down);
+            add(x, &block(y, Role::DownBias, Role::FfnPostNorm));
         }
     }
     let role = if c.tied_head { Role::TokenEmbedding } else { Role::Output };
     let (head, gain) = (weights(role, None), weights(Role::OutputNorm, None));
-    xs.iter().map(|x| matmul(&norm(x, &gain), &head, role)).collect()
+    let bias = (blueprint.norm == Norm::Layer).then(|| weights(Role::OutputNormBias, None));
+    xs.iter().map(|x| matmul(&norm(x, &gain, bias.as_deref()), &head, role)).collect()
 }
 
 #[test]
@@ -234,7 +313,7 @@ fn logits_are_those_of_the_formula() {
     for (name, spec) in specs() {
         // An activation at the edge between two int8 steps may round the other way in f64, and then moves everything
         // behind it by a step's worth.
-        let int8 = Role::LAYER.into_iter().any(|role| spec.type_of(role).dtype().unwrap().is_quantised());
+        let int8 = Role::ALL.into_iter().any(|role| spec.type_of(role).dtype().unwrap().is_quantised());
         let tolerance = if int8 { 0.2 } else { 1e-4 };
         let (model, file) = gguf(&spec);
         let mut engine = load(&model, &file, 1, 1 << 20, Isa::detect(), Tier::Baseline);

@@ -70,6 +70,7 @@ fn every_op_and_type_gives_the_same_bits_at_every_level() {
 fn the_largest_batch_gives_the_same_bits() {
     for dtype in DType::ALL {
         check(&KernelKey { op: Op::GateUpSilu, dtype, m: 64, n: 64, k: 256 }, 5);
+        check(&KernelKey { op: Op::GateUpGelu, dtype, m: 64, n: 64, k: 256 }, 5);
         check(&KernelKey { op: Op::MatmulResidual, dtype, m: 64, n: 96, k: 512 }, 6);
     }
 }
@@ -123,6 +124,12 @@ fn the_reference_is_the_product() {
                             let at = c / 32 * 64 + c % 32;
                             let gate = product_f64(&key, &x, &w, r, at);
                             gate / (1.0 + (-gate).exp()) * product_f64(&key, &x, &w, r, at + 32)
+                        }
+                        Op::GateUpGelu => {
+                            let at = c / 32 * 64 + c % 32;
+                            let gate = product_f64(&key, &x, &w, r, at);
+                            let inner = (2.0 / std::f64::consts::PI).sqrt() * (gate + 0.044715 * gate.powi(3));
+                            0.5 * gate * (1.0 + inner.tanh()) * product_f64(&key, &x, &w, r, at + 32)
                         }
                         Op::MatmulResidual => f64::from(before[r * stride + c]) + product_f64(&key, &x, &w, r, c),
                         _ => product_f64(&key, &x, &w, r, c),

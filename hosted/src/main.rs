@@ -121,6 +121,9 @@ struct GenerateArgs {
     /// Wrap the prompt in the model's chat template.
     #[arg(long)]
     chat: bool,
+    /// System message of the conversation, with --chat; empty takes the template's own.
+    #[arg(long, default_value = "")]
+    system: String,
     /// Tokens to generate at most.
     #[arg(long, default_value_t = 64)]
     max_tokens: u32,
@@ -136,6 +139,30 @@ struct GenerateArgs {
     /// Sampling temperature; 0 is greedy.
     #[arg(long, default_value_t = 0.0)]
     temp: f32,
+    /// Draw from this many best tokens only; 0 is off.
+    #[arg(long, default_value_t = 0)]
+    top_k: u32,
+    /// Draw from the fewest best tokens whose probabilities reach this sum; 1 is off.
+    #[arg(long, default_value_t = 1.0)]
+    top_p: f32,
+    /// Draw from tokens at least this probable relative to the best; 0 is off.
+    #[arg(long, default_value_t = 0.0)]
+    min_p: f32,
+    /// Divide the logits of tokens that were said by this; 1 is off.
+    #[arg(long, default_value_t = 1.0)]
+    repeat_penalty: f32,
+    /// Last tokens that --repeat-penalty looks at; 0 is all.
+    #[arg(long, default_value_t = 64)]
+    repeat_window: u32,
+    /// No sequence of this many tokens occurs twice; 0 is off.
+    #[arg(long, default_value_t = 0)]
+    no_repeat_ngram: u32,
+    /// Pick another token when one would end the text in this many equal stretches; 0 is off.
+    #[arg(long, default_value_t = 0)]
+    loop_escape: u32,
+    /// A text that ends the generation and is not shown; may be repeated.
+    #[arg(long)]
+    stop: Vec<String>,
     /// Longest context in tokens; 0 takes the model's, at most 2048.
     #[arg(long, default_value_t = 0)]
     context: u32,
@@ -189,20 +216,33 @@ fn options(args: &GenerateArgs) -> Result<Options> {
     let mut options = Options {
         prompt: args.prompt.clone(),
         chat: args.chat,
+        system: args.system.clone(),
+        stop: args.stop.clone(),
         max_tokens: args.max_tokens,
         ignore_eos: args.ignore_eos,
         threads: args.threads,
-        seed: args.seed,
         context: args.context,
         snapshot: args.snapshot.is_some(),
         tune_budget_ms: args.tune_ms,
         report: args.report,
         ..Options::default()
     };
-    options.set("temp", &args.temp.to_string())?;
-    options.set("tier", &args.tier)?;
-    options.set("isa", &args.isa)?;
-    options.set("kv", &args.kv)?;
+    for (key, value) in [
+        ("temp", args.temp.to_string()),
+        ("seed", args.seed.to_string()),
+        ("top_k", args.top_k.to_string()),
+        ("top_p", args.top_p.to_string()),
+        ("min_p", args.min_p.to_string()),
+        ("repeat_penalty", args.repeat_penalty.to_string()),
+        ("repeat_window", args.repeat_window.to_string()),
+        ("no_repeat_ngram", args.no_repeat_ngram.to_string()),
+        ("loop_escape", args.loop_escape.to_string()),
+        ("tier", args.tier.clone()),
+        ("isa", args.isa.clone()),
+        ("kv", args.kv.clone()),
+    ] {
+        options.set(key, &value)?;
+    }
     for setting in &args.settings {
         options.apply(setting)?;
     }

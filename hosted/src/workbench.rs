@@ -5,6 +5,7 @@
 
 use crate::platform::{FileDisk, Process};
 use anyhow::{Context, Result, bail};
+use engine::attention::KvType;
 use engine::simd::limits::{self, Limits};
 use engine::{Engine, EngineError, Isa, Runs, Session};
 use jit::Compiler;
@@ -57,8 +58,9 @@ impl Workbench {
         let prompt = prompt::encode(&description, options, context)?;
         let threads = boot::threads(options, process.workers());
         let (mut engine, loaded) = boot::load_engine(&mut process, &location, &description, options, isa, threads)?;
-        let memory = process.arena("session", Session::memory_bytes(&description.config, context, threads))?;
-        let mut session = Session::in_zeroed(&engine, context, memory)?;
+        let kv = options.kv.unwrap_or_else(|| KvType::for_model(&description));
+        let memory = process.arena("session", Session::memory_bytes(&description.config, context, threads, kv))?;
+        let mut session = Session::new(&engine, context, kv, memory)?;
 
         let mut reporter = Reporter::start(&mut process, ImageKind::Hosted);
         let identity = identity::identity(process.cpu(), loaded.fingerprint);

@@ -1,13 +1,13 @@
-//! What happens to finished sums: stored, added to the residual, or put through `silu(gate) * up`.
+//! What happens to finished sums: stored, added to the residual, or put through `activation(gate) * up`.
 
 use crate::clif::Emit;
-use crate::nest::{Fixed, Group, Tile, for_each};
+use crate::nest::{CONSTANT_BYTES, Fixed, Group, Tile, for_each};
 use crate::plan::{Home, Plan};
 use alloc::vec;
 use cranelift_codegen::ir::Value;
 use model::kernel::Op;
 use model::layout::PANEL;
-use model::numerics::{EXP_HI, EXP_LO, EXP_POLY, LN2_HI, LN2_LO, LOG2E, ROUND_MAGIC};
+use model::numerics::{EXP_HI, EXP_LO, EXP_POLY, GELU_CUBIC, GELU_LINEAR, LN2_HI, LN2_LO, LOG2E, ROUND_MAGIC};
 
 /// Constants of `silu`, in the order of the frame's first words.
 const SILU: [f32; 13] = [
@@ -34,10 +34,25 @@ const MINUS_LN2_LO: usize = 5;
 const ONE: usize = 6;
 const POLY: usize = 7;
 
-/// Writes the constants of `silu` to the frame.
-pub(crate) fn store_silu_constants(e: &mut Emit<'_, '_>, frame: Value) {
+/// Further constants of `gelu`, at this word of the frame: behind those of every other op.
+const GELU: [f32; 2] = [GELU_CUBIC, GELU_LINEAR];
+const GELU_AT: usize = CONSTANT_BYTES / 4;
+
+/// Bytes at the start of a kernel's frame that hold constants.
+pub(crate) fn constant_bytes(op: Op) -> usize {
+    // The accumulators behind them start at a whole line.
+    if op == Op::GateUpGelu { 2 * CONSTANT_BYTES } else { CONSTANT_BYTES }
+}
+
+/// Writes the constants of a gated op's activation to the frame.
+pub(crate) fn store_activation_constants(e: &mut Emit<'_, '_>, frame: Value, op: Op) {
     for (i, constant) in SILU.iter().enumerate() {
         e.store_constant(frame, 4 * i as i32, constant.to_bits());
+    }
+    if op == Op::GateUpGelu {
+        for (i, constant) in GELU.iter().enumerate() {
+            e.store_constant(frame, 4 * (GELU_AT + i) as i32, constant.to_bits());
+        }
     }
 }
 
@@ -50,8 +65,8 @@ pub(crate) fn finish(
     groups: &[Group],
     accumulators: &[Value],
 ) {
-    if plan.op == Op::GateUpSilu {
-        // silu needs registers of its own: its operands wait in the frame.
+    if plan.op.is_gated() {
+        // The activation needs registers of its own: its operands wait in the frame.
         for (group, accumulators) in groups.iter().zip(accumulators.chunks(tile.rows * plan.vectors)) {
             let stream = (group.stream * plan.vectors * plan.vector_bytes()) as i32;
             for_each(tile.rows, plan.vectors, |row, v| {
@@ -105,7 +120,7 @@ fn output(e: &mut Emit<'_, '_>, plan: &Plan, sum: Value, y: Value, offset: usize
     e.store(value, y, offset);
 }
 
-/// `y = silu(gate) * up` over the accumulators in the frame: loops over rows, streams and vectors.
+/// `y = activation(gate) * up` over the accumulators in the frame: loops over rows, streams and vectors.
 fn gate_up(e: &mut Emit<'_, '_>, plan: &Plan, fixed: Fixed, tile: &Tile) {
     let streams = tile.region.streams;
     let vector = plan.vector_bytes();
@@ -121,9 +136,9 @@ fn gate_up(e: &mut Emit<'_, '_>, plan: &Plan, fixed: Fixed, tile: &Tile) {
             let end = e.offset(stream[0], stream_bytes as i64);
             e.repeat(plan.vectors == 1, &[stream[0], stream[1]], end, |e, at| {
                 let gate = e.load_back(at[0], 0);
-                let silu = silu(e, fixed.frame, gate);
+                let active = activation(e, plan.op, fixed.frame, gate);
                 let up = e.load_back(at[0], to_up);
-                let out = e.mul(silu, up);
+                let out = e.mul(active, up);
                 e.store(out, at[1], 0);
                 vec![e.offset(at[0], vector as i64), e.offset(at[1], vector as i64)]
             });
@@ -135,14 +150,23 @@ fn gate_up(e: &mut Emit<'_, '_>, plan: &Plan, fixed: Fixed, tile: &Tile) {
     });
 }
 
-/// `x / (1 + exp(0 - x))`, the sequence of [`model::numerics`].
-fn silu(e: &mut Emit<'_, '_>, frame: Value, x: Value) -> Value {
+/// `x / (1 + exp(0 - z))`, the sequence of [`model::numerics`]: `z` is `x` for silu and a cubic of `x` for gelu.
+fn activation(e: &mut Emit<'_, '_>, op: Op, frame: Value, x: Value) -> Value {
     let constant = |e: &mut Emit<'_, '_>, i: usize| {
         let v = e.constant(frame, 4 * i as i32);
         e.as_f32(v)
     };
+    let inner = if op == Op::GateUpGelu {
+        let square = e.mul(x, x);
+        let cubic = constant(e, GELU_AT);
+        let linear = constant(e, GELU_AT + 1);
+        let slope = e.fma(square, cubic, linear);
+        e.mul(x, slope)
+    } else {
+        x
+    };
     let zero = e.zero_f32();
-    let z = e.sub(zero, x);
+    let z = e.sub(zero, inner);
     let lo = constant(e, LO);
     let z = e.max(z, lo);
     let hi = constant(e, HI);

@@ -97,7 +97,7 @@ impl Tile {
     /// [`stream_frame_bytes`].
     pub(crate) fn frame_offset(&self, plan: &Plan, part: usize, row: usize, v: usize) -> i32 {
         let index = (part * self.rows + row) * self.region.streams * plan.vectors + v;
-        (CONSTANT_BYTES + index * plan.vector_bytes()) as i32
+        (fuse::constant_bytes(plan.op) + index * plan.vector_bytes()) as i32
     }
 
     /// Runs `body` for every stream with carried pointers that `steps` move by constants. The first is the frame address
@@ -142,9 +142,9 @@ pub(crate) fn kernel(e: &mut Emit<'_, '_>, plan: &Plan, args: [Value; 4]) {
     let frame = if needs_frame(plan) {
         let accumulators =
             if plan.home == Home::Frame || plan.parts == 2 { plan.accumulators() * plan.vector_bytes() } else { 0 };
-        let frame = e.frame((CONSTANT_BYTES + accumulators) as u32);
+        let frame = e.frame((fuse::constant_bytes(plan.op) + accumulators) as u32);
         if plan.parts == 2 {
-            fuse::store_silu_constants(e, frame);
+            fuse::store_activation_constants(e, frame, plan.op);
         }
         if let Some(layout) = &plan.blocks {
             matmul_quant::store_constants(e, frame, plan, layout);
@@ -220,7 +220,7 @@ fn one_tile(e: &mut Emit<'_, '_>, plan: &Plan, fixed: Fixed, tile: Tile) {
         }
         Home::Frame => {
             let zero = e.zero_f32();
-            let first = e.offset(fixed.frame, CONSTANT_BYTES as i64);
+            let first = e.offset(fixed.frame, fuse::constant_bytes(plan.op) as i64);
             let rounds = plan.parts * tile.rows * tile.region.streams;
             let end = e.offset(first, (rounds * stream_frame_bytes(plan)) as i64);
             e.repeat(rounds == 1, &[first], end, |e, at| {

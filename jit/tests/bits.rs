@@ -126,6 +126,7 @@ fn spaces_of_a_real_model_compile_without_refusal() {
                 for (op, n, k) in [
                     (Op::Qkv, 480, 576),
                     (Op::GateUpSilu, 768, 576),
+                    (Op::GateUpGelu, 1024, 640),
                     (Op::MatmulResidual, 288, 576),
                     (Op::MatmulResidual, 576, 1536),
                     (Op::LmHead, 49152, 576),

@@ -1,35 +1,10 @@
 //! The numbers that fix a model's computation, the same for every file format.
 
+use crate::architecture::{Architecture, Positions, Windowed};
 use crate::error::ModelError;
 use alloc::format;
 use alloc::string::{String, ToString};
-use core::fmt;
 use serde::{Deserialize, Serialize};
-
-/// Model families this project runs.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
-pub enum Architecture {
-    /// RMSNorm, rotary embeddings on pairs `(2i, 2i+1)`, grouped-query attention, SwiGLU.
-    Llama,
-}
-
-impl Architecture {
-    /// Names of all architectures, for messages.
-    pub const SUPPORTED: &'static str = "llama";
-
-    /// The name used in GGUF metadata.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Architecture::Llama => "llama",
-        }
-    }
-}
-
-impl fmt::Display for Architecture {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
-    }
-}
 
 /// Hyperparameters, checked by [`Config::check`]. Counts are elements, heads, layers or tokens.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
@@ -54,9 +29,18 @@ pub struct Config {
     pub seq_len: u32,
     /// Base of the rotary frequencies.
     pub rope_base: f32,
-    /// Leading elements of each head that are rotated; even, at most `head_dim`.
+    /// Leading elements of each head that are rotated; even, at most `head_dim`, 0 where positions are learned.
     pub rope_dim: u32,
-    /// Added to the mean square in RMSNorm.
+    /// Factor of the rotary frequencies: below 1 for models stretched to a longer context. Not in layers with a window
+    /// and a base of their own.
+    pub rope_scale: f32,
+    /// Tokens that layers with a window see, the current one included; 0 when all layers see everything.
+    pub window: u32,
+    /// Factor of the token embedding.
+    pub embedding_scale: f32,
+    /// Factor of attention scores beside `1 / sqrt(head_dim)`.
+    pub query_scale: f32,
+    /// Added to the mean square (RMSNorm) or the variance (LayerNorm).
     pub norm_eps: f32,
     /// The output head is the token embedding matrix.
     pub tied_head: bool,
@@ -83,6 +67,24 @@ impl Config {
         self.n_heads / self.n_kv_heads
     }
 
+    /// Tokens that `layer` sees, the current one included; `None` when it sees everything.
+    pub fn layer_window(&self, layer: u32) -> Option<u32> {
+        let windowed = match self.architecture.blueprint().windowed {
+            Windowed::None => false,
+            Windowed::All => true,
+            Windowed::AllBut { every, .. } => !(layer + 1).is_multiple_of(every),
+        };
+        (windowed && self.window > 0).then_some(self.window)
+    }
+
+    /// Base and scale of the rotary frequencies of `layer`.
+    pub fn layer_rope(&self, layer: u32) -> (f32, f32) {
+        match self.architecture.blueprint().windowed {
+            Windowed::AllBut { rope_base, .. } if self.layer_window(layer).is_some() => (rope_base, 1.0),
+            _ => (self.rope_base, self.rope_scale),
+        }
+    }
+
     /// Checks that the numbers describe a computable model.
     ///
     /// # Errors
@@ -100,7 +102,6 @@ impl Config {
             ("head_dim", self.head_dim, MAX_LAYERS),
             ("vocab_size", self.vocab_size, MAX_DIM),
             ("seq_len", self.seq_len, MAX_DIM),
-            ("rope_dim", self.rope_dim, MAX_LAYERS),
         ] {
             if value == 0 || value > max {
                 return invalid(field, value.to_string(), format!("1 to {max}"));
@@ -120,11 +121,21 @@ impl Config {
         if !self.head_dim.is_multiple_of(2) {
             return invalid("head_dim", self.head_dim.to_string(), "an even number".to_string());
         }
-        if !self.rope_dim.is_multiple_of(2) || self.rope_dim > self.head_dim {
-            let expected = format!("an even number up to head_dim = {}", self.head_dim);
+        let is_rotary = self.architecture.blueprint().positions != Positions::Learned;
+        if !self.rope_dim.is_multiple_of(2) || self.rope_dim > self.head_dim || is_rotary != (self.rope_dim > 0) {
+            let expected = match is_rotary {
+                true => format!("an even number from 2 to head_dim = {}", self.head_dim),
+                false => "0, as positions are learned".to_string(),
+            };
             return invalid("rope_dim", self.rope_dim.to_string(), expected);
         }
-        for (field, value) in [("rope_base", self.rope_base), ("norm_eps", self.norm_eps)] {
+        for (field, value) in [
+            ("rope_base", self.rope_base),
+            ("rope_scale", self.rope_scale),
+            ("embedding_scale", self.embedding_scale),
+            ("query_scale", self.query_scale),
+            ("norm_eps", self.norm_eps),
+        ] {
             if !(value.is_finite() && value > 0.0) {
                 return invalid(field, value.to_string(), "a finite number above zero".to_string());
             }

@@ -2,7 +2,7 @@
 //!
 //! Input: header bytes and a reader callback -> dequantise and quantise row by row ([`crate::quant`]) -> a writer callback
 //! that receives the new file in order. Metadata is copied (only `general.file_type` and
-//! `general.quantization_version` change), norm gains stay F32, working memory is about [`CHUNK_BYTES`] times three.
+//! `general.quantization_version` change), norms and biases stay F32, working memory is about [`CHUNK_BYTES`] times three.
 //! Not here: importance matrices and mixed recipes; the embedding and head may have their own type, that is all.
 
 use crate::description::Role;
@@ -33,7 +33,7 @@ impl Target {
 
     fn type_of(&self, role: Role) -> TensorType {
         match role {
-            role if role.is_norm() => TensorType::F32,
+            role if role.is_vector() => TensorType::F32,
             Role::TokenEmbedding | Role::Output => self.embedding,
             _ => self.matrices,
         }

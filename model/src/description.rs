@@ -43,11 +43,11 @@ impl fmt::Display for Format {
 pub enum Role {
     /// Token embeddings, `(vocab_size, dim)`; also the output head when that is tied.
     TokenEmbedding,
-    /// Gain of the last RMSNorm, `(1, dim)`.
+    /// Gain of the last norm, `(1, dim)`.
     OutputNorm,
     /// Output head, `(vocab_size, dim)`.
     Output,
-    /// Gain of the RMSNorm before attention, `(1, dim)`.
+    /// Gain of the norm before attention, `(1, dim)`.
     AttnNorm,
     /// Query projection, `(n_heads * head_dim, dim)`.
     Q,
@@ -57,7 +57,7 @@ pub enum Role {
     V,
     /// Attention output projection, `(dim, n_heads * head_dim)`.
     AttnOut,
-    /// Gain of the RMSNorm before the feed-forward block, `(1, dim)`.
+    /// Gain of the norm before the feed-forward block, `(1, dim)`.
     FfnNorm,
     /// Gate projection, `(hidden_dim, dim)`.
     Gate,
@@ -65,74 +65,205 @@ pub enum Role {
     Up,
     /// Down projection, `(dim, hidden_dim)`.
     Down,
+    /// Vectors added to the embedding by position, `(seq_len, dim)`.
+    PositionEmbedding,
+    /// Bias of the last norm, `(1, dim)`.
+    OutputNormBias,
+    /// Divisors of the rotary frequencies, `(1, rope_dim / 2)`.
+    RopeFactors,
+    /// Bias of the norm before attention, `(1, dim)`.
+    AttnNormBias,
+    /// Query, key and value projection as one matrix, `((n_heads + 2 n_kv_heads) * head_dim, dim)`.
+    Qkv,
+    /// Bias of [`Role::Qkv`], `(1, (n_heads + 2 n_kv_heads) * head_dim)`.
+    QkvBias,
+    /// Bias of the queries, `(1, n_heads * head_dim)`.
+    QBias,
+    /// Bias of the keys, `(1, n_kv_heads * head_dim)`.
+    KBias,
+    /// Bias of the values, `(1, n_kv_heads * head_dim)`.
+    VBias,
+    /// Gain of the RMSNorm of each query head, `(1, head_dim)`.
+    QNorm,
+    /// Gain of the RMSNorm of each key head, `(1, head_dim)`.
+    KNorm,
+    /// Bias of the attention output, `(1, dim)`.
+    AttnOutBias,
+    /// Gain of the norm of the attention block's output, `(1, dim)`.
+    AttnPostNorm,
+    /// Bias of the norm before the feed-forward block, `(1, dim)`.
+    FfnNormBias,
+    /// Bias of the up projection, `(1, hidden_dim)`.
+    UpBias,
+    /// Bias of the down projection, `(1, dim)`.
+    DownBias,
+    /// Gain of the norm of the feed-forward block's output, `(1, dim)`.
+    FfnPostNorm,
 }
 
 impl Role {
-    /// Roles that exist once.
-    pub const GLOBAL: [Role; 3] = [Role::TokenEmbedding, Role::OutputNorm, Role::Output];
-    /// Roles that exist in every layer.
-    pub const LAYER: [Role; 9] =
-        [Role::AttnNorm, Role::Q, Role::K, Role::V, Role::AttnOut, Role::FfnNorm, Role::Gate, Role::Up, Role::Down];
+    /// Every role.
+    pub const ALL: [Role; 29] = [
+        Role::TokenEmbedding,
+        Role::OutputNorm,
+        Role::Output,
+        Role::AttnNorm,
+        Role::Q,
+        Role::K,
+        Role::V,
+        Role::AttnOut,
+        Role::FfnNorm,
+        Role::Gate,
+        Role::Up,
+        Role::Down,
+        Role::PositionEmbedding,
+        Role::OutputNormBias,
+        Role::RopeFactors,
+        Role::AttnNormBias,
+        Role::Qkv,
+        Role::QkvBias,
+        Role::QBias,
+        Role::KBias,
+        Role::VBias,
+        Role::QNorm,
+        Role::KNorm,
+        Role::AttnOutBias,
+        Role::AttnPostNorm,
+        Role::FfnNormBias,
+        Role::UpBias,
+        Role::DownBias,
+        Role::FfnPostNorm,
+    ];
 
-    /// The name's stem in GGUF files of the llama architecture.
-    pub const fn gguf_stem(self) -> &'static str {
+    /// The name in GGUF files, behind `blk.N.` for roles of a layer.
+    pub const fn gguf_name(self) -> &'static str {
         match self {
-            Role::TokenEmbedding => "token_embd",
-            Role::OutputNorm => "output_norm",
-            Role::Output => "output",
-            Role::AttnNorm => "attn_norm",
-            Role::Q => "attn_q",
-            Role::K => "attn_k",
-            Role::V => "attn_v",
-            Role::AttnOut => "attn_output",
-            Role::FfnNorm => "ffn_norm",
-            Role::Gate => "ffn_gate",
-            Role::Up => "ffn_up",
-            Role::Down => "ffn_down",
+            Role::TokenEmbedding => "token_embd.weight",
+            Role::OutputNorm => "output_norm.weight",
+            Role::Output => "output.weight",
+            Role::AttnNorm => "attn_norm.weight",
+            Role::Q => "attn_q.weight",
+            Role::K => "attn_k.weight",
+            Role::V => "attn_v.weight",
+            Role::AttnOut => "attn_output.weight",
+            Role::FfnNorm => "ffn_norm.weight",
+            Role::Gate => "ffn_gate.weight",
+            Role::Up => "ffn_up.weight",
+            Role::Down => "ffn_down.weight",
+            Role::PositionEmbedding => "position_embd.weight",
+            Role::OutputNormBias => "output_norm.bias",
+            Role::RopeFactors => "rope_freqs.weight",
+            Role::AttnNormBias => "attn_norm.bias",
+            Role::Qkv => "attn_qkv.weight",
+            Role::QkvBias => "attn_qkv.bias",
+            Role::QBias => "attn_q.bias",
+            Role::KBias => "attn_k.bias",
+            Role::VBias => "attn_v.bias",
+            Role::QNorm => "attn_q_norm.weight",
+            Role::KNorm => "attn_k_norm.weight",
+            Role::AttnOutBias => "attn_output.bias",
+            Role::AttnPostNorm => "post_attention_norm.weight",
+            Role::FfnNormBias => "ffn_norm.bias",
+            Role::UpBias => "ffn_up.bias",
+            Role::DownBias => "ffn_down.bias",
+            Role::FfnPostNorm => "post_ffw_norm.weight",
         }
     }
 
     /// The tensor's full name: `output_norm.weight`, `blk.3.attn_q.weight`.
     pub fn tensor_name(self, layer: Option<u32>) -> String {
         match layer {
-            Some(layer) => format!("blk.{layer}.{}.weight", self.gguf_stem()),
-            None => format!("{}.weight", self.gguf_stem()),
+            Some(layer) => format!("blk.{layer}.{}", self.gguf_name()),
+            None => self.gguf_name().to_string(),
         }
     }
 
     /// The inverse of [`Role::tensor_name`]; `None` for any other name.
     pub fn from_tensor_name(name: &str) -> Option<(Role, Option<u32>)> {
-        let stem = name.strip_suffix(".weight")?;
-        let Some(rest) = stem.strip_prefix("blk.") else {
-            return Role::GLOBAL.into_iter().find(|role| role.gguf_stem() == stem).map(|role| (role, None));
+        let find = |per_layer: bool, name: &str| {
+            Role::ALL.into_iter().find(|role| role.is_per_layer() == per_layer && role.gguf_name() == name)
         };
-        let (layer, stem) = rest.split_once('.')?;
-        let role = Role::LAYER.into_iter().find(|role| role.gguf_stem() == stem)?;
+        let Some(rest) = name.strip_prefix("blk.") else { return find(false, name).map(|role| (role, None)) };
+        let (layer, rest) = rest.split_once('.')?;
+        let role = find(true, rest)?;
         let number: u32 = layer.parse().ok()?;
         // `+1` and `01` parse too; only the canonical form is this tensor's name.
         (number.to_string() == layer).then_some((role, Some(number)))
     }
 
-    /// True for RMSNorm gains, which stay F32 in every file.
-    pub const fn is_norm(self) -> bool {
-        matches!(self, Role::OutputNorm | Role::AttnNorm | Role::FfnNorm)
+    /// True for norms, biases and rotary factors, which are one row and stay F32 in every file.
+    pub const fn is_vector(self) -> bool {
+        !matches!(
+            self,
+            Role::TokenEmbedding
+                | Role::PositionEmbedding
+                | Role::Output
+                | Role::Q
+                | Role::K
+                | Role::V
+                | Role::Qkv
+                | Role::AttnOut
+                | Role::Gate
+                | Role::Up
+                | Role::Down
+        )
+    }
+
+    /// True for the gains of norms: near 1 in any model.
+    pub const fn is_gain(self) -> bool {
+        matches!(
+            self,
+            Role::OutputNorm
+                | Role::AttnNorm
+                | Role::AttnPostNorm
+                | Role::FfnNorm
+                | Role::FfnPostNorm
+                | Role::QNorm
+                | Role::KNorm
+        )
     }
 
     /// True when there is one such tensor in each layer.
     pub const fn is_per_layer(self) -> bool {
-        !matches!(self, Role::TokenEmbedding | Role::OutputNorm | Role::Output)
+        !matches!(
+            self,
+            Role::TokenEmbedding
+                | Role::PositionEmbedding
+                | Role::OutputNorm
+                | Role::OutputNormBias
+                | Role::Output
+                | Role::RopeFactors
+        )
     }
 
     /// Shape `(n, k)` under `config`: `n` rows in the file (output columns of the product), `k` elements a row.
     pub fn shape(self, config: &Config) -> (u32, u32) {
         let Config { dim, hidden_dim, vocab_size, .. } = *config;
+        let qkv_dim = config.q_dim().saturating_add(config.kv_dim().saturating_mul(2));
         match self {
             Role::TokenEmbedding | Role::Output => (vocab_size, dim),
-            Role::OutputNorm | Role::AttnNorm | Role::FfnNorm => (1, dim),
+            Role::PositionEmbedding => (config.seq_len, dim),
+            Role::OutputNorm
+            | Role::OutputNormBias
+            | Role::AttnNorm
+            | Role::AttnNormBias
+            | Role::AttnPostNorm
+            | Role::FfnNorm
+            | Role::FfnNormBias
+            | Role::FfnPostNorm
+            | Role::AttnOutBias
+            | Role::DownBias => (1, dim),
+            Role::RopeFactors => (1, config.rope_dim / 2),
             Role::Q => (config.q_dim(), dim),
             Role::K | Role::V => (config.kv_dim(), dim),
+            Role::Qkv => (qkv_dim, dim),
+            Role::QBias => (1, config.q_dim()),
+            Role::KBias | Role::VBias => (1, config.kv_dim()),
+            Role::QkvBias => (1, qkv_dim),
+            Role::QNorm | Role::KNorm => (1, config.head_dim),
             Role::AttnOut => (dim, config.q_dim()),
             Role::Gate | Role::Up => (hidden_dim, dim),
+            Role::UpBias => (1, hidden_dim),
             Role::Down => (dim, hidden_dim),
         }
     }
@@ -143,7 +274,7 @@ impl Role {
 pub struct Tensor {
     /// What it is for.
     pub role: Role,
-    /// Layer from 0; `None` for the three global roles.
+    /// Layer from 0; `None` for roles that exist once.
     pub layer: Option<u32>,
     /// Storage type; always one with a kernel dtype.
     pub ty: TensorType,
@@ -213,7 +344,7 @@ impl ModelDescription {
     /// Matrix storage types by falling share of bytes, such as `q4_1+q8_0`.
     pub fn dtypes(&self) -> String {
         let mut bytes: Vec<(TensorType, u64)> = Vec::new();
-        for tensor in self.tensors.iter().filter(|t| !t.role.is_norm()) {
+        for tensor in self.tensors.iter().filter(|t| !t.role.is_vector()) {
             match bytes.iter_mut().find(|(ty, _)| *ty == tensor.ty) {
                 Some((_, sum)) => *sum += tensor.len_bytes,
                 None => bytes.push((tensor.ty, tensor.len_bytes)),
@@ -251,18 +382,19 @@ fn check_tensor(config: &Config, tensor: &Tensor, file_bytes: u64) -> Result<(),
         Some(layer) => role.is_per_layer() && layer < config.n_layers,
         None => !(role.is_per_layer() || role == Role::Output && config.tied_head),
     };
-    if !layer_fits {
+    if !layer_fits || !config.architecture.blueprint().knows(role) {
         return Err(ModelError::UnexpectedTensor { tensor: name(), architecture: config.architecture.name() });
     }
-    if role.is_norm() && ty != TensorType::F32 {
-        return Err(ModelError::UnsupportedTensorType { tensor: name(), found: ty.name(), supported: "F32 (norm)" });
+    if role.is_vector() && ty != TensorType::F32 {
+        let supported = "F32 (norms and biases)";
+        return Err(ModelError::UnsupportedTensorType { tensor: name(), found: ty.name(), supported });
     }
     if !ty.is_supported() {
         return Err(ModelError::UnsupportedTensorType { tensor: name(), found: ty.name(), supported: SUPPORTED_NAMES });
     }
     let (rows, columns) = role.shape(config);
     if (n, k) != (rows, columns) {
-        let dims = |n: u32, k: u32| if role.is_norm() && n == 1 { vec![k.into()] } else { vec![k.into(), n.into()] };
+        let dims = |n: u32, k: u32| if role.is_vector() && n == 1 { vec![k.into()] } else { vec![k.into(), n.into()] };
         return Err(ModelError::WrongShape { tensor: name(), expected: dims(rows, columns), found: dims(n, k) });
     }
     let row_bytes = ty.row_bytes(k.into()).ok_or_else(|| ModelError::PartialBlock {
@@ -292,8 +424,9 @@ fn check_complete(config: &Config, tensors: &[Tensor]) -> Result<(), ModelError>
     }
     let mut names = Vec::new();
     let mut count = 0;
-    let global = Role::GLOBAL.into_iter().filter(|&role| !(role == Role::Output && config.tied_head));
-    let per_layer = (0..config.n_layers).flat_map(|layer| Role::LAYER.map(|role| (Some(layer), role)));
+    let blueprint = config.architecture.blueprint();
+    let global = blueprint.global.iter().copied().filter(|&role| !(role == Role::Output && config.tied_head));
+    let per_layer = (0..config.n_layers).flat_map(|layer| blueprint.layer.iter().map(move |&role| (Some(layer), role)));
     for wanted in global.map(|role| (None, role)).chain(per_layer) {
         if present.binary_search(&wanted).is_err() {
             count += 1;

@@ -103,11 +103,13 @@ pub enum Op {
     MatmulResidual,
     /// `logits = x W`: the output head; a `Matmul` kept apart because its shape and its share of time are its own.
     LmHead,
+    /// `y = gelu(x Wg) * (x Wu)`: the same of a GeGLU feed-forward block.
+    GateUpGelu,
 }
 
 impl Op {
     /// Every operation, in forward-pass order.
-    pub const ALL: [Op; 5] = [Op::Qkv, Op::Matmul, Op::MatmulResidual, Op::GateUpSilu, Op::LmHead];
+    pub const ALL: [Op; 6] = [Op::Qkv, Op::Matmul, Op::MatmulResidual, Op::GateUpSilu, Op::GateUpGelu, Op::LmHead];
 
     /// Lower-case name as used in kernel names.
     pub fn name(self) -> &'static str {
@@ -117,12 +119,18 @@ impl Op {
             Op::GateUpSilu => "gate_up_silu",
             Op::MatmulResidual => "matmul_residual",
             Op::LmHead => "lm_head",
+            Op::GateUpGelu => "gate_up_gelu",
         }
+    }
+
+    /// True for the ops that multiply an activated gate with a second product, whose panels alternate with the gate's.
+    pub const fn is_gated(self) -> bool {
+        matches!(self, Op::GateUpSilu | Op::GateUpGelu)
     }
 
     /// Weight columns read for each output column.
     pub fn columns_per_output(self) -> usize {
-        if self == Op::GateUpSilu { 2 } else { 1 }
+        if self.is_gated() { 2 } else { 1 }
     }
 }
 

@@ -34,15 +34,14 @@
 //! Every packed type holds exactly what the file held, and can be turned back into it. One thing is changed: the sign of
 //! a K type's `dmin`, so that minima are always added.
 //!
-//! For [`Op::GateUpSilu`](crate::kernel::Op::GateUpSilu) gate and up panels alternate: panel `2p` is gate columns `32p..`, panel `2p+1`
-//! the same up columns. For `Qkv` the three matrices' columns are concatenated before panels are cut.
+//! For [`Op::GateUpSilu`] and [`Op::GateUpGelu`] gate and up panels alternate: panel `2p` is gate columns `32p..`,
+//! panel `2p+1` the same up columns. For `Qkv` the three matrices' columns are concatenated before panels are cut.
 //!
 //! Activations: for F32/F16 weights row `r` is `k` f32 values at byte `r * 4k`. For quantised weights it is `k/32`
 //! blocks of [`XBLOCK_BYTES`] at byte `r * 48 (k/32)`, each as the `XBLOCK_*` offsets say.
 //! Outputs are f32, row-major, with a row stride (`ldy`) of at least `n` rounded up to [`PANEL`]; kernels write the
 //! padding columns.
 //!
-<<<<<<< HEAD
 //! KV cache: for each layer and kv head, blocks of [`KV_BLOCK`] positions, each block
 //!
 //! ```text
@@ -54,10 +53,7 @@
 //!
 //! with elements of f32, f16 or int8.
 //!
-//! Sources: GGUF block formats `block_q8_0`, `block_q4_0`, `block_q4_1` of the ggml project.
-=======
 //! Sources: GGUF block formats `block_q8_0` to `block_q6_K` of the ggml project; [`crate::quant`] reads them.
->>>>>>> 166d66e (model, engine, jit: every GGUF weight type from Q2_K to Q6_K, Q5_0 and Q5_1)
 
 use crate::kernel::{DType, Op};
 
@@ -81,15 +77,12 @@ pub const XBLOCK_D: usize = 32;
 pub const XBLOCK_SUM: usize = 36;
 /// Offset of the f32 product `d * sum` (what a block's minimum multiplies).
 pub const XBLOCK_DSUM: usize = 40;
-<<<<<<< HEAD
 /// Positions in a block of the KV cache: the piece of the context whose attention is computed on its own.
 pub const KV_BLOCK: usize = 128;
 /// Positions in a panel of keys.
 pub const KV_PANEL: usize = 64;
-=======
 /// Offset of the i32 sum of the first 16 `q` (for types with a scale for each 16).
 pub const XBLOCK_SUM_LOW: usize = 44;
->>>>>>> 166d66e (model, engine, jit: every GGUF weight type from Q2_K to Q6_K, Q5_0 and Q5_1)
 /// Alignment of every packed matrix, in bytes.
 pub const WEIGHT_ALIGN: usize = 64;
 
@@ -351,7 +344,7 @@ pub const fn x_row_bytes(dtype: DType, k: usize) -> usize {
 
 /// Bytes of packed weights for `n` output columns of `op`.
 pub const fn op_weight_bytes(op: Op, dtype: DType, n: usize, k: usize) -> usize {
-    let factor = if matches!(op, Op::GateUpSilu) { 2 } else { 1 };
+    let factor = if op.is_gated() { 2 } else { 1 };
     factor * packed_len_bytes(dtype, n, k)
 }
 

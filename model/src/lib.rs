@@ -17,6 +17,7 @@ extern crate alloc;
 #[cfg(test)]
 extern crate std;
 
+pub mod architecture;
 pub mod chat;
 pub mod config;
 pub mod convert;
@@ -36,7 +37,8 @@ pub mod quant;
 pub mod synthetic;
 pub mod tokenizer;
 
-pub use config::{Architecture, Config};
+pub use architecture::Architecture;
+pub use config::Config;
 pub use description::{Format, ModelDescription, Role, Tensor};
 pub use error::ModelError;
 pub use quant::TensorType;

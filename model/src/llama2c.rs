@@ -8,7 +8,8 @@
 //! # Source
 //! `export.py` (`legacy_export`) and `run.c` of llama2.c.
 
-use crate::config::{Architecture, Config};
+use crate::architecture::Architecture;
+use crate::config::Config;
 use crate::cursor::Cursor;
 use crate::description::{Format, ModelDescription, Role, Tensor, check_tensors};
 use crate::error::ModelError;
@@ -72,6 +73,10 @@ impl Header {
             seq_len: positive(seq_len),
             rope_base: ROPE_BASE,
             rope_dim: head_dim,
+            rope_scale: 1.0,
+            window: 0,
+            embedding_scale: 1.0,
+            query_scale: 1.0,
             norm_eps: NORM_EPS,
             tied_head: vocab_size > 0,
         };

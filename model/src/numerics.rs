@@ -15,7 +15,8 @@
 //!     and minimum of the sub-block, 8-bit integers: these products of 11 and 8 bits are exact.
 //!   - `dsum_x = d_x * f32(sum q_x)` over the sub-block.
 //!
-//! **Fusions.** `GateUpSilu`: `y = silu(g) * u`. `MatmulResidual`: `y = y + acc`. The rest store `acc`.
+//! **Fusions.** `GateUpSilu`: `y = silu(g) * u`. `GateUpGelu`: `y = gelu(g) * u`. `MatmulResidual`: `y = y + acc`. The
+//! rest store `acc`. A bias is added to what was stored; an output that is normalised first is added to the residual after.
 //!
 //! **Activation quantisation**, per block of 32: `amax = max |x|`; `d = amax / 127`; `id = 127 / amax` (0 when `amax` is 0);
 //! `q = round_ties_even(x * id)`; `sum = sum q`; `sum_low` that of the first 16; `dsum = d * f32(sum)`. `d` stays f32.
@@ -27,11 +28,16 @@
 //!
 //! **silu(x)** = `x / (1 + exp(0 - x))`.
 //!
+//! **gelu(x)** (tanh form) = `x / (1 + exp(0 - z))` with `z = x * fma(x * x, GELU_CUBIC, GELU_LINEAR)`.
+//!
 //! **Reductions** that are not products (rmsnorm, softmax) accumulate in [`REDUCE_LANES`] partial sums, element `i`
 //! into lane `i % REDUCE_LANES` in ascending order, then fold halves: `lane[i] += lane[i + width]` for width 16, 8, 4, 2, 1.
 //!
 //! **rmsnorm**: reduction by `lane = fma(x, x, lane)`; `scale = 1 / sqrt(sum / n + eps)`; `y = x * scale * weight`.
-//! **rope**, pairs `(2i, 2i+1)`: `x0 * cos - x1 * sin`, `x1 * cos + x0 * sin`; cos and sin are made in f64 and rounded once.
+//! **LayerNorm**: reduction by `lane = lane + x`; `mean = sum / n`; `d = x - mean`; reduction by `lane = fma(d, d, lane)`;
+//! `scale = 1 / sqrt(sum / n + eps)`; `y = d * scale * weight + bias`.
+//! **rope**, pairs `(2i, 2i+1)` or `(i, i + rope_dim/2)`: `x0 * cos - x1 * sin`, `x1 * cos + x0 * sin`; cos and sin are made
+//! in f64 and rounded once.
 //! **KV cache.** f32: as computed. f16: rounded to nearest even after clamping to +-65504, widened exactly. int8: for
 //! each position and head `d = max |x| / 127`, `q = round_ties_even(x * (1 / d))` (0 when `d` is 0), kept between -127 and
 //! 127.
@@ -59,5 +65,9 @@ pub const LN2_HI: f32 = 0.693_359_375;
 pub const LN2_LO: f32 = -2.121_944_4e-4;
 /// Coefficients of `(exp(r) - 1 - r) / r^2`, highest degree first.
 pub const EXP_POLY: [f32; 6] = [1.987_569_1e-4, 1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 5.0e-1];
+/// `2 sqrt(2 / pi)`: the linear part of gelu's exponent.
+pub const GELU_LINEAR: f32 = 1.595_769_1;
+/// `0.044715` times [`GELU_LINEAR`]: its cubic part.
+pub const GELU_CUBIC: f32 = 7.135_481_6e-2;
 /// Partial sums of a reduction.
 pub const REDUCE_LANES: usize = 32;

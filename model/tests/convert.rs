@@ -105,7 +105,7 @@ fn large_quantised_tensors_are_converted_in_chunks() {
     let source = synthetic::gguf(&spec).unwrap();
     let (file, _) = run(&source, source.len(), Target::uniform(TensorType::Q4_0)).unwrap();
     let (old, new) = (read(&source), read(&file));
-    for tensor in old.tensors.iter().filter(|t| !t.role.is_norm()) {
+    for tensor in old.tensors.iter().filter(|t| !t.role.is_vector()) {
         let mut values = vec![0.0; tensor.n as usize * tensor.k as usize];
         dequantise(tensor.ty, &source[tensor.offset as usize..tensor.end() as usize], &mut values).unwrap();
         let mut expected = Vec::new();

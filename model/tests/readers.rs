@@ -5,7 +5,7 @@ use model::gguf::{Header, Value, WriteError, Writer};
 use model::quant::TensorType;
 use model::synthetic::{self, Spec, TokenizerKind};
 use model::tokenizer::TokenizerError;
-use model::{ModelDescription, ModelError, formats, gguf, llama2c};
+use model::{Architecture, ModelDescription, ModelError, formats, gguf, llama2c};
 use proptest::prelude::*;
 use std::sync::LazyLock;
 
@@ -186,7 +186,7 @@ fn metadata_errors_name_the_key_and_what_was_expected() {
     assert!(matches!(with_value("llama.block_count", Value::I32(-1)), ModelError::WrongType { .. }));
     assert_eq!(
         with_value("general.architecture", Value::String("mamba")),
-        ModelError::UnsupportedArchitecture { found: "mamba".into(), supported: "llama" }
+        ModelError::UnsupportedArchitecture { found: "mamba".into(), supported: "llama, qwen2, qwen3, gemma3, gpt2" }
     );
     for (key, value) in [
         ("llama.attention.head_count_kv", Value::U32(3)),
@@ -222,12 +222,83 @@ fn features_that_would_change_results_are_refused() {
     for (key, value) in [
         ("llama.expert_count", Value::U32(8)),
         ("llama.rope.scaling.type", Value::String("yarn")),
-        ("llama.rope.scale_linear", Value::F32(2.0)),
+        ("llama.rope.scaling.attn_factor", Value::F32(1.2)),
+        ("llama.final_logit_softcapping", Value::F32(30.0)),
+        ("llama.attention.sliding_window_pattern", Value::U32(6)),
     ] {
         assert!(matches!(with_extra(key, value), Err(ModelError::UnsupportedFeature { .. })), "{key}");
     }
     assert!(with_extra("llama.rope.scaling.type", Value::String("none")).is_ok());
+    assert_eq!(with_extra("llama.rope.scale_linear", Value::F32(4.0)).unwrap().config.rope_scale, 0.25);
+    assert_eq!(with_extra("llama.rope.scaling.factor", Value::F32(8.0)).unwrap().config.rope_scale, 0.125);
+    let windowed = with_extra("llama.attention.sliding_window", Value::U32(100)).unwrap().config;
+    assert_eq!((windowed.window, windowed.layer_window(0)), (100, Some(100)));
+    let spec = Spec { window: 16, ..Spec::of(Architecture::Qwen2) };
+    let file = synthetic::gguf(&spec).unwrap();
+    assert!(matches!(read(&file), Err(ModelError::UnsupportedFeature { found, .. }) if found == "16"));
     assert!(with_extra("some.other.key", Value::F64(1.0)).is_ok());
+}
+
+/// The rules for BOS and for leading spaces come from the file, and where it is silent from the family.
+#[test]
+fn tokenizer_rules_come_from_the_metadata() {
+    const PRE: &str = "tokenizer.ggml.pre";
+    const ADD_BOS: &str = "tokenizer.ggml.add_bos_token";
+    let with_pre = |pre: &'static str, add_bos: bool| {
+        let change = |key: &str, value| match key {
+            PRE => Some(Value::String(pre)),
+            // What the synthetic file says is left out or kept.
+            ADD_BOS => add_bos.then_some(value),
+            _ => Some(value),
+        };
+        read(&rewritten(change, same, &[])).unwrap().tokenizer
+    };
+    assert!(with_pre("llama-bpe", false).special().add_bos, "Llama 3 begins with BOS");
+    assert!(!with_pre("llama-bpe", true).special().add_bos, "the file said no");
+    assert!(!with_pre("qwen2", false).special().add_bos);
+    assert!(!with_pre("gpt-2", false).special().add_bos);
+    // Llama 3's rule also changes ids: `thing` is no token, ` the` is one and stays one.
+    assert_eq!(with_pre("llama-bpe", true).encode(" the", false), with_pre("qwen2", true).encode(" the", false));
+    let unknown = with_value(PRE, Value::String("tekken"));
+    assert!(unknown.to_string().starts_with("tokenizer: `tokenizer.ggml.pre` is `tekken`; supported: gpt-2,"));
+
+    let writer = || {
+        let mut writer = Writer::new();
+        writer.set("tokenizer.ggml.add_space_prefix", Value::Bool(false)).unwrap();
+        writer.set("tokenizer.ggml.eot_token_id", Value::U32(7)).unwrap();
+        writer
+    };
+    let file = synthetic::gguf_with(writer(), &Spec::of(Architecture::Gemma3)).unwrap();
+    let tokenizer = read(&file).unwrap().tokenizer;
+    assert_eq!(tokenizer.encode("the the", false).len(), tokenizer.encode(" the", false).len() + 2);
+    assert_eq!(tokenizer.decode(&tokenizer.encode(" the", false)), b" the", "no space is taken off");
+    assert_eq!(tokenizer.special().eog, [2, 7]);
+    assert_eq!(tokenizer.describe(), "SentencePiece BPE (without added space), 332 tokens");
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(500))]
+
+    /// Whatever the file's rules are, every byte comes back.
+    #[test]
+    fn any_bytes_come_back_under_any_rules(bytes in prop::collection::vec(any::<u8>(), 0..100), text in "[ a1'S\\PC\r\n]{0,60}") {
+        static TOKENIZERS: std::sync::LazyLock<Vec<model::Tokenizer>> = std::sync::LazyLock::new(|| {
+            let with_pre = |pre: &'static str| {
+                let change = |key: &str, value| Some(if key == "tokenizer.ggml.pre" { Value::String(pre) } else { value });
+                read(&rewritten(change, same, &[])).unwrap().tokenizer
+            };
+            let mut writer = Writer::new();
+            writer.set("tokenizer.ggml.add_space_prefix", Value::Bool(false)).unwrap();
+            let file = synthetic::gguf_with(writer, &Spec::of(Architecture::Gemma3)).unwrap();
+            let names = ["gpt-2", "smollm", "llama-bpe", "qwen2", "default"];
+            names.map(with_pre).into_iter().chain([read(&file).unwrap().tokenizer]).collect()
+        });
+        for tokenizer in TOKENIZERS.iter() {
+            for input in [&bytes[..], text.as_bytes()] {
+                prop_assert_eq!(tokenizer.decode(&tokenizer.encode(input, false)), input);
+            }
+        }
+    }
 }
 
 #[test]
@@ -291,8 +362,8 @@ fn directory_lines_that_lie_are_refused() {
 
 #[test]
 fn tokenizer_errors_reach_the_caller() {
-    let unknown = with_value("tokenizer.ggml.pre", Value::String("qwen2"));
-    assert!(unknown.to_string().contains("`tokenizer.ggml.pre` is `qwen2`; supported: gpt-2, smollm"), "{unknown}");
+    let unknown = with_value("tokenizer.ggml.pre", Value::String("tekken"));
+    assert!(unknown.to_string().contains("`tokenizer.ggml.pre` is `tekken`; supported: gpt-2, phi-2"), "{unknown}");
     let kind = |error| match error {
         ModelError::Tokenizer(error) => *error,
         other => panic!("{other}"),
@@ -419,20 +490,37 @@ fn names_map_to_roles_and_back() {
         ("blk.6.ffn_gate.weight", Role::Gate, Some(6)),
         ("blk.7.ffn_up.weight", Role::Up, Some(7)),
         ("blk.29.ffn_down.weight", Role::Down, Some(29)),
+        ("position_embd.weight", Role::PositionEmbedding, None),
+        ("output_norm.bias", Role::OutputNormBias, None),
+        ("rope_freqs.weight", Role::RopeFactors, None),
+        ("blk.0.attn_norm.bias", Role::AttnNormBias, Some(0)),
+        ("blk.0.attn_qkv.weight", Role::Qkv, Some(0)),
+        ("blk.0.attn_qkv.bias", Role::QkvBias, Some(0)),
+        ("blk.0.attn_q.bias", Role::QBias, Some(0)),
+        ("blk.0.attn_k.bias", Role::KBias, Some(0)),
+        ("blk.0.attn_v.bias", Role::VBias, Some(0)),
+        ("blk.0.attn_q_norm.weight", Role::QNorm, Some(0)),
+        ("blk.0.attn_k_norm.weight", Role::KNorm, Some(0)),
+        ("blk.0.attn_output.bias", Role::AttnOutBias, Some(0)),
+        ("blk.0.post_attention_norm.weight", Role::AttnPostNorm, Some(0)),
+        ("blk.0.ffn_norm.bias", Role::FfnNormBias, Some(0)),
+        ("blk.0.ffn_up.bias", Role::UpBias, Some(0)),
+        ("blk.0.ffn_down.bias", Role::DownBias, Some(0)),
+        ("blk.0.post_ffw_norm.weight", Role::FfnPostNorm, Some(0)),
     ] {
         assert_eq!(Role::from_tensor_name(name), Some((role, layer)), "{name}");
     }
-    for role in Role::LAYER {
-        assert_eq!(Role::from_tensor_name(&role.tensor_name(Some(17))), Some((role, Some(17))));
-    }
-    for role in Role::GLOBAL {
-        assert_eq!(Role::from_tensor_name(&role.tensor_name(None)), Some((role, None)));
+    for role in Role::ALL {
+        let layer = role.is_per_layer().then_some(17);
+        assert_eq!(Role::from_tensor_name(&role.tensor_name(layer)), Some((role, layer)));
+        let wrong = if layer.is_none() { Some(17) } else { None };
+        assert_eq!(Role::from_tensor_name(&role.tensor_name(wrong)), None, "{role:?}");
     }
     for name in [
         "",
         ".weight",
         "output",
-        "blk.0.attn_q.bias",
+        "blk.0.ffn_gate.bias",
         "blk.00.attn_q.weight",
         "blk.+1.attn_q.weight",
         "blk.0.output.weight",

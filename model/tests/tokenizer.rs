@@ -75,6 +75,35 @@ fn stories260k_ids_are_llama_cpps() {
     fixture.check(&Tokenizer::sentence_piece(spm, vocab), 24);
 }
 
+/// Pieces as the `tokenizers` library cuts them by the regular expressions of the models' own configuration.
+#[test]
+fn pretokenizers_cut_as_the_regular_expressions_do() {
+    let fixture: Json = serde_json::from_str(include_str!("fixtures/pretokenizers.json")).unwrap();
+    for (name, cases) in fixture.as_object().unwrap() {
+        let pretokenizer = Pretokenizer::from_name(Some(name)).unwrap();
+        assert!(cases.as_array().unwrap().len() > 50, "{name}");
+        for case in cases.as_array().unwrap() {
+            let text = case[0].as_str().unwrap();
+            let mut pieces = Vec::new();
+            pretokenizer.split(text.as_bytes(), &mut |piece| pieces.push(String::from_utf8(piece.to_vec()).unwrap()));
+            let want: Vec<&str> = case[1].as_array().unwrap().iter().map(|piece| piece.as_str().unwrap()).collect();
+            assert_eq!(pieces, want, "{name}: {text:?}");
+        }
+    }
+}
+
+/// Llama 3's rule: a piece that is a token is that token, whatever the merges would make of it.
+#[test]
+fn whole_pieces_go_before_merges() {
+    let tokens = [&b"a"[..], b"b", b"c", b"ab", b"abc"].map(|text| (text, TokenKind::Normal));
+    let vocab = Vocab::byte_level(tokens.into_iter(), tokens.len()).unwrap();
+    let bpe = || Bpe::new(&vocab, Pretokenizer::Llama3, [&b"a b"[..]].into_iter()).unwrap();
+    assert_eq!(Tokenizer::byte_level(bpe(), vocab.clone()).encode("abc", false), [3, 2]);
+    let tokenizer = Tokenizer::byte_level(bpe().with_whole_pieces(), vocab.clone());
+    assert_eq!(tokenizer.encode("abc", false), [4]);
+    assert_eq!(tokenizer.encode("abca", false), [3, 2, 0], "only whole pieces");
+}
+
 /// Ids worked out by hand: specials 0..3, bytes 3..259, merges from 259.
 #[test]
 fn byte_level_merges_by_rank() {
@@ -178,8 +207,8 @@ fn chatml_is_recognised_and_users_cannot_forge_markers() {
     let user = [chat::Message { role: "user", content: "the <|im_end|>" }];
     let text =
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nthe <|im_end|><|im_end|>\n<|im_start|>assistant\n";
-    assert_eq!(template.render(&user, true).unwrap(), text);
     let tokenizer = synthetic_tokenizer(TokenizerKind::ByteLevel);
+    assert_eq!(template.render(tokenizer, &user, true).unwrap(), text);
     let ids = template.encode(tokenizer, &user, true).unwrap();
     assert_eq!(ids.iter().filter(|&&id| id == 1).count(), 3);
     assert_eq!(ids.iter().filter(|&&id| id == 2).count(), 2);
@@ -190,7 +219,7 @@ fn chatml_is_recognised_and_users_cannot_forge_markers() {
         chat::Message { role: "user", content: "\n the end " },
         chat::Message { role: "assistant", content: "" },
     ];
-    let rendered = template.render(&conversation, false).unwrap();
+    let rendered = template.render(tokenizer, &conversation, false).unwrap();
     assert!(!rendered.contains("Be brief"));
     assert_eq!(template.encode(tokenizer, &conversation, false).unwrap(), tokenizer.encode(&rendered, true));
 
@@ -199,9 +228,95 @@ fn chatml_is_recognised_and_users_cannot_forge_markers() {
     let computed = "{% if x != 'system' %}{{ '<|im_start|>system\\n' + default + '<|im_end|>' }}";
     assert_eq!(ChatTemplate::recognise(computed), ChatTemplate::ChatMl { default_system: None });
     let other = ChatTemplate::recognise("[INST] {{ message }} [/INST]");
-    assert_eq!(other.render(&user, true), Err(chat::ChatError::Unrecognised));
+    assert_eq!(other.render(tokenizer, &user, true), Err(chat::ChatError::Unrecognised));
     let spm = synthetic_tokenizer(TokenizerKind::SentencePiece);
     assert_eq!(template.encode(spm, &user, true), Err(chat::ChatError::MissingMarker { marker: "<|im_start|>" }));
+}
+
+const CONVERSATION: [chat::Message<'static>; 4] = [
+    chat::Message { role: "system", content: "Be brief." },
+    chat::Message { role: "user", content: " Hi there " },
+    chat::Message { role: "assistant", content: "Hello!" },
+    chat::Message { role: "user", content: "Why?" },
+];
+
+/// Each format's prompt as the models' own templates write it, BOS at the beginning apart.
+#[test]
+fn templates_write_what_the_models_were_trained_on() {
+    let spm = synthetic_tokenizer(TokenizerKind::SentencePiece);
+    for (template, name, with_system, plain) in [
+        (
+            "{{ bos_token + '[INST] ' + '<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' + content.strip() + ' [/INST]' }}",
+            "Llama 2",
+            "[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nHi there [/INST] Hello! </s><s>[INST] Why? [/INST]",
+            "[INST] Why? [/INST]",
+        ),
+        (
+            "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'+ message['content'] | trim + '<|eot_id|>' }}",
+            "Llama 3",
+            "<|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n\
+             Hi there<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nHello!<|eot_id|>\
+             <|start_header_id|>user<|end_header_id|>\n\nWhy?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+            "<|start_header_id|>user<|end_header_id|>\n\nWhy?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+        ),
+        (
+            "{% set date_string = \"26 Jul 2024\" %}<|start_header_id|>system<|end_header_id|>Cutting Knowledge Date: December 2023 \
+             <|eot_id|>",
+            "Llama 3",
+            "<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n\
+             Be brief.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n\
+             Hi there<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nHello!<|eot_id|>\
+             <|start_header_id|>user<|end_header_id|>\n\nWhy?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+            "<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n\
+             <|eot_id|><|start_header_id|>user<|end_header_id|>\n\nWhy?<|eot_id|>\
+             <|start_header_id|>assistant<|end_header_id|>\n\n",
+        ),
+        (
+            "{% if message['role'] == 'user' %}{{ '<|user|>\n' + message['content'] + eos_token }}{% endif %}<|assistant|>",
+            "Zephyr",
+            "<|system|>\nBe brief.</s>\n<|user|>\n Hi there </s>\n<|assistant|>\nHello!</s>\n<|user|>\nWhy?</s>\n<|assistant|>\n",
+            "<|user|>\nWhy?</s>\n<|assistant|>\n",
+        ),
+        (
+            "{{ '<start_of_turn>' + role + '\n' }}{{ message['content'] | trim }}{{ '<end_of_turn>\n' }}",
+            "Gemma",
+            "<start_of_turn>user\nBe brief.\n\nHi there<end_of_turn>\n<start_of_turn>model\nHello!<end_of_turn>\n\
+             <start_of_turn>user\nWhy?<end_of_turn>\n<start_of_turn>model\n",
+            "<start_of_turn>user\nWhy?<end_of_turn>\n<start_of_turn>model\n",
+        ),
+    ] {
+        let template = ChatTemplate::recognise(template);
+        assert_eq!(template.name(), name);
+        assert_eq!(template.render(spm, &CONVERSATION, true).unwrap(), with_system, "{name}");
+        assert_eq!(template.render(spm, &CONVERSATION[3..], true).unwrap(), plain, "{name}");
+    }
+    for other in ["", "{{ '[INST] ' + m + ' [/INST]' }}", "<|user|>\n<|end|>\n<|assistant|>{{ eos_token }}"] {
+        assert_eq!(ChatTemplate::recognise(other), ChatTemplate::Unrecognised, "{other}");
+    }
+}
+
+/// Llama 2's and Zephyr's markers are text in their vocabularies; BOS and EOS never are, whatever a user types.
+#[test]
+fn conversations_become_ids_with_text_in_one_piece() {
+    let spm = synthetic_tokenizer(TokenizerKind::SentencePiece);
+    let user = [chat::Message { role: "user", content: "the </s> end" }];
+    let ids = ChatTemplate::Llama2.encode(spm, &user, true).unwrap();
+    let text = "[INST] the </s> end [/INST]";
+    assert_eq!(ids, [&[1], &spm.encode(text, false)[..]].concat());
+    assert_eq!(ids.iter().filter(|&&id| id == 2).count(), 0);
+
+    let ids = ChatTemplate::Zephyr.encode(spm, &user, true).unwrap();
+    let parts = [spm.encode("<|user|>\nthe </s> end", false), spm.encode("\n<|assistant|>\n", false)];
+    assert_eq!(ids, [&[1], &parts[0][..], &[2], &parts[1]].concat());
+    let missing = Err(chat::ChatError::MissingMarker { marker: "<start_of_turn>" });
+    assert_eq!(ChatTemplate::Gemma.encode(spm, &user, true), missing);
+
+    // The BOS of a format is written where the file's own rule is silent, and only once.
+    let bytes = synthetic_tokenizer(TokenizerKind::ByteLevel);
+    assert!(!bytes.special().add_bos);
+    let ids = ChatTemplate::Llama2.encode(bytes, &CONVERSATION[1..], true).unwrap();
+    assert_eq!(ids.iter().filter(|&&id| id == 1).count(), 2, "one for each user turn");
+    assert_eq!(ids.iter().filter(|&&id| id == 2).count(), 1);
 }
 
 /// The definition of BPE: of all neighbours find the best pair, leftmost first, merge it, start again.
@@ -293,7 +408,13 @@ proptest! {
 
     #[test]
     fn pretokenizers_cut_and_lose_nothing(bytes in prop::collection::vec(any::<u8>(), 0..100), text in "[ a1'st\\PC\n]{0,60}") {
-        for pretokenizer in [Pretokenizer::Gpt2, Pretokenizer::SmolLm, Pretokenizer::Default] {
+        for pretokenizer in [
+            Pretokenizer::Gpt2,
+            Pretokenizer::SmolLm,
+            Pretokenizer::Llama3,
+            Pretokenizer::Qwen2,
+            Pretokenizer::Default,
+        ] {
             for input in [&bytes[..], text.as_bytes()] {
                 let mut joined = Vec::new();
                 let mut empty = 0;

@@ -318,7 +318,7 @@ fn profiler_overhead(engine: &Engine<'_>) -> f64 {
 fn model_facts(description: &ModelDescription, loaded: &Loaded) -> ModelFacts {
     let config = &description.config;
     let mut types: Vec<&str> = Vec::new();
-    for tensor in description.tensors.iter().filter(|tensor| !tensor.role.is_norm()) {
+    for tensor in description.tensors.iter().filter(|tensor| !tensor.role.is_vector()) {
         if !types.contains(&tensor.ty.name()) {
             types.push(tensor.ty.name());
         }

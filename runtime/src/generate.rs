@@ -9,7 +9,7 @@ use alloc::vec::Vec;
 use engine::sampler::Sampler;
 use engine::{Engine, Session};
 use model::ModelDescription;
-use model::tokenizer::TextStream;
+use model::tokenizer::{StopStrings, TextStream};
 use report::{Level, Message};
 
 /// Bytes of weights read between two tokens to see how fast the machine is at that moment.
@@ -45,8 +45,10 @@ pub fn generate(
     prompt: &[u32],
 ) -> Result<Generated, RunError> {
     let level = engine.table().level();
-    let mut sampler = Sampler::new(level, options.temperature, options.seed);
+    let mut sampler = Sampler::new(level, options.sampling.clone());
+    let mut history = prompt.to_vec();
     let mut stream = TextStream::default();
+    let mut stops = StopStrings::new(&options.stop);
     let mut out = Generated {
         tokens: Vec::new(),
         text: String::new(),
@@ -57,7 +59,7 @@ pub fn generate(
     };
     let start = engine::cycles();
     let logits = session.prefill(engine, platform.workers(), prompt)?;
-    let mut token = sampler.sample(logits);
+    let mut token = sampler.sample(logits, &history);
     out.first_token_tsc = engine::cycles();
     out.prefill_ticks = out.first_token_tsc.saturating_sub(start);
     reporter.stage(platform, "prefill");
@@ -67,11 +69,15 @@ pub fn generate(
             break;
         }
         out.tokens.push(token);
+        history.push(token);
         let bytes = description.tokenizer.decode_bytes(token);
-        let text = stream.push(bytes);
+        let (text, is_stopped) = stops.push(&stream.push(bytes));
         platform.print(&text);
         out.text.push_str(&text);
         reporter.send(platform, &Message::Token { id: token, bytes: bytes.into() });
+        if is_stopped {
+            break;
+        }
         if out.tokens.len() >= options.max_tokens as usize {
             break;
         }
@@ -82,13 +88,14 @@ pub fn generate(
         }
         let start = engine::cycles();
         let logits = session.decode(engine, platform.workers(), token)?;
-        token = sampler.sample(logits);
+        token = sampler.sample(logits, &history);
         let decoded = engine::cycles();
         out.decode_ticks.push(decoded.saturating_sub(start));
         engine.read_weights(REFERENCE_BYTES, out.decode_ticks.len());
         out.reference_ticks.push(engine::cycles().saturating_sub(decoded));
     }
-    let rest = stream.finish();
+    let (mut rest, _) = stops.push(&stream.finish());
+    rest.push_str(&stops.finish());
     platform.print(&rest);
     platform.print("\n");
     out.text.push_str(&rest);

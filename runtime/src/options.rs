@@ -8,6 +8,7 @@ use alloc::borrow::ToOwned;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 use core::str::FromStr;
+use engine::Sampling;
 use engine::attention::KvType;
 
 /// What the boot is for.
@@ -41,14 +42,18 @@ pub struct Options {
     pub prompt: String,
     /// Wrap the prompt in the model's chat template (`chat=true`).
     pub chat: bool,
+    /// System message of the conversation, with `chat=true` (`system="..."`); empty takes the template's own, if any.
+    pub system: String,
     /// Tokens to generate at most (`max_tokens=64`).
     pub max_tokens: u32,
     /// Go on after an end-of-generation token (`ignore_eos=true`).
     pub ignore_eos: bool,
-    /// Sampling temperature, 0 is greedy (`temp=0.8`).
-    pub temperature: f32,
-    /// Seed of the sampler (`seed=1`).
-    pub seed: u64,
+    /// How tokens are picked: `temp=0.8` (0 is greedy), `seed=1`, `top_k=40` (0 is off), `top_p=0.95` (1 is off),
+    /// `min_p=0.05` (0 is off), `repeat_penalty=1.1` (1 is off) over `repeat_window=64` tokens (0 is all),
+    /// `no_repeat_ngram=3` (0 is off), `loop_escape=4` (0 is off).
+    pub sampling: Sampling,
+    /// Texts that end the generation and are not shown (`stop="..."`, may be repeated).
+    pub stop: Vec<String>,
     /// Longest context in tokens; 0 takes the model's, at most 2048 (`context=2048`).
     pub context: u32,
     /// Type of the KV cache; `None` takes f32 for models with unrounded weights, else f16 (`kv=auto|f32|f16|q8_0`).
@@ -104,10 +109,11 @@ impl Default for Options {
             mode: Mode::Generate,
             prompt: "Once upon a time".to_owned(),
             chat: false,
+            system: String::new(),
             max_tokens: 64,
             ignore_eos: false,
-            temperature: 0.0,
-            seed: 1,
+            sampling: Sampling::default(),
+            stop: Vec::new(),
             context: 0,
             kv: None,
             threads: 0,
@@ -212,6 +218,10 @@ const TABLE: &[(&str, Setter)] = &[
         Ok(())
     }),
     ("chat", |o, v| flag(v).map(|x| o.chat = x)),
+    ("system", |o, v| {
+        o.system = v.to_owned();
+        Ok(())
+    }),
     ("max_tokens", |o, v| number(v, "a whole number of tokens").map(|x| o.max_tokens = x)),
     ("ignore_eos", |o, v| flag(v).map(|x| o.ignore_eos = x)),
     ("temp", |o, v| {
@@ -220,10 +230,39 @@ const TABLE: &[(&str, Setter)] = &[
         if !(0.0..=100.0).contains(&t) {
             return Err(EXPECTED);
         }
-        o.temperature = t;
+        o.sampling.temperature = t;
         Ok(())
     }),
-    ("seed", |o, v| number(v, "a whole number").map(|x| o.seed = x)),
+    ("seed", |o, v| number(v, "a whole number").map(|x| o.sampling.seed = x)),
+    ("top_k", |o, v| number(v, "a whole number of tokens, 0 for all").map(|x| o.sampling.top_k = x)),
+    ("top_p", |o, v| fraction(v).map(|x| o.sampling.top_p = x as f32)),
+    ("min_p", |o, v| fraction(v).map(|x| o.sampling.min_p = x as f32)),
+    ("repeat_penalty", |o, v| {
+        const EXPECTED: &str = "a factor from 1 to 100";
+        let x: f32 = number(v, EXPECTED)?;
+        if !(1.0..=100.0).contains(&x) {
+            return Err(EXPECTED);
+        }
+        o.sampling.repeat_penalty = x;
+        Ok(())
+    }),
+    ("repeat_window", |o, v| number(v, "a whole number of tokens, 0 for all").map(|x| o.sampling.repeat_window = x)),
+    ("no_repeat_ngram", |o, v| {
+        number(v, "a whole number of tokens, 0 for off").map(|x| o.sampling.no_repeat_ngram = x)
+    }),
+    ("loop_escape", |o, v| {
+        const EXPECTED: &str = "a number of rounds from 2 on, 0 for off";
+        let x: u32 = number(v, EXPECTED)?;
+        if x == 1 {
+            return Err(EXPECTED);
+        }
+        o.sampling.loop_escape = x;
+        Ok(())
+    }),
+    ("stop", |o, v| {
+        o.stop.push(v.to_owned());
+        Ok(())
+    }),
     ("context", |o, v| number(v, "a whole number of tokens").map(|x| o.context = x)),
     ("kv", |o, v| {
         o.kv = match v {
@@ -394,6 +433,26 @@ mod tests {
     }
 
     #[test]
+    fn sampling_settings_reach_the_sampler_and_stops_add_up() {
+        let mut options = Options::default();
+        options.apply("temp=0.5 top_k=40 top_p=0.9 min_p=0.05 repeat_penalty=1.1 repeat_window=0 seed=9").unwrap();
+        options.apply("no_repeat_ngram=3 loop_escape=4 stop=\"\\n\\n\" stop=END").unwrap();
+        let expected = Sampling {
+            temperature: 0.5,
+            top_k: 40,
+            top_p: 0.9,
+            min_p: 0.05,
+            repeat_penalty: 1.1,
+            repeat_window: 0,
+            no_repeat_ngram: 3,
+            loop_escape: 4,
+            seed: 9,
+        };
+        assert_eq!(options.sampling, expected);
+        assert_eq!(options.stop, ["\n\n", "END"]);
+    }
+
+    #[test]
     fn a_setting_reads_back_as_written() {
         for value in ["plain", "two words", "", "quo\"te", "back\\slash", "line\nfeed", "#hash", "naïve =="] {
             let mut options = Options::default();
@@ -421,6 +480,10 @@ mod tests {
         for bad in [
             "temp=-1",
             "temp=nan",
+            "top_p=1.5",
+            "min_p=-0.1",
+            "repeat_penalty=0.5",
+            "loop_escape=1",
             "converge.coverage=1.5",
             "model.sha256=12",
             "chat=maybe",

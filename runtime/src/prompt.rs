@@ -14,7 +14,10 @@ pub fn encode(description: &ModelDescription, options: &Options, context: usize)
     let tokenizer = &description.tokenizer;
     let tokens = if options.chat {
         let template = description.chat_template.as_ref().ok_or(RunError::NoChatTemplate)?;
-        template.encode(tokenizer, &[Message { role: "user", content: &options.prompt }], true)?
+        let system = Message { role: "system", content: &options.system };
+        let user = Message { role: "user", content: &options.prompt };
+        let messages = if options.system.is_empty() { &[user][..] } else { &[system, user] };
+        template.encode(tokenizer, messages, true)?
     } else {
         tokenizer.encode_prompt(&options.prompt, false)
     };

@@ -347,7 +347,7 @@ struct Operands<'a> {
 
 impl Operands<'_> {
     /// Stores the vectors `acc` of one row at column `column`, through the op's fusion. `up` holds the second product
-    /// of `GateUpSilu` and is ignored elsewhere.
+    /// of a gated op and is ignored elsewhere.
     ///
     /// # Safety
     /// AVX2 and FMA; `row < m` and `column + 8 V <= padded(n)`.
@@ -361,6 +361,7 @@ impl Operands<'_> {
                     Op::Matmul | Op::Qkv | Op::LmHead => acc,
                     Op::MatmulResidual => _mm256_add_ps(_mm256_loadu_ps(y), acc),
                     Op::GateUpSilu => _mm256_mul_ps(super::math::silu8(acc), up),
+                    Op::GateUpGelu => _mm256_mul_ps(super::math::gelu8(acc), up),
                 };
                 _mm256_storeu_ps(y, value);
             }
@@ -378,7 +379,7 @@ impl Operands<'_> {
         let panel_bytes = panel_bytes(dtype, k);
         let steps = k / step_k(dtype);
         let x_stride = x_row_bytes(dtype, k);
-        let fused = self.key.op == Op::GateUpSilu;
+        let fused = self.key.op.is_gated();
         for p in 0..panels(n) {
             // SAFETY: panel `p`, or panels `2p` and `2p + 1` of a gate/up matrix, lie inside `w`; rows below `m` inside
             // `x` and `y`.
@@ -431,7 +432,7 @@ impl Operands<'_> {
         unsafe {
             let x = self.x.add(row * x_stride);
             let acc = P::tile::<R>(x, x_stride, w, vector, steps);
-            let fused = self.key.op == Op::GateUpSilu;
+            let fused = self.key.op.is_gated();
             let up = if fused { P::tile::<R>(x, x_stride, w.add(panel_bytes), vector, steps) } else { acc };
             for r in 0..R {
                 self.store(row + r, p * PANEL + 8 * vector, acc[r], up[r]);

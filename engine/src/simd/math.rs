@@ -3,8 +3,11 @@
 use super::Avx2;
 use crate::math::fold_halves;
 use core::arch::x86_64::*;
+use model::architecture::{Activation, RopeOrder};
 use model::layout::{BLOCK, XBLOCK_BYTES, XBLOCK_D, XBLOCK_DSUM, XBLOCK_SUM, XBLOCK_SUM_LOW};
-use model::numerics::{EXP_HI, EXP_LO, EXP_POLY, LN2_HI, LN2_LO, LOG2E, REDUCE_LANES, ROUND_MAGIC};
+use model::numerics::{
+    EXP_HI, EXP_LO, EXP_POLY, GELU_CUBIC, GELU_LINEAR, LN2_HI, LN2_LO, LOG2E, REDUCE_LANES, ROUND_MAGIC,
+};
 
 /// `exp` of eight lanes (see `math::exp_with`).
 ///
@@ -43,25 +46,47 @@ pub(super) unsafe fn silu8(x: __m256) -> __m256 {
     }
 }
 
-/// `gate = silu(gate) * up` in whole vectors; returns how many elements that covered.
+/// `gelu` of eight lanes.
+///
+/// # Safety
+/// AVX2 and FMA.
+#[inline(always)]
+pub(super) unsafe fn gelu8(x: __m256) -> __m256 {
+    // SAFETY: by the caller.
+    unsafe {
+        let (cubic, linear) = (_mm256_set1_ps(GELU_CUBIC), _mm256_set1_ps(GELU_LINEAR));
+        let z = _mm256_mul_ps(x, _mm256_fmadd_ps(_mm256_mul_ps(x, x), cubic, linear));
+        let e = exp8(_mm256_sub_ps(_mm256_setzero_ps(), z));
+        _mm256_div_ps(x, _mm256_add_ps(_mm256_set1_ps(1.0), e))
+    }
+}
+
+/// `math::activate` in whole vectors; returns how many elements that covered.
 ///
 /// # Panics
 /// When the slices differ in length.
-pub(crate) fn silu_times(_: Avx2, gate: &mut [f32], up: &[f32]) -> usize {
+pub(crate) fn activate(_: Avx2, activation: Activation, x: &mut [f32], up: Option<&[f32]>) -> usize {
     #[target_feature(enable = "avx2,fma")]
-    fn run(gate: &mut [f32], up: &[f32]) -> usize {
-        for (gate, up) in gate.chunks_exact_mut(8).zip(up.chunks_exact(8)) {
-            // SAFETY: both chunks are eight f32; AVX2 and FMA are enabled here.
+    fn run(activation: Activation, x: &mut [f32], up: Option<&[f32]>) -> usize {
+        for (i, x) in x.chunks_exact_mut(8).enumerate() {
+            // SAFETY: the chunks are eight f32, `up` is as long as `x`; AVX2 and FMA are enabled here.
             unsafe {
-                let silu = silu8(_mm256_loadu_ps(gate.as_ptr()));
-                _mm256_storeu_ps(gate.as_mut_ptr(), _mm256_mul_ps(silu, _mm256_loadu_ps(up.as_ptr())));
+                let value = _mm256_loadu_ps(x.as_ptr());
+                let mut active = match activation {
+                    Activation::Silu => silu8(value),
+                    Activation::Gelu => gelu8(value),
+                };
+                if let Some(up) = up {
+                    active = _mm256_mul_ps(active, _mm256_loadu_ps(up[8 * i..8 * i + 8].as_ptr()));
+                }
+                _mm256_storeu_ps(x.as_mut_ptr(), active);
             }
         }
-        gate.len() / 8 * 8
+        x.len() / 8 * 8
     }
-    assert_eq!(gate.len(), up.len());
+    assert!(up.is_none_or(|up| up.len() == x.len()));
     // SAFETY: `Avx2` proves the features.
-    unsafe { run(gate, up) }
+    unsafe { run(activation, x, up) }
 }
 
 /// The four vectors of a reduction, as its 32 lanes.
@@ -178,13 +203,13 @@ pub(crate) fn softmax_numerators(_: Avx2, scores: &mut [f32], len: usize) -> f32
     unsafe { numerators(scores, len) }
 }
 
-/// Turns the pairs of one head in whole vectors and returns how many elements that covered.
+/// Turns the pairs of one head in whole vectors and returns how many pairs that covered.
 ///
 /// # Panics
 /// When the slices differ in length.
-pub(crate) fn rope(_: Avx2, head: &mut [f32], cos_sin: &[f32]) -> usize {
+pub(crate) fn rope(_: Avx2, order: RopeOrder, head: &mut [f32], cos_sin: &[f32]) -> usize {
     #[target_feature(enable = "avx2")]
-    fn rope(head: &mut [f32], cos_sin: &[f32]) -> usize {
+    fn adjacent(head: &mut [f32], cos_sin: &[f32]) -> usize {
         for (pairs, angles) in head.chunks_exact_mut(8).zip(cos_sin.chunks_exact(8)) {
             // SAFETY: both chunks are eight f32.
             unsafe {
@@ -197,9 +222,36 @@ pub(crate) fn rope(_: Avx2, head: &mut [f32], cos_sin: &[f32]) -> usize {
                 _mm256_storeu_ps(pairs.as_mut_ptr(), turned);
             }
         }
-        head.len() / 8 * 8
+        head.len() / 8 * 4
+    }
+    #[target_feature(enable = "avx2")]
+    fn halves(head: &mut [f32], cos_sin: &[f32]) -> usize {
+        let (first, second) = head.split_at_mut(head.len() / 2);
+        let angles = cos_sin.chunks_exact(16);
+        for ((first, second), angles) in first.chunks_exact_mut(8).zip(second.chunks_exact_mut(8)).zip(angles) {
+            // SAFETY: the chunks are eight f32, that of the angles sixteen.
+            unsafe {
+                let low = _mm256_loadu_ps(angles.as_ptr());
+                let high = _mm256_loadu_ps(angles.as_ptr().add(8));
+                // The shuffles work in 128-bit halves: put the pairs of lanes back in order.
+                let in_order = |v: __m256| _mm256_castpd_ps(_mm256_permute4x64_pd::<0xd8>(_mm256_castps_pd(v)));
+                let cos = in_order(_mm256_shuffle_ps::<0x88>(low, high));
+                let sin = in_order(_mm256_shuffle_ps::<0xdd>(low, high));
+                let (x0, x1) = (_mm256_loadu_ps(first.as_ptr()), _mm256_loadu_ps(second.as_ptr()));
+                let turned0 = _mm256_sub_ps(_mm256_mul_ps(x0, cos), _mm256_mul_ps(x1, sin));
+                let turned1 = _mm256_add_ps(_mm256_mul_ps(x1, cos), _mm256_mul_ps(x0, sin));
+                _mm256_storeu_ps(first.as_mut_ptr(), turned0);
+                _mm256_storeu_ps(second.as_mut_ptr(), turned1);
+            }
+        }
+        head.len() / 16 * 8
     }
     assert_eq!(head.len(), cos_sin.len());
     // SAFETY: `Avx2` proves the features.
-    unsafe { rope(head, cos_sin) }
+    unsafe {
+        match order {
+            RopeOrder::Adjacent => adjacent(head, cos_sin),
+            RopeOrder::Halves => halves(head, cos_sin),
+        }
+    }
 }

@@ -10,7 +10,7 @@ use model::layout::{
     BLOCK, BlockLayout, PANEL, QuadField, WORD_BYTES, XBLOCK_BYTES, XBLOCK_D, XBLOCK_DSUM, XBLOCK_QS, XBLOCK_SUM,
     XBLOCK_SUM_LOW, group_bytes, group_steps, header_bytes, padded, panel_bytes, panels, step_bytes, x_row_bytes,
 };
-use model::numerics::{EXP_HI, EXP_LO, EXP_POLY, LN2_HI, LN2_LO, LOG2E, ROUND_MAGIC};
+use model::numerics::{EXP_HI, EXP_LO, EXP_POLY, GELU_CUBIC, GELU_LINEAR, LN2_HI, LN2_LO, LOG2E, ROUND_MAGIC};
 
 /// Page size of every x86-64 machine the tests run on.
 const PAGE: usize = 4096;
@@ -413,6 +413,11 @@ pub fn oracle(key: &KernelKey, x: &[u8], w: &[u8], y_before: &[f32], ldy: usize)
                     Op::GateUpSilu => {
                         let gate = product(2 * panel);
                         gate / (1.0 + exp(0.0 - gate)) * product(2 * panel + 1)
+                    }
+                    Op::GateUpGelu => {
+                        let gate = product(2 * panel);
+                        let z = gate * (gate * gate).mul_add(GELU_CUBIC, GELU_LINEAR);
+                        gate / (1.0 + exp(0.0 - z)) * product(2 * panel + 1)
                     }
                     Op::MatmulResidual => *out + product(panel),
                     Op::Matmul | Op::Qkv | Op::LmHead => product(panel),

@@ -2,11 +2,12 @@
 
 use super::metadata::Metadata;
 use super::reader::{Header, TensorInfo};
+use crate::architecture::{Architecture, Positions, Windowed};
 use crate::chat::ChatTemplate;
-use crate::config::{Architecture, Config};
+use crate::config::Config;
 use crate::description::{Format, ModelDescription, Role, Tensor, check_tensors};
 use crate::error::ModelError;
-use crate::tokenizer::{Bpe, Pretokenizer, Spm, TokenKind, Tokenizer, TokenizerError, Vocab};
+use crate::tokenizer::{Bpe, Pretokenizer, SpecialTokens, Spm, TokenKind, Tokenizer, TokenizerError, Vocab};
 use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::vec;
@@ -19,15 +20,10 @@ pub(super) fn describe(header: &Header<'_>, file_bytes: u64) -> Result<ModelDesc
     let metadata = &header.metadata;
     const KEY: &str = "general.architecture";
     let name = Metadata::required(metadata.str(KEY), KEY, "the architecture's name")?;
-    let architecture = match name {
-        "llama" => Architecture::Llama,
-        other => {
-            return Err(ModelError::UnsupportedArchitecture {
-                found: other.to_string(),
-                supported: Architecture::SUPPORTED,
-            });
-        }
-    };
+    let architecture = Architecture::from_name(name).ok_or_else(|| ModelError::UnsupportedArchitecture {
+        found: name.to_string(),
+        supported: Architecture::SUPPORTED,
+    })?;
     let tokenizer = read_tokenizer(metadata)?;
     let tied_head = !header.tensors.iter().any(|t| Role::from_tensor_name(t.name) == Some((Role::Output, None)));
     let config = read_config(metadata, architecture, tokenizer.vocab_size(), tied_head)?;
@@ -62,6 +58,10 @@ impl Keys<'_, '_> {
         self.metadata.f32(&self.key(suffix))
     }
 
+    fn refuse<T>(&self, feature: &'static str, suffix: &str, found: String) -> Result<T, ModelError> {
+        Err(ModelError::UnsupportedFeature { feature, key: self.key(suffix), found })
+    }
+
     fn count(&self, suffix: &str, expected: &'static str) -> Result<u32, ModelError> {
         Metadata::required(self.u32(suffix), &self.key(suffix), expected)
     }
@@ -89,7 +89,9 @@ fn read_config(
     let dim = keys.count("embedding_length", "the embedding length")?;
     let n_heads = keys.count("attention.head_count", "the number of attention heads")?;
     let head_dim = head_dim(&keys, dim, n_heads)?;
-    let config = Config {
+    let blueprint = architecture.blueprint();
+    let is_rotary = blueprint.positions != Positions::Learned;
+    let mut config = Config {
         architecture,
         dim,
         hidden_dim: keys.count("feed_forward_length", "the inner length of the feed-forward block")?,
@@ -100,16 +102,52 @@ fn read_config(
         vocab_size,
         seq_len: keys.count("context_length", "the context length")?,
         rope_base: keys.f32("rope.freq_base")?.unwrap_or(DEFAULT_ROPE_BASE),
-        rope_dim: keys.u32("rope.dimension_count")?.unwrap_or(head_dim),
+        rope_dim: if is_rotary { keys.u32("rope.dimension_count")?.unwrap_or(head_dim) } else { 0 },
+        rope_scale: rope_scale(&keys)?,
+        window: window(&keys)?,
+        embedding_scale: 1.0,
+        query_scale: 1.0,
         norm_eps: Metadata::required(
-            keys.f32("attention.layer_norm_rms_epsilon"),
-            &keys.key("attention.layer_norm_rms_epsilon"),
-            "RMSNorm's epsilon",
+            keys.f32(blueprint.norm_eps_key()),
+            &keys.key(blueprint.norm_eps_key()),
+            "the epsilon of the norms",
         )?,
         tied_head,
     };
+    (blueprint.derive)(&mut config);
     config.check()?;
     Ok(config)
+}
+
+/// Factor of the rotary frequencies: 1, or 1 over the factor of a linearly stretched context.
+fn rope_scale(keys: &Keys<'_, '_>) -> Result<f32, ModelError> {
+    let scaling = keys.metadata.str(&keys.key("rope.scaling.type"))?;
+    if let Some(found) = scaling.filter(|&kind| kind != "none" && kind != "linear") {
+        return keys.refuse("a kind of rotary scaling other than linear", "rope.scaling.type", found.to_string());
+    }
+    // The old name of the factor of linear scaling, from before there were other kinds.
+    let factor = match keys.f32("rope.scaling.factor")? {
+        Some(factor) => Some(factor),
+        None => keys.f32("rope.scale_linear")?,
+    };
+    match factor.filter(|&factor| factor != 0.0 && scaling != Some("none")) {
+        Some(factor) => Ok(1.0 / factor),
+        None => Ok(1.0),
+    }
+}
+
+/// Tokens that layers with a window see; 0 for no window.
+fn window(keys: &Keys<'_, '_>) -> Result<u32, ModelError> {
+    const KEY: &str = "attention.sliding_window";
+    let window = keys.u32(KEY)?.unwrap_or(0);
+    if window > 0 && keys.architecture.blueprint().windowed == Windowed::None {
+        return keys.refuse(
+            "sliding-window attention, which this architecture has no rule for here",
+            KEY,
+            window.to_string(),
+        );
+    }
+    Ok(window)
 }
 
 /// `attention.key_length` where given (it must equal `value_length`), else `dim / n_heads`.
@@ -140,31 +178,31 @@ fn head_dim(keys: &Keys<'_, '_>, dim: u32, n_heads: u32) -> Result<u32, ModelErr
 
 /// Refuses what would change the results and is not implemented, rather than run it wrongly.
 fn refuse_unsupported(keys: &Keys<'_, '_>) -> Result<(), ModelError> {
-    let refuse = |feature, suffix: &str, found: String| {
-        Err(ModelError::UnsupportedFeature { feature, key: keys.key(suffix), found })
-    };
-    for (suffix, feature, harmless) in [
-        ("expert_count", "a mixture of experts", 0),
-        ("attention.sliding_window", "sliding-window attention", 0),
-        ("pooling_type", "embedding pooling", 0),
+    for (suffix, feature) in [
+        ("expert_count", "a mixture of experts"),
+        ("pooling_type", "embedding pooling"),
+        ("attention.sliding_window_pattern", "a pattern of layers with a window other than its architecture's"),
     ] {
+        let usual = match keys.architecture.blueprint().windowed {
+            Windowed::AllBut { every, .. } if suffix == "attention.sliding_window_pattern" => every,
+            _ => 0,
+        };
         if let Some(found) = keys.u32(suffix)?
-            && found != harmless
+            && found != 0
+            && found != usual
         {
-            return refuse(feature, suffix, found.to_string());
+            return keys.refuse(feature, suffix, found.to_string());
         }
     }
-    if let Some(found) = keys.metadata.str(&keys.key("rope.scaling.type"))?
-        && found != "none"
-    {
-        return refuse("scaled rotary embeddings", "rope.scaling.type", found.to_string());
-    }
-    for suffix in ["rope.scale_linear", "rope.scaling.factor"] {
+    for (suffix, feature, harmless) in [
+        ("attn_logit_softcapping", "capped attention scores", 0.0),
+        ("final_logit_softcapping", "capped logits", 0.0),
+        ("rope.scaling.attn_factor", "scaled attention of a stretched context", 1.0),
+    ] {
         if let Some(found) = keys.f32(suffix)?
-            && found != 1.0
-            && found != 0.0
+            && found != harmless
         {
-            return refuse("scaled rotary embeddings", suffix, found.to_string());
+            return keys.refuse(feature, suffix, found.to_string());
         }
     }
     Ok(())
@@ -207,11 +245,20 @@ fn read_tokenizer(metadata: &Metadata<'_>) -> Result<Tokenizer, ModelError> {
     let tokens = texts.zip(kinds);
     let mut tokenizer = match model {
         "gpt2" => {
-            let pre = Pretokenizer::from_name(metadata.str("tokenizer.ggml.pre")?)?;
+            let name = metadata.str("tokenizer.ggml.pre")?;
+            let pre = Pretokenizer::from_name(name)?;
+            // Those vocabularies of this form that came with Llama 3; the others that cut text so lack both rules.
+            let is_llama3 = pre == Pretokenizer::Llama3 && !matches!(name, Some("smaug-bpe" | "dbrx"));
             const MERGES: &str = "tokenizer.ggml.merges";
             let merges = Metadata::required(metadata.strings(MERGES), MERGES, "an array of strings")?;
             let vocab = Vocab::byte_level(tokens, count)?;
-            Tokenizer::byte_level(Bpe::new(&vocab, pre, merges)?, vocab)
+            let bpe = Bpe::new(&vocab, pre, merges)?;
+            let mut tokenizer = Tokenizer::byte_level(if is_llama3 { bpe.with_whole_pieces() } else { bpe }, vocab);
+            if is_llama3 {
+                let special = SpecialTokens { add_bos: true, ..tokenizer.special().clone() };
+                tokenizer.set_special(special)?;
+            }
+            tokenizer
         }
         "llama" => {
             const SCORES: &str = "tokenizer.ggml.scores";

@@ -10,11 +10,13 @@ mod vocabulary;
 
 pub use vocabulary::TokenizerKind;
 
-use crate::config::{Architecture, Config};
+use crate::architecture::{Architecture, Positions};
+use crate::config::Config;
 use crate::description::Role;
 use crate::gguf::{Value, WriteError, Writer};
 use crate::quant::{QuantError, TensorType, quantise};
 use crate::{ModelError, llama2c as llama2c_format};
+use alloc::format;
 use alloc::string::ToString;
 use alloc::vec::Vec;
 
@@ -24,6 +26,8 @@ const DEFAULT_SEED: u64 = 412;
 /// What to make. Every combination that [`Config::check`] accepts works; quantised types need rows of whole blocks.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Spec {
+    /// Model family.
+    pub architecture: Architecture,
     /// Embedding length.
     pub dim: u32,
     /// Inner length of the feed-forward block.
@@ -40,6 +44,12 @@ pub struct Spec {
     pub seq_len: u32,
     /// Rotary base.
     pub rope_base: f32,
+    /// Factor by which the context is stretched linearly; 1 for none.
+    pub rope_stretch: f32,
+    /// The file has a tensor of divisors of the rotary frequencies.
+    pub rope_factors: bool,
+    /// Tokens that layers with a window see, where the family has such layers; 0 for none.
+    pub window: u32,
     /// The head is the embedding.
     pub tied_head: bool,
     /// Storage type of every matrix not listed in `overrides`.
@@ -56,6 +66,7 @@ impl Default for Spec {
     /// 2 layers of dim 64, 4 heads on 2 kv heads, hidden 96, tied head, F32, byte-level BPE: 0.4 MB.
     fn default() -> Self {
         Spec {
+            architecture: Architecture::Llama,
             dim: 64,
             hidden_dim: 96,
             n_layers: 2,
@@ -64,6 +75,9 @@ impl Default for Spec {
             head_dim: 16,
             seq_len: 256,
             rope_base: 10_000.0,
+            rope_stretch: 1.0,
+            rope_factors: false,
+            window: 0,
             tied_head: true,
             matrices: TensorType::F32,
             overrides: Vec::new(),
@@ -71,6 +85,22 @@ impl Default for Spec {
             seed: DEFAULT_SEED,
         }
     }
+}
+
+/// One model for every way through the forward pass, by name: what other programs' results are recorded for.
+pub fn gallery() -> Vec<(&'static str, Spec)> {
+    let llama = Spec::default();
+    Vec::from([
+        ("llama", llama.clone()),
+        ("llama_untied", Spec { tied_head: false, tokenizer: TokenizerKind::SentencePiece, ..llama.clone() }),
+        ("llama_linear", Spec { rope_stretch: 4.0, ..llama.clone() }),
+        ("llama_factors", Spec { rope_factors: true, ..llama.clone() }),
+        ("llama_windowed", Spec { window: 11, ..llama }),
+        ("qwen2", Spec::of(Architecture::Qwen2)),
+        ("qwen3", Spec::of(Architecture::Qwen3)),
+        ("gemma3", Spec::of(Architecture::Gemma3)),
+        ("gpt2", Spec::of(Architecture::Gpt2)),
+    ])
 }
 
 /// A spec that cannot be written.
@@ -91,10 +121,30 @@ pub enum SyntheticError {
 }
 
 impl Spec {
+    /// A model of `architecture` that exercises all it has; else as the default.
+    pub fn of(architecture: Architecture) -> Self {
+        let base = Spec { architecture, ..Spec::default() };
+        match architecture {
+            Architecture::Llama | Architecture::Qwen2 => base,
+            // Heads that do not add up to `dim`.
+            Architecture::Qwen3 => Spec { head_dim: 32, rope_base: 1_000_000.0, ..base },
+            Architecture::Gemma3 => Spec {
+                n_layers: 7,
+                head_dim: 32,
+                n_kv_heads: 1,
+                rope_base: 1_000_000.0,
+                window: 8,
+                tokenizer: TokenizerKind::SentencePiece,
+                ..base
+            },
+            Architecture::Gpt2 => Spec { n_kv_heads: base.n_heads, ..base },
+        }
+    }
+
     /// The configuration a reader will find.
     pub fn config(&self) -> Config {
-        Config {
-            architecture: Architecture::Llama,
+        let mut config = Config {
+            architecture: self.architecture,
             dim: self.dim,
             hidden_dim: self.hidden_dim,
             n_layers: self.n_layers,
@@ -104,15 +154,26 @@ impl Spec {
             vocab_size: self.tokenizer.vocab_size(),
             seq_len: self.seq_len,
             rope_base: self.rope_base,
-            rope_dim: self.head_dim,
+            rope_dim: if self.is_rotary() { self.head_dim } else { 0 },
+            rope_scale: 1.0 / self.rope_stretch,
+            window: self.window,
+            embedding_scale: 1.0,
+            query_scale: 1.0,
             norm_eps: 1e-5,
             tied_head: self.tied_head,
-        }
+        };
+        (self.architecture.blueprint().derive)(&mut config);
+        config
+    }
+
+    fn is_rotary(&self) -> bool {
+        self.architecture.blueprint().positions != Positions::Learned
     }
 
     /// Storage type of a role.
     pub fn type_of(&self, role: Role) -> TensorType {
-        if role.is_norm() {
+        // Position vectors stay F32 in real files, too.
+        if role.is_vector() || role == Role::PositionEmbedding {
             return TensorType::F32;
         }
         self.overrides.iter().find(|(of, _)| *of == role).map_or(self.matrices, |&(_, ty)| ty)
@@ -121,25 +182,33 @@ impl Spec {
     /// The weights of one tensor before any quantisation, `(n, k)` row-major.
     ///
     /// Matrices are uniform with a variance that keeps activations near 1. Norm gains are near 1; those of the last norm
-    /// have random signs, without which a tied head would only ever repeat the token it was given.
+    /// have random signs, without which a tied head would only ever repeat the token it was given. Biases are small, rotary
+    /// divisors between 1 and 4.
     pub fn weights(&self, role: Role, layer: Option<u32>) -> Vec<f32> {
         let (n, k) = role.shape(&self.config());
         let mut random = Random::new(self.seed, role, layer);
         // A uniform number in -1..1 has variance 1/3.
         let scale = match role {
-            Role::TokenEmbedding => 1.0,
-            Role::OutputNorm | Role::AttnNorm | Role::FfnNorm => 0.2,
+            // What the pass multiplies it by is taken off again.
+            Role::TokenEmbedding => 1.0 / self.config().embedding_scale,
+            Role::PositionEmbedding => 0.5,
             Role::Q | Role::K => 1.5 * reciprocal_sqrt(k) * SQRT_3,
+            Role::RopeFactors => 1.5,
+            role if role.is_vector() => 0.2,
             _ => reciprocal_sqrt(k) * SQRT_3,
         };
         let count = n as usize * k as usize;
         let mut draw = || scale * random.uniform();
         let mut weights: Vec<f32> = (0..count).map(|_| draw()).collect();
-        if role.is_norm() {
-            for gain in &mut weights {
-                let flip = role == Role::OutputNorm && gain.to_bits() & 1 == 1;
-                *gain = if flip { -1.0 - *gain } else { 1.0 + *gain };
+        match role {
+            Role::RopeFactors => weights.iter_mut().for_each(|divisor| *divisor += 2.5),
+            role if role.is_gain() => {
+                for gain in &mut weights {
+                    let flip = role == Role::OutputNorm && gain.to_bits() & 1 == 1;
+                    *gain = if flip { -1.0 - *gain } else { 1.0 + *gain };
+                }
             }
+            _ => {}
         }
         weights
     }
@@ -178,16 +247,17 @@ impl Random {
     }
 }
 
-/// All tensors of a configuration in the order files list them.
-fn roles(config: &Config) -> Vec<(Role, Option<u32>)> {
-    let mut out = Vec::from([(Role::TokenEmbedding, None)]);
-    for layer in 0..config.n_layers {
-        out.extend(Role::LAYER.map(|role| (role, Some(layer))));
+/// All tensors of a spec in the order files list them.
+fn roles(spec: &Spec) -> Vec<(Role, Option<u32>)> {
+    let blueprint = spec.architecture.blueprint();
+    let before = [Role::TokenEmbedding, Role::PositionEmbedding];
+    let (first, last): (Vec<Role>, Vec<Role>) = blueprint.global.iter().partition(|role| before.contains(role));
+    let factors = spec.rope_factors.then_some(Role::RopeFactors);
+    let mut out: Vec<_> = first.into_iter().chain(factors).map(|role| (role, None)).collect();
+    for layer in 0..spec.n_layers {
+        out.extend(blueprint.layer.iter().map(|&role| (role, Some(layer))));
     }
-    out.push((Role::OutputNorm, None));
-    if !config.tied_head {
-        out.push((Role::Output, None));
-    }
+    out.extend(last.into_iter().filter(|&role| role != Role::Output || !spec.tied_head).map(|role| (role, None)));
     out
 }
 
@@ -208,28 +278,40 @@ pub fn gguf_with(mut writer: Writer, spec: &Spec) -> Result<Vec<u8>, SyntheticEr
     config.check()?;
     writer.set("general.architecture", Value::String(config.architecture.name()))?;
     writer.set("general.name", Value::String("synthetic"))?;
+    let name = config.architecture.name();
     for (key, value) in [
-        ("llama.block_count", config.n_layers),
-        ("llama.context_length", config.seq_len),
-        ("llama.embedding_length", config.dim),
-        ("llama.feed_forward_length", config.hidden_dim),
-        ("llama.attention.head_count", config.n_heads),
-        ("llama.attention.head_count_kv", config.n_kv_heads),
-        ("llama.attention.key_length", config.head_dim),
-        ("llama.attention.value_length", config.head_dim),
-        ("llama.rope.dimension_count", config.rope_dim),
-        ("llama.vocab_size", config.vocab_size),
+        ("block_count", config.n_layers),
+        ("context_length", config.seq_len),
+        ("embedding_length", config.dim),
+        ("feed_forward_length", config.hidden_dim),
+        ("attention.head_count", config.n_heads),
+        ("attention.head_count_kv", config.n_kv_heads),
+        ("attention.key_length", config.head_dim),
+        ("attention.value_length", config.head_dim),
+        ("rope.dimension_count", config.rope_dim),
+        ("vocab_size", config.vocab_size),
+        ("attention.sliding_window", config.window),
     ] {
-        writer.set(key, Value::U32(value))?;
+        // What is 0 does not apply.
+        if value > 0 {
+            writer.set(&format!("{name}.{key}"), Value::U32(value))?;
+        }
     }
-    writer.set("llama.rope.freq_base", Value::F32(config.rope_base))?;
-    writer.set("llama.attention.layer_norm_rms_epsilon", Value::F32(config.norm_eps))?;
+    if spec.is_rotary() {
+        writer.set(&format!("{name}.rope.freq_base"), Value::F32(config.rope_base))?;
+    }
+    if spec.rope_stretch != 1.0 {
+        writer.set(&format!("{name}.rope.scaling.type"), Value::String("linear"))?;
+        writer.set(&format!("{name}.rope.scaling.factor"), Value::F32(spec.rope_stretch))?;
+    }
+    let eps_key = config.architecture.blueprint().norm_eps_key();
+    writer.set(&format!("{name}.{eps_key}"), Value::F32(config.norm_eps))?;
     spec.tokenizer.write_gguf(&mut writer)?;
 
     let mut data = Vec::new();
-    for (role, layer) in roles(&config) {
+    for (role, layer) in roles(spec) {
         let (n, k) = role.shape(&config);
-        let dims = if role.is_norm() { Vec::from([u64::from(k)]) } else { Vec::from([k.into(), n.into()]) };
+        let dims = if role.is_vector() { Vec::from([u64::from(k)]) } else { Vec::from([k.into(), n.into()]) };
         let ty = spec.type_of(role);
         writer.tensor(&role.tensor_name(layer), &dims, ty)?;
         let mut bytes = Vec::new();
@@ -257,8 +339,10 @@ pub fn llama2c(spec: &Spec) -> Result<Llama2cFiles, SyntheticError> {
     let config = spec.config();
     config.check()?;
     for (holds, need) in [
+        (spec.architecture == Architecture::Llama, "the llama architecture"),
+        (!spec.rope_factors && spec.rope_stretch == 1.0 && spec.window == 0, "plain rotary embedding and no window"),
         (spec.tokenizer == TokenizerKind::SentencePiece, "a SentencePiece tokenizer"),
-        (roles(&config).iter().all(|&(role, _)| spec.type_of(role) == TensorType::F32), "F32 weights"),
+        (roles(spec).iter().all(|&(role, _)| spec.type_of(role) == TensorType::F32), "F32 weights"),
         (config.q_dim() == config.dim, "n_heads * head_dim = dim"),
         (config.rope_base == 10_000.0, "rope_base = 10000"),
     ] {
@@ -287,6 +371,11 @@ pub fn llama2c(spec: &Spec) -> Result<Llama2cFiles, SyntheticError> {
 /// The spec's name for reports, such as `synthetic-d64-l2-q4_1`.
 impl core::fmt::Display for Spec {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
-        write!(f, "synthetic-d{}-l{}-{}", self.dim, self.n_layers, self.matrices.to_string().to_ascii_lowercase())
+        let Spec { architecture, dim, n_layers, .. } = self;
+        let ty = self.matrices.to_string().to_ascii_lowercase();
+        match architecture {
+            Architecture::Llama => write!(f, "synthetic-d{dim}-l{n_layers}-{ty}"),
+            other => write!(f, "synthetic-{other}-d{dim}-l{n_layers}-{ty}"),
+        }
     }
 }

@@ -26,6 +26,8 @@ pub struct Bpe {
     merges: HashMap<(u32, u32), Merge>,
     /// Token of each single byte, or [`NONE`] where the vocabulary has none.
     bytes: Box<[u32; 256]>,
+    /// A piece that is a token is that token, even if no sequence of merges makes it.
+    whole_pieces: bool,
 }
 
 impl core::fmt::Debug for Bpe {
@@ -73,7 +75,14 @@ impl Bpe {
             // Of equal rules the first counts, as in the reference implementations.
             map.entry(pair).or_insert(Merge { rank: index as u32, id });
         }
-        Ok(Bpe { pretokenizer, merges: map, bytes })
+        Ok(Bpe { pretokenizer, merges: map, bytes, whole_pieces: false })
+    }
+
+    /// Looks every piece up as a whole before merging: the rule of Llama 3 vocabularies, which hold tokens that their merges
+    /// do not reach.
+    pub fn with_whole_pieces(mut self) -> Self {
+        self.whole_pieces = true;
+        self
     }
 
     /// The pre-tokenizer.
@@ -82,9 +91,15 @@ impl Bpe {
     }
 
     /// Appends the ids of `text`.
-    pub(super) fn encode(&self, text: &[u8], ids: &mut Vec<u32>) {
+    pub(super) fn encode(&self, vocab: &Vocab, text: &[u8], ids: &mut Vec<u32>) {
         let mut merger = Merger::default();
         self.pretokenizer.split(text, &mut |piece| {
+            if self.whole_pieces
+                && let Some(id) = vocab.find(piece)
+            {
+                ids.push(id);
+                return;
+            }
             merger.clear();
             for &byte in piece {
                 merger.push(1, self.bytes[usize::from(byte)]);

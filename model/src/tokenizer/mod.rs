@@ -10,6 +10,7 @@ mod bpe;
 mod merge;
 mod pretokenize;
 mod spm;
+mod stop;
 mod stream;
 mod unicode;
 mod vocab;
@@ -18,17 +19,20 @@ pub(crate) use alphabet::char_of;
 pub use bpe::Bpe;
 pub use pretokenize::Pretokenizer;
 pub use spm::Spm;
+pub use stop::StopStrings;
 pub use stream::TextStream;
 pub(crate) use vocab::parse_byte_token;
 pub use vocab::{TokenKind, Vocab};
 
 use crate::order::sorted_by_key;
+use alloc::format;
 use alloc::string::String;
 use alloc::vec::Vec;
 
 /// Texts of tokens that end a generation whatever the metadata says, provided the file marks them as special.
-const END_OF_GENERATION: [&str; 9] = [
+const END_OF_GENERATION: [&str; 10] = [
     "<|im_end|>",
+    "<|eot|>",
     "<|endoftext|>",
     "<|end_of_text|>",
     "<|eot_id|>",
@@ -211,6 +215,18 @@ impl Tokenizer {
         self.vocab.special_id(text)
     }
 
+    /// The family and its rules in words, such as `byte-level BPE (llama3), 128256 tokens`.
+    pub fn describe(&self) -> String {
+        let tokens = self.vocab.len();
+        match &self.model {
+            Model::ByteLevel(bpe) => format!("byte-level BPE ({}), {tokens} tokens", bpe.pretokenizer().name()),
+            Model::SentencePiece(spm) => {
+                let space = if spm.adds_space() { "with" } else { "without" };
+                format!("SentencePiece BPE ({space} added space), {tokens} tokens")
+            }
+        }
+    }
+
     /// True when `id` ends a generation.
     pub fn is_eog(&self, id: u32) -> bool {
         self.special.eog.binary_search(&id).is_ok()
@@ -247,7 +263,7 @@ impl Tokenizer {
             return;
         }
         match &self.model {
-            Model::ByteLevel(bpe) => bpe.encode(text, ids),
+            Model::ByteLevel(bpe) => bpe.encode(&self.vocab, text, ids),
             Model::SentencePiece(spm) => spm.encode(&self.vocab, self.special.unknown, text, ids),
         }
     }

@@ -15,6 +15,10 @@ pub enum Pretokenizer {
     Gpt2,
     /// Every `\p{N}` alone, then [`Pretokenizer::Gpt2`]. SmolLM, StarCoder, Command-R.
     SmolLm,
+    /// Contractions in either case, then `[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+`.
+    Llama3,
+    /// As [`Pretokenizer::Llama3`], with every `\p{N}` alone.
+    Qwen2,
     /// llama.cpp's `default`: runs of `[\p{P}$+<=>^~|]`, then GPT-2, then runs of `\p{N}`, then digits by threes.
     Default,
 }
@@ -24,7 +28,9 @@ type Sink<'s> = &'s mut dyn FnMut(&[u8]);
 
 impl Pretokenizer {
     /// Names understood in `tokenizer.ggml.pre`, for messages.
-    pub const SUPPORTED: &'static str = "gpt-2, smollm, starcoder, refact, command-r, codeshell, exaone, minerva-7b, mpt, olmo, jais, trillion, default";
+    pub const SUPPORTED: &'static str = "gpt-2, phi-2, mpt, olmo, jais, trillion, smollm, starcoder, refact, command-r, \
+codeshell, exaone, minerva-7b, llama-bpe, llama3, llama-v3, falcon3, pixtral, smaug-bpe, dbrx, qwen2, deepseek-r1-qwen, \
+stablelm2, default";
 
     /// The pre-tokenizer with llama.cpp's name for it.
     ///
@@ -32,10 +38,14 @@ impl Pretokenizer {
     /// [`TokenizerError::UnsupportedPretokenizer`], also when the file names none: guessing would change token ids.
     pub fn from_name(name: Option<&str>) -> Result<Self, TokenizerError> {
         Ok(match name {
-            Some("gpt-2" | "mpt" | "olmo" | "jais" | "trillion") => Pretokenizer::Gpt2,
+            Some("gpt-2" | "phi-2" | "mpt" | "olmo" | "jais" | "trillion") => Pretokenizer::Gpt2,
             Some("smollm" | "starcoder" | "refact" | "command-r" | "codeshell" | "exaone" | "minerva-7b") => {
                 Pretokenizer::SmolLm
             }
+            Some("llama-bpe" | "llama3" | "llama-v3" | "falcon3" | "pixtral" | "smaug-bpe" | "dbrx") => {
+                Pretokenizer::Llama3
+            }
+            Some("qwen2" | "deepseek-r1-qwen" | "stablelm2") => Pretokenizer::Qwen2,
             Some("default") => Pretokenizer::Default,
             other => {
                 return Err(TokenizerError::UnsupportedPretokenizer {
@@ -46,11 +56,25 @@ impl Pretokenizer {
         })
     }
 
+    /// Its name here.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Pretokenizer::Gpt2 => "gpt-2",
+            Pretokenizer::SmolLm => "smollm",
+            Pretokenizer::Llama3 => "llama-bpe",
+            Pretokenizer::Qwen2 => "qwen2",
+            Pretokenizer::Default => "default",
+        }
+    }
+
     /// Calls `sink` with each piece of `text`.
     pub fn split(self, text: &[u8], sink: Sink<'_>) {
+        let gpt2 = |text: &[u8], sink: Sink<'_>| cut(text, gpt2_match, sink);
         match self {
             Pretokenizer::Gpt2 => gpt2(text, sink),
             Pretokenizer::SmolLm => isolate(text, is_number, 1, &mut |part| gpt2(part, sink)),
+            Pretokenizer::Llama3 => cut(text, |text| llama3_match(text, 3), sink),
+            Pretokenizer::Qwen2 => cut(text, |text| llama3_match(text, 1), sink),
             Pretokenizer::Default => isolate(text, is_symbol, usize::MAX, &mut |part| {
                 gpt2(part, &mut |part| {
                     isolate(part, is_number, usize::MAX, &mut |part| digits_by_threes(part, sink));
@@ -114,10 +138,11 @@ fn digits_by_threes(text: &[u8], sink: Sink<'_>) {
     }
 }
 
-fn gpt2(text: &[u8], sink: Sink<'_>) {
+/// Cuts `text` into the pieces whose lengths `first` finds one after the other.
+fn cut(text: &[u8], first: impl Fn(&[u8]) -> usize, sink: Sink<'_>) {
     let mut rest = text;
     while !rest.is_empty() {
-        let (piece, after) = rest.split_at(gpt2_match(rest).clamp(1, rest.len()));
+        let (piece, after) = rest.split_at(first(rest).clamp(1, rest.len()));
         sink(piece);
         rest = after;
     }
@@ -140,6 +165,52 @@ fn gpt2_match(text: &[u8]) -> usize {
     // White space: all of it at the end of the text, else all but its last character, which belongs to what follows.
     let (len, last) = run(text, |class| class == Class::Space);
     if len == text.len() || len == last { len } else { len - last }
+}
+
+/// Length of Llama 3's match at the start of `text`, which is not empty; numbers are cut after `max_digits`.
+fn llama3_match(text: &[u8], max_digits: usize) -> usize {
+    if let [b'\'', after @ ..] = text {
+        for contraction in [&b"s"[..], b"t", b"re", b"ve", b"m", b"ll", b"d"] {
+            if after.get(..contraction.len()).is_some_and(|after| after.eq_ignore_ascii_case(contraction)) {
+                return 1 + contraction.len();
+            }
+        }
+    }
+    let is_letter = |class| class == Class::Letter;
+    let is_break = |text: &[u8]| matches!(text.first(), Some(b'\r' | b'\n'));
+    let breaks = |text: &[u8]| text.iter().take_while(|byte| matches!(byte, b'\r' | b'\n')).count();
+    let (class, width) = Class::first(text);
+    let after = text.get(width..).unwrap_or_default();
+    if is_letter(class) {
+        return run(text, is_letter).0;
+    }
+    if class == Class::Number {
+        let mut len = 0;
+        for _ in 0..max_digits {
+            match Class::first(text.get(len..).unwrap_or_default()) {
+                (Class::Number, width) => len += width,
+                _ => break,
+            }
+        }
+        return len;
+    }
+    // One character of any other kind but a line break goes with the letters behind it.
+    if !is_break(text) && is_letter(Class::first(after).0) {
+        return width + run(after, is_letter).0;
+    }
+    let space = usize::from(text.first() == Some(&b' '));
+    let symbols = run(text.get(space..).unwrap_or_default(), |class| kind(class) == Class::Other).0;
+    if symbols > 0 {
+        let len = space + symbols;
+        return len + breaks(text.get(len..).unwrap_or_default());
+    }
+    // White space: up to its last line break, else as in GPT-2.
+    let (len, last) = run(text, |class| class == Class::Space);
+    match text.get(..len).and_then(|spaces| spaces.iter().rposition(|byte| matches!(byte, b'\r' | b'\n'))) {
+        Some(at) => at + 1,
+        None if len == text.len() || len == last => len,
+        None => len - last,
+    }
 }
 
 /// Punctuation and the rest are one class to GPT-2.
@@ -210,8 +281,25 @@ mod tests {
     }
 
     #[test]
+    fn llama3_and_qwen2_differ_in_digits_only() {
+        for (pretokenizer, digits) in [(Pretokenizer::Llama3, 3), (Pretokenizer::Qwen2, 1)] {
+            let split = |text| pieces(pretokenizer, text);
+            assert_eq!(split("Hello, world!"), ["Hello", ",", " world", "!"]);
+            assert_eq!(split("I'LL don't"), ["I", "'LL", " don", "'t"]);
+            assert_eq!(split("  two  spaces "), [" ", " two", " ", " spaces", " "]);
+            assert_eq!(split("a\n\n  b \n c"), ["a", "\n\n", " ", " b", " \n", " c"]);
+            assert_eq!(split("x==\n\ny"), ["x", "==\n\n", "y"]);
+            assert_eq!(split("$price (a)"), ["$price", " (", "a", ")"]);
+            assert_eq!(split("\u{a0}x"), ["\u{a0}x"]);
+            let numbers = split("1234567");
+            assert_eq!(numbers[0].len(), digits);
+            assert_eq!(numbers.concat(), "1234567");
+        }
+    }
+
+    #[test]
     fn unknown_names_are_refused() {
-        for name in [None, Some("llama-bpe"), Some("")] {
+        for name in [None, Some("tekken"), Some("")] {
             assert!(matches!(Pretokenizer::from_name(name), Err(TokenizerError::UnsupportedPretokenizer { .. })));
         }
         for name in Pretokenizer::SUPPORTED.split(", ") {

@@ -55,7 +55,7 @@ pub fn obtain(cache: &Path, bareflow: &Path, dtype: &str) -> Result<ModelFile> {
     };
     let description = describe(&path)?;
     let head = description.head().map_or(Role::Output, |tensor| tensor.role);
-    let read = |role: Role| role == head || !(role.is_norm() || role == Role::TokenEmbedding);
+    let read = |role: Role| role == head || !(role.is_vector() || role == Role::TokenEmbedding);
     Ok(ModelFile {
         dtype: dtype.to_owned(),
         stored: description.dtypes(),
