@@ -86,6 +86,27 @@ pub fn rmsnorm(level: Level, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32
     }
 }
 
+/// [`rmsnorm`] and then [`quantise_activations`] in one pass, without a row in between.
+///
+/// # Panics
+/// When the lengths differ or are not those of whole blocks.
+pub fn rmsnorm_quantise(level: Level, x: &[f32], weight: &[f32], eps: f32, out: &mut [u8]) {
+    assert!(x.len() == weight.len(), "rmsnorm of {} with {} weights", x.len(), weight.len());
+    assert!(x.len().is_multiple_of(BLOCK), "{} activations are no whole blocks of {BLOCK}", x.len());
+    assert_eq!(out.len(), x.len() / BLOCK * XBLOCK_BYTES, "bytes of {} quantised activations", x.len());
+    let scale = 1.0 / libm::sqrtf(sum_of_squares(level, x) / x.len() as f32 + eps);
+    match level {
+        Level::Portable => {
+            let blocks = x.chunks_exact(BLOCK).zip(weight.chunks_exact(BLOCK));
+            for ((x, weight), out) in blocks.zip(out.chunks_exact_mut(XBLOCK_BYTES)) {
+                let y: [f32; BLOCK] = core::array::from_fn(|i| x[i] * scale * weight[i]);
+                quantise_block(&y, out);
+            }
+        }
+        Level::Avx2(avx2) => simd::math::scale_quantise(avx2, x, scale, weight, out),
+    }
+}
+
 /// `out = (x - mean(x)) * (1 / sqrt(variance(x) + eps)) * weight + bias` for one row.
 ///
 /// # Panics
@@ -363,6 +384,16 @@ mod tests {
             for i in 0..len {
                 let want = f64::from(x[i]) / (mean + 1e-5).sqrt() * f64::from(weight[i]);
                 assert!((f64::from(fast[i]) - want).abs() <= 1e-5 * want.abs() + 1e-7, "{len} [{i}]");
+            }
+            if len % BLOCK == 0 {
+                let bytes = len / BLOCK * XBLOCK_BYTES;
+                let mut want = vec![0u8; bytes];
+                quantise_activations(Level::Portable, &portable, &mut want);
+                for level in [Level::Portable, Level::detect()] {
+                    let mut got = vec![1u8; bytes];
+                    rmsnorm_quantise(level, &x, &weight, 1e-5, &mut got);
+                    assert_eq!(got, want, "{len} quantised");
+                }
             }
         }
     }

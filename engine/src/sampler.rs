@@ -11,7 +11,7 @@
 
 use crate::math::softmax_numerators;
 use crate::random::SplitMix64;
-use crate::simd::Level;
+use crate::simd::{self, Level};
 use alloc::vec::Vec;
 use model::numerics::REDUCE_LANES;
 use model::order::order;
@@ -134,7 +134,7 @@ impl Sampler {
         let Sampling { temperature, top_k, top_p, min_p, .. } = self.settings;
         let is_warm = temperature > 0.0;
         if !is_warm {
-            return greedy(&self.logits);
+            return greedy_at(self.level, &self.logits);
         }
         self.candidates.clear();
         if top_k > 0 {
@@ -160,7 +160,7 @@ impl Sampler {
                 return token;
             }
         }
-        greedy(&self.logits)
+        greedy_at(self.level, &self.logits)
     }
 
     /// Keeps the fewest best candidates whose probabilities reach `top_p` together; at least one.
@@ -242,7 +242,16 @@ fn ends_in_loop(history: &[u32], token: u32, repeats: usize) -> bool {
 /// # Panics
 /// When `logits` is empty or longer than a token id can count.
 pub fn greedy(logits: &[f32]) -> u32 {
+    greedy_at(Level::detect(), logits)
+}
+
+fn greedy_at(level: Level, logits: &[f32]) -> u32 {
     assert!(!logits.is_empty(), "no logits to choose from");
+    if let Level::Avx2(avx2) = level
+        && let Some(token) = simd::math::first_of_largest(avx2, logits)
+    {
+        return id(token);
+    }
     let mut best = 0;
     for (token, &logit) in logits.iter().enumerate() {
         if logit > logits[best] || logits[best].is_nan() {
@@ -288,6 +297,22 @@ mod tests {
         assert_eq!(greedy(&[f32::NEG_INFINITY; 3]), 0);
         assert_eq!(Sampler::new(Level::Portable, warm(0.0, 1)).sample(&[0.0, 1.0], &[]), 1);
         assert_eq!(Sampler::new(Level::Portable, warm(f32::NAN, 1)).sample(&[0.0, 1.0], &[]), 1);
+        let mut rng = SplitMix64::new(9);
+        for len in [1, 7, 8, 31, 32, 33, 100, 1000] {
+            for round in 0..50 {
+                // Few different values, so that there are equals.
+                let mut logits: Vec<f32> = (0..len).map(|_| (rng.next_bell() * 3.0).round()).collect();
+                if round % 3 == 0 {
+                    logits[rng.next_u64() as usize % len] = f32::NAN;
+                }
+                if round % 7 == 0 {
+                    logits.iter_mut().for_each(|x| *x = if *x > 0.0 { -0.0 } else { 0.0 });
+                }
+                let want = greedy_at(Level::Portable, &logits);
+                assert_eq!(greedy(&logits), want, "{logits:?}");
+            }
+        }
+        assert_eq!(greedy(&[f32::NAN; 40]), greedy_at(Level::Portable, &[f32::NAN; 40]));
     }
 
     #[test]

@@ -125,6 +125,97 @@ pub(crate) fn sum_of_squares(_: Avx2, x: &[f32]) -> f32 {
     unsafe { sum(x) }
 }
 
+/// Index of the first of the largest elements; `None` when every one is NaN.
+pub(crate) fn first_of_largest(_: Avx2, x: &[f32]) -> Option<usize> {
+    #[target_feature(enable = "avx2")]
+    fn run(x: &[f32]) -> Option<usize> {
+        let mut max = [_mm256_set1_ps(f32::NEG_INFINITY); 4];
+        let chunks = x.chunks_exact(32);
+        // `maxps` returns its second operand when the first is NaN, so NaN never becomes the maximum.
+        for chunk in chunks.clone() {
+            for (j, max) in max.iter_mut().enumerate() {
+                // SAFETY: the chunk is 32 f32.
+                *max = _mm256_max_ps(unsafe { _mm256_loadu_ps(chunk.as_ptr().add(8 * j)) }, *max);
+            }
+        }
+        let lanes = lanes_of(max);
+        let larger = |max: f32, x: &f32| if *x > max { *x } else { max };
+        let largest = lanes.iter().chain(chunks.remainder()).fold(f32::NEG_INFINITY, larger);
+        let wanted = _mm256_set1_ps(largest);
+        let mut at = 0;
+        for chunk in x.chunks_exact(8) {
+            // SAFETY: the chunk is eight f32.
+            let x = unsafe { _mm256_loadu_ps(chunk.as_ptr()) };
+            let equal = _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_EQ_OQ>(x, wanted));
+            if equal != 0 {
+                return Some(at + equal.trailing_zeros() as usize);
+            }
+            at += 8;
+        }
+        x[at..].iter().position(|&x| x == largest).map(|i| at + i)
+    }
+    // SAFETY: `Avx2` proves the features.
+    unsafe { run(x) }
+}
+
+/// `y = x * scale * weight`, quantised as `math::quantise_activations` does.
+///
+/// # Panics
+/// When the lengths are not those of whole blocks.
+pub(crate) fn scale_quantise(_: Avx2, x: &[f32], scale: f32, weight: &[f32], out: &mut [u8]) {
+    #[target_feature(enable = "avx2")]
+    fn run(x: &[f32], scale: f32, weight: &[f32], out: &mut [u8]) {
+        let scale = _mm256_set1_ps(scale);
+        let blocks = x.chunks_exact(BLOCK).zip(weight.chunks_exact(BLOCK));
+        for ((x, weight), out) in blocks.zip(out.chunks_exact_mut(XBLOCK_BYTES)) {
+            let mut y = [_mm256_setzero_ps(); 4];
+            for (j, y) in y.iter_mut().enumerate() {
+                // SAFETY: both chunks are 32 f32.
+                let (x, weight) =
+                    unsafe { (_mm256_loadu_ps(x.as_ptr().add(8 * j)), _mm256_loadu_ps(weight.as_ptr().add(8 * j))) };
+                *y = _mm256_mul_ps(_mm256_mul_ps(x, scale), weight);
+            }
+            quantise_block(y, out);
+        }
+    }
+    assert!(x.len() == weight.len() && x.len().is_multiple_of(BLOCK) && out.len() == x.len() / BLOCK * XBLOCK_BYTES);
+    // SAFETY: `Avx2` proves the features.
+    unsafe { run(x, scale, weight, out) }
+}
+
+/// One block of [`quantise`].
+#[inline]
+#[target_feature(enable = "avx2")]
+fn quantise_block(x: [__m256; 4], out: &mut [u8]) {
+    let magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(i32::MAX));
+    let zero = _mm256_setzero_ps();
+    // `maxps` returns its second operand when the first is NaN, so NaN never becomes the maximum.
+    let max = x.iter().fold(zero, |max, &x| _mm256_max_ps(_mm256_and_ps(x, magnitude), max));
+    let max = _mm_max_ps(_mm256_castps256_ps128(max), _mm256_extractf128_ps::<1>(max));
+    let max = _mm_max_ps(max, _mm_movehl_ps(max, max));
+    let amax = _mm_cvtss_f32(_mm_max_ss(max, _mm_movehdup_ps(max)));
+    let d = amax / 127.0;
+    let id = _mm256_set1_ps(if amax == 0.0 { 0.0 } else { 127.0 / amax });
+    let q: [__m256i; 4] = core::array::from_fn(|j| _mm256_cvtps_epi32(_mm256_mul_ps(x[j], id)));
+    let q = _mm256_packs_epi16(_mm256_packs_epi32(q[0], q[1]), _mm256_packs_epi32(q[2], q[3]));
+    // The packs interleave 128-bit halves: put the eight groups of four back in order.
+    let q = _mm256_permutevar8x32_epi32(q, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+    let q = _mm256_max_epi8(q, _mm256_set1_epi8(-127));
+    let pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), q);
+    let sums = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+    // Both halves of the block at once: neighbours, then pairs.
+    let sums = _mm256_add_epi32(sums, _mm256_shuffle_epi32::<0x4e>(sums));
+    let sums = _mm256_add_epi32(sums, _mm256_shuffle_epi32::<0xb1>(sums));
+    let sum_low = _mm_cvtsi128_si32(_mm256_castsi256_si128(sums));
+    let sum = sum_low + _mm_cvtsi128_si32(_mm256_extracti128_si256::<1>(sums));
+    // SAFETY: the chunk is 48 bytes.
+    unsafe { _mm256_storeu_si256(out.as_mut_ptr().cast(), q) };
+    out[XBLOCK_D..XBLOCK_D + 4].copy_from_slice(&d.to_le_bytes());
+    out[XBLOCK_SUM..XBLOCK_SUM + 4].copy_from_slice(&sum.to_le_bytes());
+    out[XBLOCK_DSUM..XBLOCK_DSUM + 4].copy_from_slice(&(d * sum as f32).to_le_bytes());
+    out[XBLOCK_SUM_LOW..].copy_from_slice(&sum_low.to_le_bytes());
+}
+
 /// `math::quantise_activations`.
 ///
 /// # Panics
@@ -132,36 +223,10 @@ pub(crate) fn sum_of_squares(_: Avx2, x: &[f32]) -> f32 {
 pub(crate) fn quantise(_: Avx2, x: &[f32], out: &mut [u8]) {
     #[target_feature(enable = "avx2")]
     fn quantise(x: &[f32], out: &mut [u8]) {
-        let magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(i32::MAX));
         for (x, out) in x.chunks_exact(BLOCK).zip(out.chunks_exact_mut(XBLOCK_BYTES)) {
             // SAFETY: the chunk is 32 f32.
             let x: [__m256; 4] = core::array::from_fn(|j| unsafe { _mm256_loadu_ps(x.as_ptr().add(8 * j)) });
-            let zero = _mm256_setzero_ps();
-            // `maxps` returns its second operand when the first is NaN, so NaN never becomes the maximum.
-            let max = x.iter().fold(zero, |max, &x| _mm256_max_ps(_mm256_and_ps(x, magnitude), max));
-            let max = _mm_max_ps(_mm256_castps256_ps128(max), _mm256_extractf128_ps::<1>(max));
-            let max = _mm_max_ps(max, _mm_movehl_ps(max, max));
-            let amax = _mm_cvtss_f32(_mm_max_ss(max, _mm_movehdup_ps(max)));
-            let d = amax / 127.0;
-            let id = _mm256_set1_ps(if amax == 0.0 { 0.0 } else { 127.0 / amax });
-            let q: [__m256i; 4] = core::array::from_fn(|j| _mm256_cvtps_epi32(_mm256_mul_ps(x[j], id)));
-            let q = _mm256_packs_epi16(_mm256_packs_epi32(q[0], q[1]), _mm256_packs_epi32(q[2], q[3]));
-            // The packs interleave 128-bit halves: put the eight groups of four back in order.
-            let q = _mm256_permutevar8x32_epi32(q, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
-            let q = _mm256_max_epi8(q, _mm256_set1_epi8(-127));
-            let pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), q);
-            let sums = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-            // Both halves of the block at once: neighbours, then pairs.
-            let sums = _mm256_add_epi32(sums, _mm256_shuffle_epi32::<0x4e>(sums));
-            let sums = _mm256_add_epi32(sums, _mm256_shuffle_epi32::<0xb1>(sums));
-            let sum_low = _mm_cvtsi128_si32(_mm256_castsi256_si128(sums));
-            let sum = sum_low + _mm_cvtsi128_si32(_mm256_extracti128_si256::<1>(sums));
-            // SAFETY: the chunk is 48 bytes.
-            unsafe { _mm256_storeu_si256(out.as_mut_ptr().cast(), q) };
-            out[XBLOCK_D..XBLOCK_D + 4].copy_from_slice(&d.to_le_bytes());
-            out[XBLOCK_SUM..XBLOCK_SUM + 4].copy_from_slice(&sum.to_le_bytes());
-            out[XBLOCK_DSUM..XBLOCK_DSUM + 4].copy_from_slice(&(d * sum as f32).to_le_bytes());
-            out[XBLOCK_SUM_LOW..].copy_from_slice(&sum_low.to_le_bytes());
+            quantise_block(x, out);
         }
     }
     // SAFETY: `Avx2` proves the features.
