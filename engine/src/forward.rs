@@ -9,10 +9,10 @@ use crate::dispatch::ColumnsMut;
 use crate::error::EngineError;
 use crate::isa::Isa;
 use crate::loader::LoadedModel;
-use crate::math::{RopeTable, activate, layernorm, quantise_activations, rmsnorm, rope};
+use crate::math::{RopeTable, activate, layernorm, quantise_activations, rmsnorm, rmsnorm_quantise, rope};
 use crate::operands::AlignedBytes;
 use crate::pack::dequantise_column;
-use crate::simd::Level;
+use crate::simd::{Level, cycles};
 use crate::table::{KernelTable, OpCall, Tier};
 use crate::weights::{Embedding, NormWeights, Plan, QkvWeights, RopeParameters, UpWeights, Vector};
 use crate::workers::Workers;
@@ -22,6 +22,7 @@ use model::architecture::Positions;
 use model::kernel::{DType, M_BUCKETS};
 use model::layout::{KV_BLOCK, PANEL, WEIGHT_ALIGN, padded, x_row_bytes};
 use model::{Config, Role};
+use profiler::{Part, PartTimes};
 use zerocopy::{FromBytes, IntoBytes};
 
 /// Rows of the largest batch bucket.
@@ -42,6 +43,10 @@ pub struct Engine<'w> {
     pub(crate) captured: Vec<Option<AlignedBytes>>,
     pub(crate) replay: crate::replay::Scratch,
     pub(crate) verify: crate::verify::Cases,
+    /// Where the time went while several rows ran at once, and while one did.
+    parts: [PartTimes; 2],
+    /// Which of `parts` is counting, and since when its next part does.
+    counting: (usize, u64),
 }
 
 impl<'w> Engine<'w> {
@@ -71,6 +76,8 @@ impl<'w> Engine<'w> {
             captured,
             replay: Default::default(),
             verify: Default::default(),
+            parts: Default::default(),
+            counting: (0, 0),
         })
     }
 
@@ -97,6 +104,27 @@ impl<'w> Engine<'w> {
     /// True when an op ran in `slot`, so that its activations are kept.
     pub fn is_captured(&self, slot: usize) -> bool {
         self.captured.get(slot).is_some_and(Option::is_some)
+    }
+
+    /// Where the time of prompts went.
+    pub fn prefill_parts(&self) -> &PartTimes {
+        &self.parts[0]
+    }
+
+    /// Where the time of single tokens went.
+    pub fn decode_parts(&self) -> &PartTimes {
+        &self.parts[1]
+    }
+
+    /// Counts the time since the last call, or since the pass began, to `part`.
+    #[inline]
+    pub fn lap(&mut self, part: Part) {
+        if self.table.timing() {
+            let (which, since) = self.counting;
+            let now = cycles();
+            self.parts[which].add(part, now.wrapping_sub(since));
+            self.counting.1 = now;
+        }
     }
 
     fn vector(&self, vector: Vector) -> &[f32] {
@@ -149,13 +177,16 @@ impl<'w> Engine<'w> {
 
     /// `y = op(x, matrix)`, on all workers, through the kernel table.
     fn run(&mut self, matrix: usize, bucket: usize, x: &[u8], y: ColumnsMut<'_>, workers: &dyn Workers) {
-        let matrix = &self.plan.matrices[matrix];
-        for slot in matrix.slots(bucket) {
+        for slot in self.plan.matrices[matrix].slots(bucket) {
             if self.captured[slot].is_none() {
                 self.captured[slot] = Some(AlignedBytes::copy_of(x));
             }
         }
+        // What was done since the last product, other than the parts with laps of their own, was to make its input.
+        self.lap(Part::Norm);
+        let matrix = &self.plan.matrices[matrix];
         self.table.run(&OpCall { matrix, weights: self.weights, bucket, x }, y, workers);
+        self.lap(Part::Product);
     }
 
     fn dtype(&self, matrix: usize) -> DType {
@@ -345,6 +376,7 @@ impl<'m> Session<'m> {
         for rope in &mut engine.ropes {
             rope.extend_to(self.pos + tokens.len());
         }
+        engine.counting = (usize::from(tokens.len() == 1), cycles());
         let mut rest = tokens;
         while !rest.is_empty() {
             let (rows, bucket) = next_chunk(rest.len());
@@ -400,6 +432,7 @@ impl<'m> Session<'m> {
                 None => x.fill(0.0),
             }
         }
+        engine.lap(Part::Embed);
         for layer in 0..engine.plan.layers.len() {
             self.attention_block(engine, workers, layer, tokens.len(), bucket);
             self.feed_forward_block(engine, workers, layer, bucket);
@@ -421,14 +454,18 @@ impl<'m> Session<'m> {
         let m = M_BUCKETS[bucket] as usize;
         let Sizes { dim, q_dim, kv_dim, .. } = self.sizes;
         let qkv_stride = self.sizes.qkv_stride();
-        self.norm_rows(engine, &weights.attn_norm, 0..m);
+        let input = match weights.qkv {
+            QkvWeights::Fused(matrix) => Some(engine.dtype(matrix)),
+            QkvWeights::Separate { .. } => None,
+        };
+        self.norm_rows(engine, &weights.attn_norm, 0..m, input);
         let Buffers { x, normed, quantised, qkv, attended, projected, partials, .. } = &mut self.buffers;
         let normed = &normed[..m * dim];
 
         // Where key and value columns start in a row of `qkv`.
         let (k_at, v_at) = match weights.qkv {
             QkvWeights::Fused(matrix) => {
-                let input = activations(level, engine.dtype(matrix), normed, dim, quantised);
+                let input = normed_activations(engine.dtype(matrix), normed, dim, quantised);
                 engine.run(matrix, bucket, input, ColumnsMut::new(qkv, m, qkv_stride, qkv_stride), workers);
                 (q_dim, q_dim + kv_dim)
             }
@@ -466,6 +503,8 @@ impl<'m> Session<'m> {
             attention::store(level, kv, self.kv.as_mut_bytes(), layer, pos, k, v);
         }
 
+        engine.lap(Part::Rope);
+
         let queries = Queries {
             shape: kv,
             cache: self.kv.as_bytes(),
@@ -479,6 +518,7 @@ impl<'m> Session<'m> {
         };
         attended[rows * q_dim..m * q_dim].fill(0.0);
         attention::attend(level, &queries, workers, self.sizes.threads, attended, partials);
+        engine.lap(Part::Attention);
 
         let input = activations(level, engine.dtype(weights.attn_out), &attended[..m * q_dim], q_dim, quantised);
         let out = if weights.attn_post_norm.is_some() { projected } else { &mut **x };
@@ -510,13 +550,17 @@ impl<'m> Session<'m> {
         let m = M_BUCKETS[bucket] as usize;
         let Sizes { dim, hidden_dim, .. } = self.sizes;
         let stride = padded(hidden_dim);
-        self.norm_rows(engine, &weights.ffn_norm, 0..m);
+        let input = match weights.up {
+            UpWeights::Fused(matrix) => Some(engine.dtype(matrix)),
+            UpWeights::Separate { .. } | UpWeights::Plain { .. } => None,
+        };
+        self.norm_rows(engine, &weights.ffn_norm, 0..m, input);
         let activation = engine.config().architecture.blueprint().activation;
         let Buffers { x, normed, quantised, hidden, up: up_rows, projected, .. } = &mut self.buffers;
         let normed = &normed[..m * dim];
         match weights.up {
             UpWeights::Fused(matrix) => {
-                let input = activations(level, engine.dtype(matrix), normed, dim, quantised);
+                let input = normed_activations(engine.dtype(matrix), normed, dim, quantised);
                 engine.run(matrix, bucket, input, ColumnsMut::new(hidden, m, stride, stride), workers);
             }
             UpWeights::Separate { gate, up } => {
@@ -550,21 +594,31 @@ impl<'m> Session<'m> {
 
     /// Logits after row `row` of the chunk that just ran.
     fn head(&mut self, engine: &mut Engine<'_>, workers: &dyn Workers, row: usize) {
-        let level = engine.table.level();
         let (dim, head) = (self.sizes.dim, engine.plan.head);
-        self.norm_rows(engine, &engine.plan.output_norm, row..row + 1);
+        self.norm_rows(engine, &engine.plan.output_norm, row..row + 1, Some(engine.dtype(head)));
         let Buffers { normed, quantised, logits, .. } = &mut self.buffers;
-        let input = activations(level, engine.dtype(head), &normed[..dim], dim, quantised);
+        let input = normed_activations(engine.dtype(head), &normed[..dim], dim, quantised);
         let columns = logits.len();
         engine.run(head, 0, input, ColumnsMut::new(logits, 1, columns, columns), workers);
     }
 
-    /// `normed = norm(x)` for `rows` of `x`; the first goes to row 0.
-    fn norm_rows(&mut self, engine: &Engine<'_>, norm: &NormWeights, rows: Range<usize>) {
+    /// `norm(x)` for `rows` of `x`; the first goes to row 0. Left in `normed`, or where `input` is a quantised type, quantised
+    /// for products of that type in `quantised`.
+    fn norm_rows(&mut self, engine: &Engine<'_>, norm: &NormWeights, rows: Range<usize>, input: Option<DType>) {
         let (dim, stride) = (self.sizes.dim, padded(self.sizes.dim));
-        let x = self.buffers.x.chunks_exact(stride).skip(rows.start).take(rows.len());
-        for (x, out) in x.zip(self.buffers.normed.chunks_exact_mut(dim)) {
-            engine.norm(norm, &x[..dim], out);
+        let (level, eps) = (engine.table.level(), engine.config().norm_eps);
+        let Buffers { x, normed, quantised, .. } = &mut self.buffers;
+        let x = x.chunks_exact(stride).skip(rows.start).take(rows.len());
+        let Some(dtype) = input.filter(|dtype| dtype.is_quantised()) else {
+            return x.zip(normed.chunks_exact_mut(dim)).for_each(|(x, out)| engine.norm(norm, &x[..dim], out));
+        };
+        for (x, out) in x.zip(quantised.as_mut_bytes().chunks_exact_mut(x_row_bytes(dtype, dim))) {
+            if norm.bias.is_none() {
+                rmsnorm_quantise(level, &x[..dim], engine.vector(norm.gain), eps, out);
+            } else {
+                engine.norm(norm, &x[..dim], &mut normed[..dim]);
+                quantise_activations(level, &normed[..dim], out);
+            }
         }
     }
 }
@@ -573,6 +627,15 @@ impl<'m> Session<'m> {
 fn add(x: &mut [f32], other: &[f32]) {
     for (x, other) in x.iter_mut().zip(other) {
         *x += other;
+    }
+}
+
+/// What `norm_rows` left for a product with weights of type `dtype`; `normed` is `(m, dim)`.
+fn normed_activations<'a>(dtype: DType, normed: &'a [f32], dim: usize, quantised: &'a [f32]) -> &'a [u8] {
+    if dtype.is_quantised() {
+        &quantised.as_bytes()[..normed.len() / dim * x_row_bytes(dtype, dim)]
+    } else {
+        normed.as_bytes()
     }
 }
 

@@ -157,6 +157,11 @@ impl KernelTable {
         self.timing = timing;
     }
 
+    /// Time-stamps are taken.
+    pub fn timing(&self) -> bool {
+        self.timing
+    }
+
     /// Level of this crate's own ops.
     pub fn level(&self) -> Level {
         self.level

@@ -12,12 +12,14 @@
 extern crate alloc;
 
 pub mod convergence;
+mod parts;
 mod profile;
 mod roofline;
 mod stats;
 pub mod trial;
 
 pub use convergence::{BootEvidence, Convergence, ConvergenceConfig};
+pub use parts::{Part, PartTimes};
 pub use profile::{HotKey, Profile};
 pub use roofline::{Roofline, SETTLE_DISTANCE, Settled};
 pub use stats::{KeyStats, SUB_BUCKETS};

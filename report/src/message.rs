@@ -5,7 +5,7 @@ use alloc::vec::Vec;
 use serde::{Deserialize, Serialize};
 
 /// Version of the serial protocol; a host refuses any other.
-pub const PROTOCOL: u32 = 1;
+pub const PROTOCOL: u32 = 2;
 
 /// Which image is talking.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -332,6 +332,8 @@ pub struct BootReport {
     pub load: Option<LoadFacts>,
     /// Cost of profiling as a share of kernel time, measured.
     pub profiler_overhead: f64,
+    /// Where the time of the prompt and of the decoded tokens went, in the order of a token.
+    pub parts: Vec<PartRow>,
     /// Memory high-water marks.
     pub memory: Vec<MemoryRow>,
     /// Kernel table, hottest first.
@@ -384,6 +386,19 @@ pub struct LoadFacts {
     pub mb_s: f64,
     /// MB/s of raw reads from the same device in the same boot.
     pub raw_mb_s: f64,
+}
+
+/// A part of the work on a token, such as `attention`.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct PartRow {
+    /// Name.
+    pub name: String,
+    /// Share of the prompt's time, 0..=1; unknown without a prompt of several tokens.
+    pub prefill_share: Option<f64>,
+    /// Share of the time of single tokens, 0..=1; unknown when none was decoded.
+    pub decode_share: Option<f64>,
+    /// Microseconds of it in a decoded token, on average.
+    pub decode_us: Option<f64>,
 }
 
 /// One memory region's use.

@@ -28,6 +28,7 @@ pub fn boot_screen(report: &BootReport) -> String {
     head(&mut screen, report);
     facts(&mut screen, report);
     stages(&mut screen, report);
+    parts(&mut screen, report);
     kernels(&mut screen, report);
     tuning(&mut screen, report);
     screen.out
@@ -134,6 +135,25 @@ fn stages(screen: &mut Screen, report: &BootReport) {
             millis(stage.ms),
             "#".repeat(filled)
         ));
+    }
+}
+
+/// Where the time of a token goes: decoded tokens, and the prompt's behind a slash.
+fn parts(screen: &mut Screen, report: &BootReport) {
+    if report.parts.iter().all(|part| part.decode_share.is_none() && part.prefill_share.is_none()) {
+        return;
+    }
+    screen.section("a token's time: decode / prefill");
+    let share = |share: Option<f64>| share.map_or("-".to_string(), percent);
+    let cells: Vec<String> = report
+        .parts
+        .iter()
+        .map(|part| {
+            format!("{:<10}{:>6} /{:>6}", shorten(&part.name, 9), share(part.decode_share), share(part.prefill_share))
+        })
+        .collect();
+    for row in cells.chunks(3) {
+        screen.line(&format!("  {}", row.join("  ")));
     }
 }
 
@@ -474,7 +494,7 @@ impl Screen {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Convergence, KernelRow, LoadFacts, MemoryRow, ModelFacts, Stage, TrialRow};
+    use crate::{Convergence, KernelRow, LoadFacts, MemoryRow, ModelFacts, PartRow, Stage, TrialRow};
 
     fn row(key: &str, variant: &str) -> KernelRow {
         KernelRow {
@@ -495,6 +515,10 @@ mod tests {
             variants_total: 96,
             settled: false,
         }
+    }
+
+    fn part(name: &str, prefill_share: Option<f64>, decode_share: Option<f64>, decode_us: Option<f64>) -> PartRow {
+        PartRow { name: name.into(), prefill_share, decode_share, decode_us }
     }
 
     /// A made-up report; the numbers mean nothing.
@@ -538,6 +562,11 @@ mod tests {
             peak_gflop_s: None,
             load: Some(LoadFacts { bytes: 98_362_432, mb_s: 1810.0, raw_mb_s: 2011.0 }),
             profiler_overhead: 0.0004,
+            parts: alloc::vec![
+                part("norm", Some(0.031), Some(0.012), Some(160.0)),
+                part("product", Some(0.9), Some(0.9), Some(11_000.0)),
+                part("attention", None, Some(0.0001), Some(1.2)),
+            ],
             memory: alloc::vec![MemoryRow {
                 name: "weights".into(),
                 used_bytes: 95_000_000,

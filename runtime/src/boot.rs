@@ -22,8 +22,10 @@ use engine::simd::limits;
 use engine::workers::Workers;
 use engine::{Engine, Isa, Loader, Plan, Session};
 use model::ModelDescription;
-use profiler::Profile;
-use report::{BootReport, ExitStatus, ImageKind, Level, LoadFacts, MemoryRow, Message, ModelFacts, TrialRow, screen};
+use profiler::{Part, Profile};
+use report::{
+    BootReport, ExitStatus, ImageKind, Level, LoadFacts, MemoryRow, Message, ModelFacts, PartRow, TrialRow, screen,
+};
 use storage::{FatVolume, write_in_place};
 
 /// Name of the settings file on the boot volume.
@@ -166,6 +168,7 @@ fn work(platform: &mut dyn Platform, reporter: &mut Reporter, request: Request<'
         peak_gflop_s: trusted_hz.map(|_| limits.fma_flops_per_cycle * gigahertz),
         load,
         profiler_overhead: profiler_overhead(&engine),
+        parts: part_rows(&engine, out.decode_ticks.len(), clock.tsc_hz),
         memory: platform
             .memory()
             .into_iter()
@@ -313,6 +316,18 @@ fn load_facts(platform: &mut dyn Platform, clock: &Clock, location: &Location, l
 /// Cost of two time-stamps and one record, measured here and now, as a share of the time in kernels.
 fn profiler_overhead(engine: &Engine<'_>) -> f64 {
     engine.table().profile().overhead(Profile::measure_record_cycles(engine::cycles)).unwrap_or(0.0)
+}
+
+/// Where the prompt's time and that of `decoded` tokens went.
+fn part_rows(engine: &Engine<'_>, decoded: usize, tsc_hz: u64) -> Vec<PartRow> {
+    let (prefill, decode) = (engine.prefill_parts(), engine.decode_parts());
+    let row = |part: Part| PartRow {
+        name: part.name().into(),
+        prefill_share: prefill.share(part),
+        decode_share: decode.share(part),
+        decode_us: (decoded > 0).then(|| decode.ticks(part) as f64 * 1e6 / tsc_hz as f64 / decoded as f64),
+    };
+    Part::ALL.into_iter().map(row).collect()
 }
 
 fn model_facts(description: &ModelDescription, loaded: &Loaded) -> ModelFacts {

@@ -10,6 +10,7 @@ use engine::sampler::Sampler;
 use engine::{Engine, Session};
 use model::ModelDescription;
 use model::tokenizer::{StopStrings, TextStream};
+use profiler::Part;
 use report::{Level, Message};
 
 /// Bytes of weights read between two tokens to see how fast the machine is at that moment.
@@ -60,6 +61,7 @@ pub fn generate(
     let start = engine::cycles();
     let logits = session.prefill(engine, platform.workers(), prompt)?;
     let mut token = sampler.sample(logits, &history);
+    engine.lap(Part::Sample);
     out.first_token_tsc = engine::cycles();
     out.prefill_ticks = out.first_token_tsc.saturating_sub(start);
     reporter.stage(platform, "prefill");
@@ -89,6 +91,7 @@ pub fn generate(
         let start = engine::cycles();
         let logits = session.decode(engine, platform.workers(), token)?;
         token = sampler.sample(logits, &history);
+        engine.lap(Part::Sample);
         let decoded = engine::cycles();
         out.decode_ticks.push(decoded.saturating_sub(start));
         engine.read_weights(REFERENCE_BYTES, out.decode_ticks.len());

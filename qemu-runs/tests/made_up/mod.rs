@@ -2,8 +2,8 @@
 
 use qemu_runs::{Accel, BootRecord, Environment, ImageBytes, NativeRecord, RunReport};
 use report::{
-    BootReport, Convergence, ImageKind, KernelRow, LoadFacts, MemoryRow, ModelFacts, SnapshotOutcome, SnapshotStatus,
-    Stage, TrialOutcome, TrialRow,
+    BootReport, Convergence, ImageKind, KernelRow, LoadFacts, MemoryRow, ModelFacts, PartRow, SnapshotOutcome,
+    SnapshotStatus, Stage, TrialOutcome, TrialRow,
 };
 
 const KEYS: [(&str, f64, u64); 7] = [
@@ -110,6 +110,12 @@ pub fn made_up_boot(boot: u32) -> BootReport {
         peak_gflop_s: Some(87.0),
         load: Some(LoadFacts { bytes: 98_362_432, mb_s: 1810.0, raw_mb_s: 2011.0 }),
         profiler_overhead: 0.0004,
+        parts: vec![PartRow {
+            name: "attention".into(),
+            prefill_share: Some(0.02),
+            decode_share: Some(0.01),
+            decode_us: Some(130.0),
+        }],
         memory: vec![
             MemoryRow { name: "weights".into(), used_bytes: 104_000_000, capacity_bytes: 104_000_000 },
             MemoryRow { name: "code".into(), used_bytes: 210_000, capacity_bytes: 16_000_000 },
