@@ -52,6 +52,7 @@ pub struct Request<'a> {
 }
 
 /// Where settings come from.
+#[allow(clippy::large_enum_variant, reason = "one of it a boot: boxing it would save nothing")]
 pub enum Settings<'a> {
     /// `BAREFLOW.CFG` on the boot volume, then this command line.
     CommandLine(&'a str),
