@@ -19,7 +19,7 @@ const LONGEST_SPIN: u64 = 250_000;
 /// Ticks that it spins at least: a few microseconds, as long as a call into the kernel.
 const SHORTEST_SPIN: u64 = 10_000;
 /// Longest sleep: a lost wake-up must not happen, but would cost no more than this.
-const LONGEST_SLEEP: Duration = Duration::from_millis(20);
+const LONGEST_SLEEP: Duration = Duration::from_millis(200);
 
 type Job = &'static (dyn Fn(usize) + Sync);
 
