@@ -262,7 +262,8 @@ fn run_once(args: &GenerateArgs, entry_tsc: u64) -> Result<BootReport> {
     };
     let quiet = args.json;
     let mut process = Process::start(entry_tsc, options.threads as usize, Some(model), snapshot, quiet)?;
-    let request = Request { image: ImageKind::Hosted, settings: Settings::Given(options), linked: &[], tokenizer };
+    let request =
+        Request { image: ImageKind::Hosted, settings: Settings::Given(Box::new(options)), linked: &[], tokenizer };
     let outcome = run(&mut process, request);
     match (outcome.status, outcome.report, outcome.error) {
         (ExitStatus::Pass, Some(report), _) => Ok(report),
