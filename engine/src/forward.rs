@@ -372,22 +372,39 @@ impl<'m> Session<'m> {
         workers: &dyn Workers,
         tokens: &[u32],
     ) -> Result<&[f32], EngineError> {
+        let last = tokens.len().saturating_sub(1);
+        self.prefill_each(engine, workers, tokens, last, &mut |_, _| {})?;
+        Ok(&self.buffers.logits[..self.sizes.vocab_size])
+    }
+
+    /// As [`Session::prefill`], but calls `each` with the index of every token from index `first` on and the logits after it.
+    ///
+    /// # Errors
+    /// As [`Session::prefill`].
+    pub fn prefill_each(
+        &mut self,
+        engine: &mut Engine<'_>,
+        workers: &dyn Workers,
+        tokens: &[u32],
+        first: usize,
+        each: &mut dyn FnMut(usize, &[f32]),
+    ) -> Result<(), EngineError> {
         self.check(engine, tokens)?;
         for rope in &mut engine.ropes {
             rope.extend_to(self.pos + tokens.len());
         }
         engine.counting = (usize::from(tokens.len() == 1), cycles());
-        let mut rest = tokens;
-        while !rest.is_empty() {
-            let (rows, bucket) = next_chunk(rest.len());
-            let (chunk, after) = rest.split_at(rows);
-            self.chunk(engine, workers, chunk, bucket);
-            if after.is_empty() {
-                self.head(engine, workers, rows - 1);
+        let mut done = 0;
+        while done < tokens.len() {
+            let (rows, bucket) = next_chunk(tokens.len() - done);
+            self.chunk(engine, workers, &tokens[done..done + rows], bucket);
+            for row in first.saturating_sub(done)..rows {
+                self.head(engine, workers, row);
+                each(done + row, &self.buffers.logits[..self.sizes.vocab_size]);
             }
-            rest = after;
+            done += rows;
         }
-        Ok(&self.buffers.logits[..self.sizes.vocab_size])
+        Ok(())
     }
 
     /// Appends one token and returns the logits after it, `(vocab_size)`.

@@ -144,6 +144,19 @@ fn a_prompt_in_any_pieces_is_the_same_context() {
             }
             assert!(bits(&[last]) == bits(std::slice::from_ref(&whole)), "pieces of {piece}");
         }
+        // Logits of the tokens on the way are those of prompts that end there.
+        session.truncate(0);
+        let mut each = Vec::new();
+        session
+            .prefill_each(&mut engine, &Threads(2), &prompt, 140, &mut |i, logits| each.push((i, logits.to_vec())))
+            .unwrap();
+        assert_eq!(each.iter().map(|(i, _)| *i).collect::<Vec<_>>(), (140..150).collect::<Vec<_>>());
+        for (i, logits) in each {
+            session.truncate(0);
+            let ending = session.prefill(&mut engine, &Threads(2), &prompt[..=i]).unwrap().to_vec();
+            assert!(bits(&[ending]) == bits(&[logits]), "token {i}");
+        }
+        session.prefill(&mut engine, &Threads(2), &prompt[session.pos()..]).unwrap();
         // Going back in the context and on again is the same as never having been further.
         session.truncate(100);
         let again = session.prefill(&mut engine, &Threads(2), &prompt[100..]).unwrap().to_vec();
@@ -152,15 +165,19 @@ fn a_prompt_in_any_pieces_is_the_same_context() {
 }
 
 #[test]
-fn both_file_formats_give_the_same_tokens() {
+fn every_file_format_gives_the_same_tokens() {
     let spec = Spec { tokenizer: TokenizerKind::SentencePiece, ..Spec::default() };
     let (model, file) = gguf(&spec);
     let files = synthetic::llama2c(&spec).unwrap();
     let other = model::llama2c::read(&files.model, files.model.len() as u64, &files.tokenizer).unwrap();
     let mut a = load(&model, &file, 2, 3000, Isa::detect(), Tier::Baseline);
     let mut b = load(&other, &files.model, 1, 100, Isa::detect(), Tier::Reference);
+    let newer = synthetic::llama2c_version(&spec, 1).unwrap();
+    let described = model::llama2c::read(&newer.model, newer.model.len() as u64, &newer.tokenizer).unwrap();
+    let mut c = load(&described, &newer.model, 1, 1 << 20, Isa::detect(), Tier::Baseline);
     let tokens = generate(&mut a, &Threads(2), &PROMPT, 100, KvType::F32);
     assert_eq!(tokens, generate(&mut b, &Single, &PROMPT, 100, KvType::F32));
+    assert_eq!(tokens, generate(&mut c, &Single, &PROMPT, 100, KvType::F32));
 }
 
 /// Activations as int8 blocks hold them.

@@ -7,6 +7,7 @@ mod convert;
 mod explain;
 mod info;
 mod limits;
+mod perplexity;
 #[allow(unsafe_code)]
 mod platform;
 mod tune;
@@ -90,6 +91,36 @@ enum Command {
         /// Measure arithmetic with AVX2 only.
         #[arg(long)]
         avx2: bool,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Score a text: the perplexity of the second halves of windows of --context tokens.
+    ///
+    /// As llama.cpp's tool does it: the text becomes tokens once, with BOS where the model has one, and is cut into whole
+    /// windows. Each is run from an empty context, its first token replaced by BOS where the model has one, and every token
+    /// of its second half is scored by the logits before it. Printed is the exponential of the mean negative log-likelihood.
+    #[command(verbatim_doc_comment)]
+    Perplexity {
+        /// GGUF file, or llama2.c .bin with --tokenizer.
+        model: PathBuf,
+        /// Text file.
+        text: PathBuf,
+        /// Tokenizer file of a llama2.c model.
+        #[arg(long)]
+        tokenizer: Option<PathBuf>,
+        /// Tokens of a window.
+        #[arg(long, default_value_t = 512)]
+        context: usize,
+        /// Windows to score at most; 0 is all.
+        #[arg(long, default_value_t = 0)]
+        windows: usize,
+        /// Threads; 0 is one per core.
+        #[arg(long, default_value_t = 0)]
+        threads: u32,
+        /// Type of the KV cache: auto, f32, f16 or q8_0.
+        #[arg(long, default_value = "auto")]
+        kv: String,
         /// Print JSON.
         #[arg(long)]
         json: bool,
@@ -201,6 +232,15 @@ fn main() -> ExitCode {
         Command::Tune { generate, exhaustive, keys, rounds } => tune(&generate, exhaustive, &keys, rounds),
         Command::Explain { key, snapshot, isa } => explain(&key, snapshot.as_deref(), &isa),
         Command::Limits { threads, avx2, json } => limits::print(threads, avx2, json),
+        Command::Perplexity { model, text, tokenizer, context, windows, threads, kv, json } => {
+            let mut options = Options { threads, ..Options::default() };
+            options.set("kv", &kv).map_err(Into::into).and_then(|()| {
+                let tokenizer = tokenizer.as_deref();
+                let (model, text) = (model.as_path(), text.as_path());
+                let request = perplexity::Request { model, tokenizer, text, context, windows, as_json: json };
+                perplexity::run(&request, &options)
+            })
+        }
         Command::Info { file, tokenizer, json } => info::print(&file, tokenizer.as_deref(), json),
     };
     match result {
@@ -262,7 +302,8 @@ fn run_once(args: &GenerateArgs, entry_tsc: u64) -> Result<BootReport> {
     };
     let quiet = args.json;
     let mut process = Process::start(entry_tsc, options.threads as usize, Some(model), snapshot, quiet)?;
-    let request = Request { image: ImageKind::Hosted, settings: Settings::Given(options), linked: &[], tokenizer };
+    let request =
+        Request { image: ImageKind::Hosted, settings: Settings::Given(Box::new(options)), linked: &[], tokenizer };
     let outcome = run(&mut process, request);
     match (outcome.status, outcome.report, outcome.error) {
         (ExitStatus::Pass, Some(report), _) => Ok(report),

@@ -9,11 +9,19 @@ use model::kernel::{DType, KernelKey, M_BUCKETS, Op, Variant, Width};
 use model::layout::k_multiple;
 use proptest::prelude::*;
 
-/// Compiles and checks every variant of `key` this machine can run; returns how many, and says what went wrong.
-fn check_space(compiler: &mut Compiler, key: KernelKey, seed: u64, wrong: &mut Vec<String>) -> usize {
+/// Compiles and checks the variants of `key` that this machine can run, of which this is part `part` of `parts`; returns
+/// how many, and says what went wrong.
+fn check_space(
+    compiler: &mut Compiler,
+    key: KernelKey,
+    (part, parts): (usize, usize),
+    seed: u64,
+    wrong: &mut Vec<String>,
+) -> usize {
     let case = Case::new(key, seed, seed as usize % 3 * 8);
     let variants = space::variants(&key, compiler.isa());
     assert!(!variants.is_empty(), "{key}: empty space");
+    let variants: Vec<_> = variants.into_iter().skip(part % parts).step_by(parts).collect();
     for variant in &variants {
         match compiler.compile(&key, variant) {
             Ok(kernel) => wrong.extend(case.check(&kernel).err()),
@@ -24,12 +32,13 @@ fn check_space(compiler: &mut Compiler, key: KernelKey, seed: u64, wrong: &mut V
 }
 
 /// Every op, dtype and batch bucket on shapes that exercise remainders: panels that do not divide into streams, odd k.
+/// Each variant takes one of the shapes, another one for each op.
 fn check_dtype(dtype: DType) {
     let mut kernels = 0;
     let mut wrong = Vec::new();
     for isa in [host_isa(), jit::TargetIsa { avx512: false, avx512_vnni: false, ..host_isa() }] {
         let mut compiler = Compiler::new(isa).unwrap();
-        for op in Op::ALL {
+        for (turn, op) in Op::ALL.into_iter().enumerate() {
             for m in M_BUCKETS {
                 let shapes: &[(u32, u32)] = match (k_multiple(dtype), m) {
                     (256, 1) => &[(1, 256), (161, 768), (224, 512)],
@@ -42,9 +51,10 @@ fn check_dtype(dtype: DType) {
                     (_, 64) => &[(70, 19)],
                     _ => &[(33, 5), (160, 40)],
                 };
-                for (n, k) in shapes {
+                for (i, (n, k)) in shapes.iter().enumerate() {
                     let key = KernelKey { op, dtype, m, n: *n, k: *k };
-                    kernels += check_space(&mut compiler, key, u64::from(n * 31 + k + m), &mut wrong);
+                    let part = (turn + i, shapes.len());
+                    kernels += check_space(&mut compiler, key, part, u64::from(n * 31 + k + m), &mut wrong);
                 }
             }
         }
@@ -52,7 +62,7 @@ fn check_dtype(dtype: DType) {
     }
     wrong.truncate(20);
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
-    assert!(kernels > 500, "only {kernels} kernels");
+    assert!(kernels > 250, "only {kernels} kernels");
 }
 
 #[test]
@@ -133,7 +143,7 @@ fn spaces_of_a_real_model_compile_without_refusal() {
                 ] {
                     // The next smaller depth that K types can have.
                     let key = KernelKey { op, dtype, m, n, k: k / k_multiple(dtype) as u32 * k_multiple(dtype) as u32 };
-                    for variant in space::variants(&key, isa) {
+                    for variant in space::variants(&key, isa).into_iter().step_by(3) {
                         let kernel =
                             compiler.compile(&key, &variant).unwrap_or_else(|e| panic!("{key} as {variant}: {e}"));
                         assert!(kernel.code.len() < 8192, "{key} as {variant}: {} bytes", kernel.code.len());
@@ -144,7 +154,7 @@ fn spaces_of_a_real_model_compile_without_refusal() {
             }
         }
     }
-    assert!(kernels > 4000, "only {kernels} kernels");
+    assert!(kernels > 2000, "only {kernels} kernels");
 }
 
 /// A narrow kernel and the wide one of the same tile are the same program: same bits on the same operands.

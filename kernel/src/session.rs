@@ -4,6 +4,7 @@ use crate::Machine;
 use crate::platform::{power, traps};
 #[cfg(feature = "jit")]
 use crate::{selftest, smoke};
+use alloc::boxed::Box;
 use alloc::string::ToString;
 use report::{ExitStatus, ImageKind, Level, Message};
 use runtime::boot::{Request, Settings, read_options};
@@ -29,7 +30,7 @@ pub fn run(mut machine: Machine, image: ImageKind, linked: &[LinkedKernel]) -> !
                 Mode::SelfTest => examine(&mut machine, image, selftest::run),
                 Mode::Smoke => examine(&mut machine, image, smoke::run),
             }
-            Settings::Given(options)
+            Settings::Given(Box::new(options))
         }
         // The runtime reads them again and says what is wrong with them.
         Err(_) => Settings::CommandLine(&text),

@@ -25,15 +25,18 @@ pub enum Format {
         /// Version in the file.
         version: u32,
     },
-    /// llama2.c legacy `.bin` (version 0) with a separate tokenizer file.
-    Llama2c,
+    /// llama2.c `.bin` with a separate tokenizer file.
+    Llama2c {
+        /// Version of the format: 0 (legacy) or 1.
+        version: u32,
+    },
 }
 
 impl fmt::Display for Format {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Format::Gguf { version } => write!(f, "GGUF v{version}"),
-            Format::Llama2c => f.write_str("llama2.c v0"),
+            Format::Llama2c { version } => write!(f, "llama2.c v{version}"),
         }
     }
 }

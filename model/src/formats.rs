@@ -8,12 +8,12 @@ use crate::{gguf, llama2c};
 pub enum FileFormat {
     /// GGUF: [`gguf::read`].
     Gguf,
-    /// llama2.c legacy `.bin`: [`llama2c::read`], with a tokenizer file.
+    /// llama2.c `.bin`: [`llama2c::read`], with a tokenizer file.
     Llama2c,
 }
 
 /// Bytes [`sniff`] needs.
-pub const SNIFF_BYTES: usize = llama2c::HEADER_BYTES;
+pub const SNIFF_BYTES: usize = llama2c::VERSION_1_FIELDS_BYTES;
 
 /// Tells the format of a file of `file_bytes` that begins with `header` (at least [`SNIFF_BYTES`] where the file has them).
 ///

@@ -1,12 +1,16 @@
-//! llama2.c model files: the legacy `.bin` (version 0, F32) and its `tokenizer.bin`.
+//! llama2.c model files, versions 0 and 1 (F32), and their `tokenizer.bin`.
 //!
-//! Layout: seven `i32` (dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, seq_len), then all weights as f32, each
-//! kind for all layers in a row: embedding, attention norms, wq, wk, wv, wo, feed-forward norms, w1 (gate), w2 (down),
+//! Version 0: seven `i32` (dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, seq_len), then all weights as f32,
+//! each kind for all layers in a row: embedding, attention norms, wq, wk, wv, wo, feed-forward norms, w1 (gate), w2 (down),
 //! w3 (up), final norm, two rotary tables that nothing reads, and the classifier unless `vocab_size` is positive (shared).
-//! Input: header bytes and file length -> [`ModelDescription`]. Not here: versions 1 and 2 (they are named in the error).
+//! Version 1: magic `ak42` and version as `u32`, the same seven numbers, one byte that says whether the classifier is shared,
+//! zeros up to byte 256; then attention norms, feed-forward norms, final norm, embedding, wq, wk, wv, wo, w1, w2, w3 and
+//! the classifier unless shared.
+//! Input: header bytes and file length -> [`ModelDescription`]. Not here: version 2 (int8 groups with f32 scales), which the
+//! error names.
 //!
 //! # Source
-//! `export.py` (`legacy_export`) and `run.c` of llama2.c.
+//! `export.py` (`legacy_export`, `version1_export`) and `run.c` of llama2.c.
 
 use crate::architecture::Architecture;
 use crate::config::Config;
@@ -19,8 +23,12 @@ use crate::tokenizer::{Spm, TokenKind, Tokenizer, Vocab, parse_byte_token};
 use alloc::string::String;
 use alloc::vec::Vec;
 
-/// Bytes of the header.
+/// Bytes of the header of version 0.
 pub const HEADER_BYTES: usize = 28;
+/// Bytes in front of the weights of version 1.
+pub const VERSION_1_HEADER_BYTES: usize = 256;
+/// Bytes of it that say something.
+pub(crate) const VERSION_1_FIELDS_BYTES: usize = 37;
 /// `ak42`, the magic number of versions 1 and 2.
 const VERSIONED_MAGIC: u32 = 0x616b_3432;
 /// RMSNorm epsilon, a constant of `run.c`.
@@ -35,30 +43,41 @@ const EOS: u32 = 2;
 /// The seven numbers, checked.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Header {
+    /// Version of the format: 0 or 1.
+    pub version: u32,
     /// Configuration; `tied_head` is the file's "shared classifier".
     pub config: Config,
 }
 
 impl Header {
-    /// Reads the header of a version 0 file.
+    /// Reads the header.
     ///
     /// # Errors
     /// [`ModelError::Truncated`], [`ModelError::UnsupportedVersion`], or [`ModelError::UnknownFormat`] when the numbers
     /// describe no model.
     pub fn parse(header: &[u8], file_bytes: u64) -> Result<Self, ModelError> {
         let mut cursor = Cursor::new(header, file_bytes);
-        let mut field = || cursor.u32("the llama2.c header");
-        let first = field()?;
+        const WHAT: &str = "the llama2.c header";
+        let mut first = cursor.u32(WHAT)?;
+        let version = if first == VERSIONED_MAGIC { cursor.u32(WHAT)? } else { 0 };
         if first == VERSIONED_MAGIC {
-            return Err(ModelError::UnsupportedVersion {
-                format: "llama2.c",
-                found: field()?,
-                supported: "0 (legacy)",
-                advice: "export the model again with `export.py --version 0`",
-            });
+            if version != 1 {
+                return Err(ModelError::UnsupportedVersion {
+                    format: "llama2.c",
+                    found: version,
+                    supported: "0 and 1 (F32)",
+                    advice: "export the model again with `export.py --version 1`",
+                });
+            }
+            first = cursor.u32(WHAT)?;
         }
+        let mut field = || cursor.u32(WHAT);
         let numbers = [first, field()?, field()?, field()?, field()?, field()?, field()?].map(u32::cast_signed);
         let [dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, seq_len] = numbers;
+        let tied_head = match version {
+            0 => vocab_size > 0,
+            _ => cursor.array::<1>(WHAT)? != [0],
+        };
         let positive = |value: i32| u32::try_from(value).unwrap_or(0);
         let head_dim = positive(dim).checked_div(positive(n_heads)).unwrap_or(0);
         let config = Config {
@@ -78,45 +97,47 @@ impl Header {
             embedding_scale: 1.0,
             query_scale: 1.0,
             norm_eps: NORM_EPS,
-            tied_head: vocab_size > 0,
+            tied_head,
         };
         // The format has no magic number: numbers that make no model mean that the file is something else.
-        if config.check().is_err() || config.q_dim() != config.dim {
+        let is_model = config.check().is_ok() && config.q_dim() == config.dim;
+        if !is_model || version == 1 && vocab_size < 0 {
             return Err(formats::unknown(header));
         }
-        Ok(Header { config })
+        Ok(Header { version, config })
     }
 
     /// Every tensor with its place, in file order, and the length of the whole file.
     pub fn tensors(&self) -> (Vec<Tensor>, u64) {
-        const ORDER: [Role; 9] =
-            [Role::AttnNorm, Role::Q, Role::K, Role::V, Role::AttnOut, Role::FfnNorm, Role::Gate, Role::Down, Role::Up];
+        use Role::{AttnNorm, AttnOut, Down, FfnNorm, Gate, K, Output, OutputNorm, Q, TokenEmbedding, Up, V};
+        let legacy = [TokenEmbedding, AttnNorm, Q, K, V, AttnOut, FfnNorm, Gate, Down, Up, OutputNorm, Output];
+        let version_1 = [AttnNorm, FfnNorm, OutputNorm, TokenEmbedding, Q, K, V, AttnOut, Gate, Down, Up, Output];
         let config = &self.config;
-        let mut offset = HEADER_BYTES as u64;
+        let is_legacy = self.version == 0;
+        let mut offset = if is_legacy { HEADER_BYTES } else { VERSION_1_HEADER_BYTES } as u64;
         let mut tensors = Vec::new();
-        let mut push = |role: Role, layer: Option<u32>, offset: &mut u64| {
+        for role in if is_legacy { legacy } else { version_1 } {
+            if role == Output && is_legacy {
+                // freq_cis_real and freq_cis_imag, (seq_len, head_dim / 2) each.
+                offset += 4 * u64::from(config.seq_len) * u64::from(config.head_dim);
+            }
+            if role == Output && config.tied_head {
+                continue;
+            }
             let (n, k) = role.shape(config);
             let len_bytes = 4 * u64::from(n) * u64::from(k);
-            tensors.push(Tensor { role, layer, ty: TensorType::F32, n, k, offset: *offset, len_bytes });
-            *offset += len_bytes;
-        };
-        push(Role::TokenEmbedding, None, &mut offset);
-        for role in ORDER {
-            for layer in 0..config.n_layers {
-                push(role, Some(layer), &mut offset);
+            let layers = if role.is_per_layer() { config.n_layers } else { 1 };
+            for layer in 0..layers {
+                let layer = role.is_per_layer().then_some(layer);
+                tensors.push(Tensor { role, layer, ty: TensorType::F32, n, k, offset, len_bytes });
+                offset += len_bytes;
             }
-        }
-        push(Role::OutputNorm, None, &mut offset);
-        // freq_cis_real and freq_cis_imag, (seq_len, head_dim / 2) each.
-        offset += 4 * u64::from(config.seq_len) * u64::from(config.head_dim);
-        if !config.tied_head {
-            push(Role::Output, None, &mut offset);
         }
         (tensors, offset)
     }
 }
 
-/// Reads the beginning of a version 0 file of `file_bytes` and the whole tokenizer file that goes with it.
+/// Reads the beginning of a file of `file_bytes` and the whole tokenizer file that goes with it.
 ///
 /// # Errors
 /// [`ModelError::Truncated`] when `header` is shorter than [`HEADER_BYTES`]; a file length that differs from what the
@@ -132,7 +153,7 @@ pub fn read(header: &[u8], file_bytes: u64, tokenizer_bin: &[u8]) -> Result<Mode
         return Err(ModelError::TrailingBytes { what: "the model file", expected_bytes, found_bytes: file_bytes });
     }
     Ok(ModelDescription {
-        format: Format::Llama2c,
+        format: Format::Llama2c { version: header.version },
         name: String::new(),
         tensors: check_tensors(&header.config, tensors, file_bytes)?,
         tokenizer: read_tokenizer(tokenizer_bin, header.config.vocab_size)?,

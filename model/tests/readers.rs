@@ -414,8 +414,8 @@ fn llama2c_files_of_the_wrong_length_or_version_are_refused() {
     assert!(matches!(read(&files.model, len - 4), Err(ModelError::FileEnds { .. })));
     assert!(matches!(read(&files.model, len + 4), Err(ModelError::TrailingBytes { .. })));
     let mut versioned = files.model.clone();
-    versioned[..8].copy_from_slice(&[0x32, 0x34, 0x6b, 0x61, 1, 0, 0, 0]);
-    assert!(matches!(read(&versioned, len), Err(ModelError::UnsupportedVersion { format: "llama2.c", found: 1, .. })));
+    versioned[..8].copy_from_slice(&[0x32, 0x34, 0x6b, 0x61, 2, 0, 0, 0]);
+    assert!(matches!(read(&versioned, len), Err(ModelError::UnsupportedVersion { format: "llama2.c", found: 2, .. })));
     for cut in 0..files.tokenizer.len() {
         let error = llama2c::read(&files.model, len, &files.tokenizer[..cut]).unwrap_err();
         assert!(matches!(error, ModelError::FileEnds { .. }), "tokenizer cut at {cut}: {error}");
@@ -459,13 +459,58 @@ fn llama2c_weights_lie_where_the_format_says() {
     assert_eq!(model.file_bytes, at + 4 * vocab * dim);
 }
 
+/// As `version1_export` of `export.py` writes it.
+#[test]
+fn llama2c_version_1_lies_where_the_format_says() {
+    for tied_head in [true, false] {
+        let spec = Spec { tied_head, tokenizer: TokenizerKind::SentencePiece, n_layers: 2, ..tiny() };
+        let files = synthetic::llama2c_version(&spec, 1).unwrap();
+        let len = files.model.len() as u64;
+        let model = llama2c::read(&files.model[..64], len, &files.tokenizer).unwrap();
+        assert_eq!(model.format, model::Format::Llama2c { version: 1 });
+        assert_eq!(model.config, spec.config());
+        let (dim, hidden, vocab, kv) = (64, 96, 332, 32);
+        let mut at = 256;
+        let mut expected = Vec::new();
+        for (role, layers, floats) in [
+            (Role::AttnNorm, 2, dim),
+            (Role::FfnNorm, 2, dim),
+            (Role::OutputNorm, 1, dim),
+            (Role::TokenEmbedding, 1, vocab * dim),
+            (Role::Q, 2, dim * dim),
+            (Role::K, 2, kv * dim),
+            (Role::V, 2, kv * dim),
+            (Role::AttnOut, 2, dim * dim),
+            (Role::Gate, 2, hidden * dim),
+            (Role::Down, 2, dim * hidden),
+            (Role::Up, 2, hidden * dim),
+            (Role::Output, if tied_head { 0 } else { 1 }, vocab * dim),
+        ] {
+            for layer in 0..layers {
+                expected.push((role, role.is_per_layer().then_some(layer), at));
+                at += 4 * floats;
+            }
+        }
+        let found: Vec<_> = model.tensors.iter().map(|t| (t.role, t.layer, t.offset)).collect();
+        assert_eq!(found, expected);
+        assert_eq!(len, at);
+        for cut in [8, 36] {
+            let error = llama2c::read(&files.model[..cut], len, &files.tokenizer).unwrap_err();
+            assert!(matches!(error, ModelError::Truncated { .. }), "{cut}: {error}");
+        }
+        let mut nonsense = files.model.clone();
+        nonsense[8..12].fill(0xff);
+        assert!(matches!(llama2c::read(&nonsense, len, &files.tokenizer), Err(ModelError::UnknownFormat { .. })));
+    }
+}
+
 #[test]
 fn formats_are_told_apart() {
     use formats::FileFormat;
     let gguf_file = tiny_file();
     assert_eq!(formats::sniff(&gguf_file[..28], gguf_file.len() as u64), Ok(FileFormat::Gguf));
     let bin = llama2c_files().model;
-    assert_eq!(formats::sniff(&bin[..28], bin.len() as u64), Ok(FileFormat::Llama2c));
+    assert_eq!(formats::sniff(&bin[..37], bin.len() as u64), Ok(FileFormat::Llama2c));
     for other in [&b"\x7fELF\x02\x01\x01\0"[..], b"PK\x03\x04aaaa", b"{\"model\":", &[0; 64], &[0xff; 64]] {
         let mut file = other.to_vec();
         file.resize(64, b' ');

@@ -14,6 +14,7 @@ use crate::platform::{Clock, Platform};
 use crate::prompt;
 use crate::reporter::Reporter;
 use crate::rows::kernel_rows;
+use alloc::boxed::Box;
 use alloc::string::{String, ToString};
 use alloc::vec;
 use alloc::vec::Vec;
@@ -57,7 +58,7 @@ pub enum Settings<'a> {
     /// `BAREFLOW.CFG` on the boot volume, then this command line.
     CommandLine(&'a str),
     /// These, and no file.
-    Given(Options),
+    Given(Box<Options>),
 }
 
 /// How a run ended.
@@ -90,7 +91,7 @@ pub fn run(platform: &mut dyn Platform, request: Request<'_>) -> Outcome {
 
 fn work(platform: &mut dyn Platform, reporter: &mut Reporter, request: Request<'_>) -> Result<BootReport, RunError> {
     let options = match request.settings {
-        Settings::Given(options) => options,
+        Settings::Given(options) => *options,
         Settings::CommandLine(text) => read_options(platform, text)?,
     };
     let isa = limited(platform.cpu().isa, options.isa);

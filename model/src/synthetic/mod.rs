@@ -324,18 +324,26 @@ pub fn gguf_with(mut writer: Writer, spec: &Spec) -> Result<Vec<u8>, SyntheticEr
 /// The two files of a llama2.c model.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Llama2cFiles {
-    /// The `.bin` file, version 0.
+    /// The `.bin` file.
     pub model: Vec<u8>,
     /// The `tokenizer.bin` file.
     pub tokenizer: Vec<u8>,
 }
 
-/// A complete llama2.c model.
+/// A complete llama2.c model of version 0.
 ///
 /// # Errors
 /// [`SyntheticError::NotLlama2c`] for what the format cannot express: other types than F32, another tokenizer than
 /// SentencePiece, another rotary base than 10000, heads that do not add up to `dim`.
 pub fn llama2c(spec: &Spec) -> Result<Llama2cFiles, SyntheticError> {
+    llama2c_version(spec, 0)
+}
+
+/// A complete llama2.c model of version 0 or 1.
+///
+/// # Errors
+/// As [`llama2c`].
+pub fn llama2c_version(spec: &Spec, version: u32) -> Result<Llama2cFiles, SyntheticError> {
     let config = spec.config();
     config.check()?;
     for (holds, need) in [
@@ -350,17 +358,25 @@ pub fn llama2c(spec: &Spec) -> Result<Llama2cFiles, SyntheticError> {
             return Err(SyntheticError::NotLlama2c(need));
         }
     }
+    let is_legacy = version == 0;
     let vocab = config.vocab_size.cast_signed();
-    let vocab = if config.tied_head { vocab } else { -vocab };
+    let vocab = if config.tied_head || !is_legacy { vocab } else { -vocab };
     let mut model = Vec::new();
+    if !is_legacy {
+        model.extend(b"24ka");
+        model.extend(version.to_le_bytes());
+    }
     for value in [config.dim, config.hidden_dim, config.n_layers, config.n_heads, config.n_kv_heads] {
         model.extend(value.to_le_bytes());
     }
     model.extend(vocab.to_le_bytes());
     model.extend(config.seq_len.to_le_bytes());
-    let (tensors, file_bytes) = llama2c_format::Header { config }.tensors();
+    if !is_legacy {
+        model.push(u8::from(config.tied_head));
+    }
+    let (tensors, file_bytes) = llama2c_format::Header { version, config }.tensors();
     for tensor in tensors {
-        // The rotary tables before the classifier stay zero: nothing reads them.
+        // The end of a header and the rotary tables before the classifier stay zero: nothing reads them.
         model.resize(tensor.offset as usize, 0);
         model.extend(spec.weights(tensor.role, tensor.layer).iter().flat_map(|weight| weight.to_le_bytes()));
     }
