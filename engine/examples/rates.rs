@@ -11,7 +11,7 @@ use engine::ops::{run_baseline, run_reference};
 use engine::pack::{ColumnMap, RowFormat, pack_rows};
 use engine::simd::Level;
 use model::kernel::{DType, KernelKey, Op};
-use model::layout::{packed_len_bytes, padded};
+use model::layout::{k_multiple, packed_len_bytes, padded};
 use std::hint::black_box;
 use std::time::Duration;
 
@@ -57,7 +57,8 @@ fn main() {
 
     let formats: Vec<RowFormat> = model::TensorType::ALL.iter().filter_map(|&ty| RowFormat::of(ty)).collect();
     for format in formats {
-        for k in [576, 1536] {
+        for k in [576usize, 1536] {
+            let k = k.next_multiple_of(format.block_elements());
             let n = (32 << 20) / format.row_bytes(k) / 32 * 32;
             let rows = &file[..n * format.row_bytes(k)];
             let mut packed = AlignedBytes::zeroed(packed_len_bytes(format.dtype(), n, k));
@@ -84,7 +85,8 @@ fn main() {
         for (m, n, k) in
             [(1, 49152, 576), (1, 1536, 576), (4, 1536, 576), (16, 1536, 576), (64, 1536, 576), (64, 576, 1536)]
         {
-            let key = KernelKey { op: Op::Matmul, dtype, m, n, k };
+            // The next depth that K types can have.
+            let key = KernelKey { op: Op::Matmul, dtype, m, n, k: u32::next_multiple_of(k, k_multiple(dtype) as u32) };
             let mut rng = SplitMix64::new(2);
             let (x, w) = (random_activations(&key, &mut rng), random_weights(&key, &mut rng));
             let ldy = padded(n as usize);

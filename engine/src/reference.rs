@@ -15,6 +15,8 @@ use model::layout::{
 /// The two scalar operations that a CPU may or may not have an instruction for. Both are exact functions of their
 /// arguments, so every implementation gives the same bits.
 pub(crate) trait ScalarArithmetic {
+    /// True for instructions: then the ops are worth code of their own for every type.
+    const IN_HARDWARE: bool;
     /// `a * b + c` with one rounding.
     fn fma(a: f32, b: f32, c: f32) -> f32;
     /// The little-endian f16 `bytes` as f32.
@@ -25,6 +27,8 @@ pub(crate) trait ScalarArithmetic {
 pub(crate) struct Software;
 
 impl ScalarArithmetic for Software {
+    const IN_HARDWARE: bool = false;
+
     #[inline(always)]
     fn fma(a: f32, b: f32, c: f32) -> f32 {
         libm::fmaf(a, b, c)
@@ -34,6 +38,22 @@ impl ScalarArithmetic for Software {
     fn half(bytes: [u8; 2]) -> f32 {
         f16::from_le_bytes(bytes).to_f32_const()
     }
+}
+
+/// Runs code of its own for every quantised type, in which the layout is a constant.
+macro_rules! with_layout {
+    ($dtype:expr, |$layout:ident| $run:expr) => {
+        with_layout!($dtype, $layout, $run, Q8_0 Q4_0 Q4_1 Q5_0 Q5_1 Q2_K Q3_K Q4_K Q5_K Q6_K)
+    };
+    ($dtype:expr, $layout:ident, $run:expr, $($name:ident)*) => {
+        match $dtype {
+            $(DType::$name => {
+                let $layout = const { BlockLayout::of(DType::$name).unwrap() };
+                $run
+            })*
+            DType::F32 | DType::F16 => {}
+        }
+    };
 }
 
 /// Computes the op `key` names on operands as `model::layout` lays them out.
@@ -97,11 +117,8 @@ fn product<F: ScalarArithmetic>(dtype: DType, x: &[u8], panel: &[u8]) -> [f32; P
                 }
             }
         }
-        // The types with plain blocks of their own code, the layout a constant in it; one code for all others.
-        DType::Q8_0 => blocks::<F>(const { BlockLayout::of(DType::Q8_0).unwrap() }, x, panel, &mut acc),
-        DType::Q4_0 => blocks::<F>(const { BlockLayout::of(DType::Q4_0).unwrap() }, x, panel, &mut acc),
-        DType::Q4_1 => blocks::<F>(const { BlockLayout::of(DType::Q4_1).unwrap() }, x, panel, &mut acc),
-        dtype => {
+        _ if F::IN_HARDWARE => with_layout!(dtype, |layout| blocks::<F>(layout, x, panel, &mut acc)),
+        _ => {
             let Some(layout) = BlockLayout::of(dtype) else { return acc };
             blocks::<F>(layout, x, panel, &mut acc);
         }

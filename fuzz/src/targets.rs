@@ -1,7 +1,10 @@
 //! The targets: any bytes in, must return.
 
+use engine::pack::{ColumnMap, RowFormat, dequantise_column, pack_rows, unpack_column};
+use engine::simd::Level;
+use model::layout::packed_len_bytes;
 use model::synthetic::{self, Llama2cFiles, Spec, TokenizerKind};
-use model::{gguf, llama2c};
+use model::{TensorType, gguf, llama2c};
 use report::wire;
 use runtime::Options;
 use snapshot_format::{DiskMedium, Identity, frozen, open};
@@ -22,6 +25,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "gguf", run: gguf_header, seeds: || vec![tiny_gguf()] },
     Target { name: "llama2c", run: llama2c_header, seeds: || vec![tiny_llama2c().model] },
     Target { name: "tokenize", run: tokenize, seeds: texts },
+    Target { name: "quant", run: quantised_blocks, seeds: blocks_of_every_type },
     Target { name: "wire", run: wire_frames, seeds: frames },
     Target { name: "options", run: options, seeds: texts },
     Target { name: "volume", run: volume, seeds: || vec![vec![0; 64 << 10]] },
@@ -87,6 +91,42 @@ fn tokenize(data: &[u8]) {
             assert_eq!(model.tokenizer.decode(&ids), data, "bytes changed on the way through the tokenizer");
         }
     });
+}
+
+/// A type's number, then blocks of it.
+fn blocks_of_every_type() -> Vec<Vec<u8>> {
+    let values: Vec<f32> = (0..512u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 8) as f32 / 1e7 - 0.8).collect();
+    let mut seeds = Vec::new();
+    for ty in TensorType::ALL.iter().filter(|ty| ty.is_supported()) {
+        let mut seed = vec![ty.id() as u8];
+        model::quant::quantise(*ty, &values, &mut seed).expect("512 values are whole blocks of every type");
+        seeds.push(seed);
+    }
+    seeds
+}
+
+/// Any bytes are blocks of any type: packed, each row comes back as it was and means what the file meant.
+fn quantised_blocks(data: &[u8]) {
+    let Some((&id, bytes)) = data.split_first() else { return };
+    let Some((ty, format)) = TensorType::from_id(id.into()).and_then(|ty| Some((ty, RowFormat::of(ty)?))) else {
+        assert!(TensorType::from_id(id.into()).is_none_or(|ty| !ty.is_supported()), "a type without a packer");
+        return;
+    };
+    let (k, row_bytes) = (ty.block_len() as usize, ty.block_bytes() as usize);
+    let rows = &bytes[..bytes.len() / row_bytes * row_bytes];
+    let n = rows.len() / row_bytes;
+    let mut packed = vec![0; packed_len_bytes(format.dtype(), n, k)];
+    pack_rows(Level::detect(), format, k, ColumnMap::WHOLE, 0, rows, &mut packed);
+    let (mut want, mut got) = (vec![0.0f32; k], vec![0.0f32; k]);
+    let mut back = vec![0; TensorType::from(format.dtype()).row_bytes(k as u64).expect("a whole block") as usize];
+    for (column, row) in rows.chunks_exact(row_bytes).enumerate() {
+        model::quant::dequantise(ty, row, &mut want).expect("a whole block");
+        dequantise_column(format.dtype(), column, &packed, &mut got);
+        let same = |(a, b): (&f32, &f32)| a.to_bits() == b.to_bits() || a.is_nan() && b.is_nan();
+        assert!(want.iter().zip(&got).all(same), "{ty}: {want:?} became {got:?}");
+        unpack_column(format.dtype(), k, ColumnMap::WHOLE, column, &packed, &mut back);
+        assert!(ty == TensorType::BF16 || back == row, "{ty}: a packed row is not the file's");
+    }
 }
 
 fn frames() -> Vec<Vec<u8>> {

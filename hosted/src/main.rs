@@ -51,7 +51,7 @@ enum Command {
         input: PathBuf,
         /// GGUF file to write.
         output: PathBuf,
-        /// Type of the matrices: F32, F16, BF16, Q8_0, Q4_0 or Q4_1.
+        /// Type of the matrices: F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, or (quickly made) Q2_K to Q6_K.
         #[arg(long = "type")]
         ty: String,
         /// Type of the token embedding and output head; default: as --type.

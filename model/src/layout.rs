@@ -77,12 +77,12 @@ pub const XBLOCK_D: usize = 32;
 pub const XBLOCK_SUM: usize = 36;
 /// Offset of the f32 product `d * sum` (what a block's minimum multiplies).
 pub const XBLOCK_DSUM: usize = 40;
+/// Offset of the i32 sum of the first 16 `q` (for types with a scale for each 16).
+pub const XBLOCK_SUM_LOW: usize = 44;
 /// Positions in a block of the KV cache: the piece of the context whose attention is computed on its own.
 pub const KV_BLOCK: usize = 128;
 /// Positions in a panel of keys.
 pub const KV_PANEL: usize = 64;
-/// Offset of the i32 sum of the first 16 `q` (for types with a scale for each 16).
-pub const XBLOCK_SUM_LOW: usize = 44;
 /// Alignment of every packed matrix, in bytes.
 pub const WEIGHT_ALIGN: usize = 64;
 

@@ -32,21 +32,18 @@ fn read(file: &[u8]) -> ModelDescription {
 
 #[test]
 fn converting_equals_making_the_model_in_that_type() {
-    // K types: `rows_that_are_no_whole_blocks_keep_their_type`, or as here with blocks of 32.
-    let types = [
-        TensorType::F32,
-        TensorType::F16,
-        TensorType::BF16,
-        TensorType::Q8_0,
-        TensorType::Q4_0,
-        TensorType::Q4_1,
-        TensorType::Q5_0,
-        TensorType::Q5_1,
-    ];
-    let spec = Spec { tied_head: false, ..Spec::default() };
+    use TensorType::*;
+    let small = Spec { tied_head: false, ..Spec::default() };
+    // K types need rows of whole super-blocks.
+    let wide = Spec { dim: 256, hidden_dim: 256, n_layers: 1, n_heads: 8, head_dim: 32, ..small.clone() };
+    converts_between(small, &[F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1]);
+    converts_between(wide, &[F32, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K]);
+}
+
+fn converts_between(spec: Spec, types: &[TensorType]) {
     let source = synthetic::gguf(&spec).unwrap();
-    for matrices in types {
-        for embedding in types {
+    for &matrices in types {
+        for &embedding in types {
             let overrides = vec![(Role::TokenEmbedding, embedding), (Role::Output, embedding)];
             let expected = synthetic::gguf(&Spec { matrices, overrides, ..spec.clone() }).unwrap();
             let (file, summary) = run(&source, source.len(), Target { matrices, embedding }).unwrap();

@@ -10,6 +10,8 @@ use model::kernel::KernelKey;
 pub(super) struct Hardware;
 
 impl ScalarArithmetic for Hardware {
+    const IN_HARDWARE: bool = true;
+
     #[inline(always)]
     fn fma(a: f32, b: f32, c: f32) -> f32 {
         // SAFETY: this type is private to `simd` and used only behind the `Avx2` proof, which includes FMA.

@@ -12,8 +12,32 @@ pub struct Q2K;
 const LAYOUT: BlockLayout = BlockLayout::of(DType::Q2_K).unwrap();
 
 /// 256 codes of two bits in the order of Q2_K and Q3_K.
+#[inline]
 pub(super) fn two_bits(qs: &[u8; 64]) -> [u8; 256] {
-    core::array::from_fn(|i| qs[i / 128 * 32 + i % 32] >> (i % 128 / 32 * 2) & 3)
+    let mut codes = [0; 256];
+    for (codes, qs) in codes.as_chunks_mut::<128>().0.iter_mut().zip(qs.as_chunks::<32>().0) {
+        for (j, codes) in codes.as_chunks_mut::<32>().0.iter_mut().enumerate() {
+            for (code, q) in codes.iter_mut().zip(qs) {
+                *code = q >> (2 * j) & 3;
+            }
+        }
+    }
+    codes
+}
+
+/// Adds to 256 codes a bit each, moved to bit `to`: bit `j` of byte `l` belongs to element `32 j + l`.
+#[inline]
+pub(super) fn add_bits(codes: &mut [u8; 256], bits: &[u8; 32], to: u32) {
+    for (j, codes) in codes.as_chunks_mut::<32>().0.iter_mut().enumerate() {
+        for (code, bits) in codes.iter_mut().zip(bits) {
+            *code |= (bits >> j & 1) << to;
+        }
+    }
+}
+
+/// The inverse of [`add_bits`]: bit `from` of every code.
+pub(super) fn take_bits(codes: &[u8; 256], from: u32) -> [u8; 32] {
+    core::array::from_fn(|l| (0..8).fold(0, |byte, j| byte | (codes[32 * j + l] >> from & 1) << j))
 }
 
 /// The inverse of [`two_bits`]; only the low two bits of a code count.

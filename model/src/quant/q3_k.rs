@@ -3,7 +3,7 @@
 //! of the third bits is element `32 j + l`. Bytes 0..8 of the scales hold the low nibbles of scales 0..8 (low) and 8..16
 //! (high), byte `8 + i` the upper two bits of scales `i`, `i + 4`, `i + 8`, `i + 12`, from the low bits up.
 
-use super::q2_k::{pack_two_bits, two_bits};
+use super::q2_k::{add_bits, pack_two_bits, take_bits, two_bits};
 use super::{BlockFormat, Parts};
 use crate::kernel::DType;
 use crate::layout::BlockLayout;
@@ -41,20 +41,14 @@ impl BlockFormat<256, 110> for Q3K {
         let (third, rest) = block.split_first_chunk::<32>().unwrap();
         let (qs, rest) = rest.split_first_chunk::<64>().unwrap();
         let (packed_scales, d) = rest.split_first_chunk::<12>().unwrap();
-        let low = two_bits(qs);
-        Parts {
-            d: u16::from_le_bytes([d[0], d[1]]),
-            codes: core::array::from_fn(|i| low[i] | (third[i % 32] >> (i / 32) & 1) << 2),
-            scales: scales(packed_scales),
-            ..Parts::ZERO
-        }
+        let mut codes = two_bits(qs);
+        add_bits(&mut codes, third, 2);
+        Parts { d: u16::from_le_bytes([d[0], d[1]]), codes, scales: scales(packed_scales), ..Parts::ZERO }
     }
 
     fn put_together(parts: &Parts<256>) -> [u8; 110] {
-        let third: [u8; 32] =
-            core::array::from_fn(|l| (0..8).fold(0, |byte, j| byte | (parts.codes[32 * j + l] >> 2 & 1) << j));
         let mut block = [0; 110];
-        block[..32].copy_from_slice(&third);
+        block[..32].copy_from_slice(&take_bits(&parts.codes, 2));
         block[32..96].copy_from_slice(&pack_two_bits(&parts.codes));
         block[96..108].copy_from_slice(&pack_scales(&parts.scales));
         block[108..].copy_from_slice(&parts.d.to_le_bytes());

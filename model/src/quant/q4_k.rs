@@ -13,8 +13,17 @@ pub struct Q4K;
 const LAYOUT: BlockLayout = BlockLayout::of(DType::Q4_K).unwrap();
 
 /// 256 nibbles in the order of Q4_K and Q5_K.
+#[inline]
 pub(super) fn four_bits(qs: &[u8; 128]) -> [u8; 256] {
-    core::array::from_fn(|i| qs[i / 64 * 32 + i % 32] >> (i % 64 / 32 * 4) & 15)
+    let mut codes = [0; 256];
+    for (codes, qs) in codes.as_chunks_mut::<64>().0.iter_mut().zip(qs.as_chunks::<32>().0) {
+        let (low, high) = codes.split_at_mut(32);
+        for ((low, high), q) in low.iter_mut().zip(high).zip(qs) {
+            *low = q & 15;
+            *high = q >> 4;
+        }
+    }
+    codes
 }
 
 /// The inverse of [`four_bits`]; only the low four bits of a code count.

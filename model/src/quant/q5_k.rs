@@ -3,6 +3,7 @@
 //! as in Q4_K; bit `j` of byte `l` of the fifth bits is element `32 j + l`.
 
 use super::parts::{pack_six_bit_pairs, six_bit_pairs};
+use super::q2_k::{add_bits, take_bits};
 use super::q4_k::{four_bits, pack_four_bits};
 use super::{BlockFormat, Parts};
 use crate::kernel::DType;
@@ -20,26 +21,25 @@ impl BlockFormat<256, 176> for Q5K {
         let ([d0, d1, m0, m1], rest) = block.split_first_chunk().unwrap();
         let (pairs, rest) = rest.split_first_chunk().unwrap();
         let (fifth, qs) = rest.split_first_chunk::<32>().unwrap();
-        let low = four_bits(qs.first_chunk().unwrap());
+        let mut codes = four_bits(qs.first_chunk().unwrap());
+        add_bits(&mut codes, fifth, 4);
         let (scales, minima) = six_bit_pairs(pairs);
         Parts {
             d: u16::from_le_bytes([*d0, *d1]),
             // The minimum is subtracted in the file and added here.
             m: u16::from_le_bytes([*m0, *m1]) ^ 0x8000,
-            codes: core::array::from_fn(|i| low[i] | (fifth[i % 32] >> (i / 32) & 1) << 4),
+            codes,
             scales,
             minima,
         }
     }
 
     fn put_together(parts: &Parts<256>) -> [u8; 176] {
-        let fifth: [u8; 32] =
-            core::array::from_fn(|l| (0..8).fold(0, |byte, j| byte | (parts.codes[32 * j + l] >> 4 & 1) << j));
         let mut block = [0; 176];
         block[..2].copy_from_slice(&parts.d.to_le_bytes());
         block[2..4].copy_from_slice(&(parts.m ^ 0x8000).to_le_bytes());
         block[4..16].copy_from_slice(&pack_six_bit_pairs(&parts.scales, &parts.minima));
-        block[16..48].copy_from_slice(&fifth);
+        block[16..48].copy_from_slice(&take_bits(&parts.codes, 4));
         block[48..].copy_from_slice(&pack_four_bits(&parts.codes));
         block
     }

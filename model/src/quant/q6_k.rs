@@ -20,14 +20,15 @@ impl BlockFormat<256, 210> for Q6K {
         let (qs, rest) = block.split_first_chunk::<128>().unwrap();
         let (upper, rest) = rest.split_first_chunk::<64>().unwrap();
         let (scales, d) = rest.split_first_chunk::<16>().unwrap();
-        let high = two_bits(upper);
-        let low = |i: usize| qs[i / 128 * 64 + i % 64] >> (i % 128 / 64 * 4) & 15;
-        Parts {
-            d: u16::from_le_bytes([d[0], d[1]]),
-            codes: core::array::from_fn(|i| low(i) | high[i] << 4),
-            scales: *scales,
-            ..Parts::ZERO
+        let mut codes = two_bits(upper);
+        for (codes, qs) in codes.as_chunks_mut::<128>().0.iter_mut().zip(qs.as_chunks::<64>().0) {
+            let (first, second) = codes.split_at_mut(64);
+            for ((first, second), q) in first.iter_mut().zip(second).zip(qs) {
+                *first = *first << 4 | q & 15;
+                *second = *second << 4 | q >> 4;
+            }
         }
+        Parts { d: u16::from_le_bytes([d[0], d[1]]), codes, scales: *scales, ..Parts::ZERO }
     }
 
     fn put_together(parts: &Parts<256>) -> [u8; 210] {
