@@ -12,7 +12,7 @@
 #[path = "../tests/common/mod.rs"]
 mod common;
 
-use common::{Random, Runnable, fill_w, fill_x, host_isa};
+use common::{Random, Runnable, cpu_seconds, fill_w, fill_x, host_isa};
 use engine::dispatch::ColumnsMut;
 use engine::ops::run_baseline;
 use engine::simd::Level;
@@ -113,15 +113,6 @@ impl Candidate {
             Candidate::Compiled(_, code) => unsafe { code.call(o.x.as_ptr(), w.as_ptr(), y.as_mut_ptr(), 4 * o.ldy) },
         }
     }
-}
-
-/// CPU time of this thread: other processes on the machine cost a kernel cache and bandwidth, but no time on the clock.
-fn cpu_seconds() -> f64 {
-    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: the call writes one timespec.
-    let done = unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &mut time) };
-    assert_eq!(done, 0, "clock_gettime");
-    time.tv_sec as f64 + time.tv_nsec as f64 * 1e-9
 }
 
 fn median(values: &mut [f64]) -> f64 {

@@ -165,7 +165,10 @@ pub fn run(workspace: &Path, args: &DemoArgs) -> Result<()> {
 }
 
 /// Guest memory: weights, their file's header, KV cache and room to spare.
-fn memory_mib(model: &Path) -> Result<u32> {
+///
+/// # Errors
+/// When there is no such file.
+pub fn memory_mib(model: &Path) -> Result<u32> {
     let bytes = std::fs::metadata(model).with_context(|| format!("no model at {}", model.display()))?.len();
     Ok(u32::try_from(bytes / (1 << 20) * 2 + 768).unwrap_or(u32::MAX))
 }

@@ -65,6 +65,7 @@ pub fn rates(rows: &[Row], phase: Phase) -> String {
         ("ours", "llama_cpp_avx2"),
         ("ours", "llama_cpp_avx512"),
         ("ours_avx2", "ours_baseline"),
+        ("guest", "hosted"),
     ]
     .into_iter()
     .filter(|(a, b)| engines.contains(a) && engines.contains(b))

@@ -2,21 +2,24 @@
 //!
 //! Data path: [`models`] (one GGUF file a type) + [`ours`] (tuned snapshots) + [`peers`] (built from source) -> rounds of runs,
 //! each engine once a round in an order that changes -> [`rows`] (ratios inside a round, then medians) -> JSON, plots and
-//! the generated parts of `docs/BENCHMARKS.md` ([`document`]).
+//! the generated parts of `docs/BENCHMARKS.md` ([`document`]). [`guest`] compares the two bodies of the runtime, [`micro`]
+//! looks at single kernels.
 //!
 //! Architecture invariant: outputs are checked before anything is timed, and only ratios taken inside one round are
 //! ratios: read bandwidth of shared machines changes by a factor of two within minutes.
 
 mod chart;
 mod document;
+mod guest;
 mod machine;
+mod micro;
 mod models;
 mod ours;
 mod peers;
 mod rows;
 mod stats;
 
-use crate::packages;
+use crate::{demo, packages};
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -26,6 +29,7 @@ use ours::{Form, Job, TuneLimits, Tuning};
 use peers::{Peer, PeerJob, PeerStatus};
 use rows::{EngineFacts, Phase, Row, Run};
 use serde::Serialize;
+use serde_json::Value;
 use stats::Spread;
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
@@ -62,8 +66,14 @@ pub struct BenchArgs {
     #[arg(long, default_value_t = 10)]
     boots: u32,
     /// Trials in one tuning boot, ms.
-    #[arg(long, default_value_t = 3000)]
+    #[arg(long, default_value_t = 10_000)]
     tune_ms: u64,
+    /// Also time every hot kernel by itself, every variant of its search space, and a square f32 product.
+    #[arg(long)]
+    micro: bool,
+    /// Leave out the guest under KVM.
+    #[arg(long)]
+    no_guest: bool,
     /// Take the snapshots that an earlier run left in --out, where there are any.
     #[arg(long)]
     keep_snapshots: bool,
@@ -91,6 +101,20 @@ struct Results {
     agreement: Vec<Agreement>,
     /// Read bandwidth over the whole run, GB/s, by thread count.
     read_gb_s: Vec<(u32, Spread)>,
+    rows: Vec<Row>,
+    runs: Vec<Run>,
+    guest: GuestResults,
+    /// `bareflow tune --json` of every type and form, and the `gemm` example's figures; absent without `--micro`.
+    micro: Option<Value>,
+}
+
+/// The guest beside the hosted process.
+#[derive(Default, Serialize)]
+struct GuestResults {
+    /// Why it was not measured; `None` when it was.
+    skipped: Option<String>,
+    /// Which accelerator, and why.
+    accel: Option<String>,
     rows: Vec<Row>,
     runs: Vec<Run>,
 }
@@ -148,6 +172,9 @@ pub fn run(workspace: &Path, args: &BenchArgs) -> Result<()> {
     let tuning = bench.tune(&models, &args.threads, limits, args.keep_snapshots)?;
     let runs = bench.measure(&models, &args.threads)?;
 
+    let guest = bench.guest(workspace, &models, args)?;
+    let micro = if args.micro { Some(bench.micro(workspace, &models, &args.threads)?) } else { None };
+
     let references = ["llama_cpp_avx2", "llama_cpp_avx512", "ours_baseline"];
     let token_bytes = |dtype: &str| models.iter().find(|m| m.dtype == dtype).map(|m| m.token_bytes);
     let rows = rows::rows("generate", &runs, &bench.engine_facts(&peer_status), &references, &token_bytes);
@@ -170,11 +197,13 @@ pub fn run(workspace: &Path, args: &BenchArgs) -> Result<()> {
         read_gb_s: bandwidth.collect(),
         rows,
         runs,
+        guest,
+        micro: micro.as_ref().map(|(kernels, gemm)| micro::both(kernels, gemm)),
         machine: bench.machine,
     };
     // What is not worth quoting does not replace what is.
     let docs = if args.quick { bench.out } else { workspace.join("docs") };
-    write(workspace, &docs, &results)?;
+    write(workspace, &docs, &results, micro.as_ref())?;
     if let Some(file) = &args.json {
         std::fs::write(file, serde_json::to_string_pretty(&results)?)
             .with_context(|| format!("writing {}", file.display()))?;
@@ -369,6 +398,62 @@ impl Bench {
         Ok(runs)
     }
 
+    /// Guest and hosted in turn on the first type, for each thread count; why not, where it cannot be done.
+    fn guest(&self, workspace: &Path, models: &[ModelFile], args: &BenchArgs) -> Result<GuestResults> {
+        let skipped = |why: String| {
+            println!("guest and hosted are not compared: {why}");
+            Ok(GuestResults { skipped: Some(why), ..GuestResults::default() })
+        };
+        if args.no_guest || args.quick {
+            return skipped("left out by --no-guest or --quick".into());
+        }
+        let Some(model) = models.first() else { bail!("--types names no type") };
+        let memory_mib = demo::memory_mib(&model.path)?;
+        let most = args.threads.iter().copied().max().unwrap_or(1);
+        let guest = match guest::Guest::obtain(workspace, &self.out, memory_mib, most) {
+            Ok(guest) => guest,
+            Err(error) => return skipped(format!("{error:#}")),
+        };
+        let form = if self.forms.contains(&Form::Unrestricted) { Form::Unrestricted } else { Form::Avx2 };
+        let mut runs = Vec::new();
+        for &threads in &args.threads {
+            println!("guest and hosted in turn, {} with {threads} threads", model.dtype);
+            let (boots, tune_ms, rounds) = (args.boots, args.tune_ms, self.rounds);
+            let plan = guest::Plan { dtype: &model.dtype, memory_mib, boots, tune_ms, rounds };
+            let snapshot = self.snapshot(form, &model.dtype, threads);
+            runs.extend(guest.compare(&self.job(model, threads), form, &snapshot, &plan)?);
+        }
+        let version = self.machine.commit.clone().unwrap_or_else(|| "unknown".into());
+        let facts = |engine| EngineFacts { engine, version: version.clone(), isa: "auto".into() };
+        let rows = rows::rows("guest_vs_hosted", &runs, &[facts("guest"), facts("hosted")], &["hosted"], &|_| None);
+        Ok(GuestResults { skipped: None, accel: Some(guest.accel), rows, runs })
+    }
+
+    /// Every hot kernel of every type by itself, and one square product, on one core.
+    fn micro(&self, workspace: &Path, models: &[ModelFile], threads: &[u32]) -> Result<(Vec<Value>, Value)> {
+        ensure!(threads.contains(&1), "--micro measures kernels tuned for one thread: add 1 to --threads");
+        let micro = micro::Micro {
+            workspace,
+            bareflow: &self.bareflow,
+            cores: &self.machine.cores,
+            prompt: PROMPT,
+            context: CONTEXT,
+        };
+        let tuned: Vec<Form> = self.forms.iter().copied().filter(|form| form.is_tuned()).collect();
+        let bar = Progress::new(models.len() * tuned.len() + 1, "kernels");
+        let mut kernels = Vec::new();
+        for model in models {
+            for &form in &tuned {
+                bar.say(&format!("{} {}", form.engine(), model.dtype));
+                kernels.push(micro.kernels(model, form, &self.snapshot(form, &model.dtype, 1), true)?);
+                bar.step();
+            }
+        }
+        bar.say("gemm");
+        let gemm = micro.gemm()?;
+        Ok((kernels, gemm))
+    }
+
     fn measure_one(&self, engine: &Engine<'_>, model: &ModelFile, threads: u32, round: u32) -> Result<Run> {
         let job = self.job(model, threads);
         let read_gb_s = job.read_gb_s()?;
@@ -420,7 +505,7 @@ fn order(count: usize, round: u32) -> Vec<usize> {
 }
 
 /// Writes JSON, plots and the document's generated parts under `docs`.
-fn write(workspace: &Path, docs: &Path, results: &Results) -> Result<()> {
+fn write(workspace: &Path, docs: &Path, results: &Results, micro: Option<&(Vec<Value>, Value)>) -> Result<()> {
     let plots = docs.join("benchmarks");
     std::fs::create_dir_all(&plots).with_context(|| format!("creating {}", plots.display()))?;
     std::fs::write(plots.join("generate.json"), serde_json::to_string_pretty(results)? + "\n")?;
@@ -441,6 +526,17 @@ fn write(workspace: &Path, docs: &Path, results: &Results) -> Result<()> {
     }
     let resources = document::command(&results.command) + &document::resources(&results.rows);
     text = document::replace(&text, "resources", &resources)?;
+    // What this invocation did not measure keeps what an earlier one found.
+    if let GuestResults { skipped: None, accel: Some(accel), rows, .. } = &results.guest {
+        let tables = Phase::ALL.map(|phase| format!("{}:\n\n{}\n", phase.name(), document::rates(rows, phase)));
+        let section = document::command(&results.command) + &format!("Accelerator: {accel}.\n\n") + &tables.concat();
+        text = document::replace(&text, "guest", &section)?;
+    }
+    if let Some((kernels, gemm)) = micro {
+        let command = document::command(&results.command);
+        text = document::replace(&text, "kernels", &(command.clone() + &micro::kernel_table(kernels)))?;
+        text = document::replace(&text, "gemm", &(command + &micro::gemm_table(gemm)))?;
+    }
     std::fs::write(docs.join("BENCHMARKS.md"), text)?;
     Ok(())
 }
@@ -567,7 +663,7 @@ mod tests {
     #[test]
     fn the_committed_document_has_every_section() {
         let text = include_str!("../../../docs/BENCHMARKS.md");
-        for section in ["conditions", "prefill", "decode", "resources"] {
+        for section in ["conditions", "prefill", "decode", "resources", "guest", "kernels", "gemm"] {
             document::replace(text, section, "x").unwrap();
         }
     }

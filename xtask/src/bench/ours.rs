@@ -33,7 +33,8 @@ impl Form {
         self != Form::Baseline
     }
 
-    fn flags(self) -> [&'static str; 4] {
+    /// Flags of `bareflow` that make it so.
+    pub fn flags(self) -> [&'static str; 4] {
         match self {
             Form::Avx2 => ["--isa", "avx2", "--tier", "compiled"],
             Form::Unrestricted => ["--isa", "auto", "--tier", "compiled"],
@@ -115,6 +116,9 @@ impl Job<'_> {
 }
 
 /// Runs `command` and reads the JSON it prints.
+///
+/// # Errors
+/// When it fails, with what it wrote.
 pub fn json<T: serde::de::DeserializeOwned>(mut command: Command) -> Result<T> {
     let output = command.output().with_context(|| format!("starting {command:?}"))?;
     if !output.status.success() {

@@ -1,0 +1,193 @@
+//! One square f32 matrix product: compiled kernels beside the hand-written AVX2 op, the `matrixmultiply` crate, and the
+//! machine's multiply-add peak, measured interleaved on one core.
+//!
+//! `cargo run --release -p jit --example gemm -- [--size N] [--rounds N] [--json]`
+//!
+//! Ours do it as the engine does a long prompt: in batches of the largest bucket, with the right-hand matrix packed in panels
+//! beforehand, as weights are; `matrixmultiply` packs both operands in every call, which is its interface. Results are
+//! checked before anything is timed: ours bit for bit against each other, the crate's to rounding.
+
+#[path = "../tests/common/mod.rs"]
+mod common;
+
+use common::{Mapping, Random, Runnable, cpu_seconds, host_isa};
+use engine::dispatch::ColumnsMut;
+use engine::simd::{Level, limits};
+use jit::{Compiler, space};
+use model::kernel::{DType, KernelKey, M_BUCKETS, Op, Width};
+use model::layout::PANEL;
+use serde_json::json;
+
+/// Something that computes `y = x w`.
+enum Candidate {
+    Crate,
+    HandWritten,
+    Compiled(Runnable),
+}
+
+struct Measured {
+    name: String,
+    isa: &'static str,
+    candidate: Candidate,
+    seconds: Vec<f64>,
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    (values[values.len() / 2] + values[(values.len() - 1) / 2]) / 2.0
+}
+
+fn main() {
+    assert!(host_isa().avx2, "needs AVX2, FMA and F16C");
+    let (mut size, mut rounds, mut as_json) = (512u32, 15, false);
+    let mut args = std::env::args().skip(1);
+    while let Some(arg) = args.next() {
+        let mut number = |flag| args.next().and_then(|n| n.parse().ok()).unwrap_or_else(|| panic!("{flag} N"));
+        match arg.as_str() {
+            "--size" => size = number("--size"),
+            "--rounds" => rounds = number("--rounds"),
+            "--json" => as_json = true,
+            other => panic!("unknown argument {other}"),
+        }
+    }
+    let n = size as usize;
+    let rows = M_BUCKETS[M_BUCKETS.len() - 1] as usize;
+    assert!(size > 0 && n.is_multiple_of(PANEL) && n.is_multiple_of(rows), "--size: a multiple of {PANEL} and {rows}");
+    let key = KernelKey { op: Op::Matmul, dtype: DType::F32, m: rows as u32, n: size, k: size };
+    let flops = 2.0 * (n * n * n) as f64;
+
+    let mut random = Random(3);
+    let mut floats =
+        |len| (0..len).map(|_| (random.next() >> 40) as f32 / (1 << 23) as f32 - 1.0).collect::<Vec<f32>>();
+    let (x, w) = (floats(n * n), floats(n * n));
+    // Panels of PANEL columns, k after k.
+    let mut packed = Mapping::new(4 * n * n, 64);
+    for (i, value) in packed.floats_mut().iter_mut().enumerate() {
+        let (panel, k, column) = (i / (n * PANEL), i / PANEL % n, i % PANEL);
+        *value = w[k * n + panel * PANEL + column];
+    }
+    let mut x_bytes = Mapping::new(4 * n * n, 64);
+    x_bytes.floats_mut().copy_from_slice(&x);
+
+    let mut compiler = Compiler::new(host_isa()).expect("cranelift");
+    let entry = |name: String, isa, candidate| Measured { name, isa, candidate, seconds: Vec::new() };
+    let mut all = vec![
+        entry("matrixmultiply 0.3".into(), "avx2", Candidate::Crate),
+        entry("hand-written".into(), "avx2", Candidate::HandWritten),
+    ];
+    for variant in space::variants(&key, host_isa()) {
+        if let Ok(kernel) = compiler.compile(&key, &variant) {
+            let isa = if variant.width == Width::Z512 { "avx512" } else { "avx2" };
+            all.push(entry(variant.to_string(), isa, Candidate::Compiled(Runnable::new(&kernel))));
+        }
+    }
+    assert!(all.len() > 2, "no variant of {key} compiles for this machine");
+    let level = Level::detect();
+    let run = |candidate: &Candidate, y: &mut [f32]| match candidate {
+        Candidate::Crate => {
+            // SAFETY: three row-major matrices of n rows and columns, which the slices hold.
+            unsafe {
+                let (ld, one) = (n as isize, 1);
+                matrixmultiply::sgemm(
+                    n,
+                    n,
+                    n,
+                    1.0,
+                    x.as_ptr(),
+                    ld,
+                    one,
+                    w.as_ptr(),
+                    ld,
+                    one,
+                    0.0,
+                    y.as_mut_ptr(),
+                    ld,
+                    one,
+                )
+            }
+        }
+        Candidate::HandWritten => {
+            for (x, y) in x_bytes.bytes().chunks_exact(4 * n * rows).zip(y.chunks_exact_mut(n * rows)) {
+                engine::ops::run_baseline(level, &key, x, packed.bytes(), ColumnsMut::new(y, rows, n, n));
+            }
+        }
+        Candidate::Compiled(code) => {
+            for (x, y) in x_bytes.bytes().chunks_exact(4 * n * rows).zip(y.chunks_exact_mut(n * rows)) {
+                // SAFETY: the operands are as large as the key says, and the kernel was compiled for this machine.
+                unsafe { code.call(x.as_ptr(), packed.bytes().as_ptr(), y.as_mut_ptr(), 4 * n) };
+            }
+        }
+    };
+
+    let mut want = vec![0.0f32; n * n];
+    run(&all[1].candidate, &mut want);
+    for measured in &all {
+        let mut got = vec![0.5f32; n * n];
+        run(&measured.candidate, &mut got);
+        for (got, want) in got.iter().zip(&want) {
+            let same = match measured.candidate {
+                Candidate::Crate => (got - want).abs() < 1e-3,
+                _ => got.to_bits() == want.to_bits(),
+            };
+            assert!(same, "{}: {got} is not {want}", measured.name);
+        }
+    }
+
+    let mut y = vec![0.0f32; n * n];
+    let count = all.len();
+    let mut peaks = [Vec::new(), Vec::new()];
+    let avx2_only = engine::Isa { avx512: false, avx512_vnni: false, ..engine::Isa::detect() };
+    for round in 0..rounds {
+        for (peak, isa) in peaks.iter_mut().zip([avx2_only, engine::Isa::detect()]) {
+            peak.push(limits::measure(&[], level, isa, &engine::workers::Single, 1).fma_flops_per_cycle);
+        }
+        for i in 0..count {
+            let measured = &mut all[(i + round as usize) % count];
+            let begin = cpu_seconds();
+            run(&measured.candidate, &mut y);
+            measured.seconds.push(cpu_seconds() - begin);
+        }
+    }
+    let hz = tsc_hz();
+    let [avx2_peak, best_peak] = peaks.map(|peak: Vec<f64>| peak.into_iter().fold(0.0, f64::max) * hz / 1e9);
+    let gflop_s = |m: &Measured| flops / median(m.seconds.clone()) / 1e9;
+    let to_crate = |m: &Measured| {
+        median(m.seconds.iter().zip(&all[0].seconds).map(|(own, other)| other / own).collect::<Vec<_>>())
+    };
+    let best = |isa: &str| {
+        let own = all.iter().skip(2).filter(|m| m.isa == isa);
+        own.max_by(|a, b| gflop_s(a).total_cmp(&gflop_s(b)))
+    };
+    let shown = [Some(&all[0]), Some(&all[1]), best("avx2"), best("avx512")];
+    let lines: Vec<_> = shown
+        .into_iter()
+        .flatten()
+        .map(|m| {
+            let peak = if m.isa == "avx512" { best_peak } else { avx2_peak };
+            json!({"name": m.name, "isa": m.isa, "gflop_s": gflop_s(m), "fraction_of_peak": gflop_s(m) / peak, "over_crate": to_crate(m)})
+        })
+        .collect();
+    if as_json {
+        let value = json!({"size": size, "rounds": rounds, "avx2_peak_gflop_s": avx2_peak, "best_peak_gflop_s": best_peak, "rows": lines});
+        println!("{value:#}");
+        return;
+    }
+    println!("n = m = k = {size}, f32, one core: FMA peak {avx2_peak:.1} GFLOP/s (AVX2), {best_peak:.1} (best)");
+    for row in &lines {
+        let number = |field: &str| row[field].as_f64().unwrap_or(f64::NAN);
+        println!(
+            "  {:<28} {:>7.1} GFLOP/s  {:>5.2} of peak  {:>5.2} of matrixmultiply",
+            row["name"].as_str().unwrap_or_default(),
+            number("gflop_s"),
+            number("fraction_of_peak"),
+            number("over_crate")
+        );
+    }
+}
+
+/// Ticks of the time-stamp counter per second of the wall clock.
+fn tsc_hz() -> f64 {
+    let (begin, ticks) = (std::time::Instant::now(), engine::cycles());
+    std::thread::sleep(std::time::Duration::from_millis(50));
+    (engine::cycles() - ticks) as f64 / begin.elapsed().as_secs_f64()
+}
