@@ -1,25 +1,20 @@
 //! A fixed team of threads that run one job at a time, handed over by spinning.
 //!
 //! A decode step hands out a few hundred jobs of tens of microseconds each, so waking through the kernel would cost
-//! more than the work: a waiting thread spins with `pause`. But only for so long. One that waits longer waits for a thread
-//! that is not running, and on a machine with more threads than cores a spinning thread takes the very core that the
-//! other one needs: then it sleeps, so that the kernel has an idle core to run the other on. Where that happens again and
-//! again the spinning gets shorter, and longer again where it helped.
+//! more than the work. Waiting threads spin with `pause`, give up their time slice when the wait is long (which keeps
+//! an oversubscribed machine moving), and sleep when it is very long.
 
-use engine::cycles;
 use engine::workers::Workers;
 use std::cell::UnsafeCell;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::{JoinHandle, Thread};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
-/// Ticks that a thread spins at most before it sleeps: about 100 us, longer than a core's serial part between two jobs.
-const LONGEST_SPIN: u64 = 250_000;
-/// Ticks that it spins at least: a few microseconds, as long as a call into the kernel.
-const SHORTEST_SPIN: u64 = 10_000;
-/// Longest sleep: a lost wake-up must not happen, but would cost no more than this.
-const LONGEST_SLEEP: Duration = Duration::from_millis(200);
+/// Spins before a waiting thread yields its time slice: some tens of microseconds.
+const SPINS_BEFORE_YIELD: u32 = 10_000;
+/// Yields before an idle worker sleeps between looks.
+const YIELDS_BEFORE_SLEEP: u32 = 50_000;
 
 type Job = &'static (dyn Fn(usize) + Sync);
 
@@ -31,65 +26,6 @@ struct Shared {
     /// Workers that have not finished the current job.
     running: AtomicUsize,
     stop: AtomicBool,
-    /// Worker `i` at `i`; place 0 is that of whoever called `run`.
-    places: Vec<Place>,
-}
-
-/// Where one thread waits, on a cache line of its own.
-#[repr(align(64))]
-#[derive(Default)]
-struct Place {
-    /// The thread, once it has slept.
-    thread: Mutex<Option<Thread>>,
-    /// It sleeps, or is about to.
-    asleep: AtomicBool,
-    /// Ticks it spins before it sleeps; 0 stands for `LONGEST_SPIN`.
-    patience: AtomicU64,
-}
-
-impl Place {
-    /// Waits until `ready` gives something.
-    fn wait_for<T>(&self, mut ready: impl FnMut() -> Option<T>) -> T {
-        let patience = match self.patience.load(Ordering::Relaxed) {
-            0 => LONGEST_SPIN,
-            ticks => ticks,
-        };
-        let start = cycles();
-        loop {
-            if let Some(value) = ready() {
-                let longer = (patience + patience / 8).min(LONGEST_SPIN);
-                self.patience.store(longer, Ordering::Relaxed);
-                return value;
-            }
-            if cycles().wrapping_sub(start) > patience {
-                break;
-            }
-            std::hint::spin_loop();
-        }
-        self.patience.store((patience / 2).max(SHORTEST_SPIN), Ordering::Relaxed);
-        *self.thread.lock().unwrap_or_else(PoisonError::into_inner) = Some(std::thread::current());
-        loop {
-            self.asleep.store(true, Ordering::Relaxed);
-            // Pairs with the fence in `wake`: either the waker sees `asleep`, or we see what it changed before.
-            fence(Ordering::SeqCst);
-            if let Some(value) = ready() {
-                self.asleep.store(false, Ordering::Relaxed);
-                return value;
-            }
-            std::thread::park_timeout(LONGEST_SLEEP);
-        }
-    }
-
-    /// Wakes the thread if it sleeps, after what it waits for was changed.
-    fn wake(&self) {
-        fence(Ordering::SeqCst);
-        if self.asleep.load(Ordering::Relaxed)
-            && self.asleep.swap(false, Ordering::Relaxed)
-            && let Some(thread) = &*self.thread.lock().unwrap_or_else(PoisonError::into_inner)
-        {
-            thread.unpark();
-        }
-    }
 }
 
 // SAFETY: `job` is written only by `run`, which holds the team's lock, before it publishes a new `epoch` (release) and
@@ -114,7 +50,6 @@ impl Threads {
             epoch: AtomicU64::new(0),
             running: AtomicUsize::new(0),
             stop: AtomicBool::new(false),
-            places: (0..count.max(1)).map(|_| Place::default()).collect(),
         });
         let mut team = Self { shared, handles: Vec::new(), running_job: Mutex::new(()) };
         for index in 1..count.max(1) {
@@ -129,7 +64,7 @@ impl Threads {
 fn work(shared: &Shared, index: usize) {
     let mut seen = 0;
     loop {
-        let epoch = shared.places[index].wait_for(|| {
+        let epoch = wait_for(|| {
             let epoch = shared.epoch.load(Ordering::Acquire);
             (epoch != seen || shared.stop.load(Ordering::Relaxed)).then_some(epoch)
         });
@@ -140,8 +75,24 @@ fn work(shared: &Shared, index: usize) {
         // SAFETY: see `Shared`: a new epoch was seen and `running` still counts this worker.
         let job = unsafe { *shared.job.get() };
         job.expect("set before the epoch")(index);
-        if shared.running.fetch_sub(1, Ordering::Release) == 1 {
-            shared.places[0].wake();
+        shared.running.fetch_sub(1, Ordering::Release);
+    }
+}
+
+fn wait_for<T>(mut ready: impl FnMut() -> Option<T>) -> T {
+    let mut yields = 0;
+    loop {
+        for _ in 0..SPINS_BEFORE_YIELD {
+            if let Some(value) = ready() {
+                return value;
+            }
+            std::hint::spin_loop();
+        }
+        if yields < YIELDS_BEFORE_SLEEP {
+            yields += 1;
+            std::thread::yield_now();
+        } else {
+            std::thread::sleep(Duration::from_micros(200));
         }
     }
 }
@@ -163,9 +114,8 @@ impl Workers for Threads {
         unsafe { *self.shared.job.get() = Some(job_static) };
         self.shared.running.store(self.handles.len(), Ordering::Relaxed);
         self.shared.epoch.fetch_add(1, Ordering::Release);
-        self.shared.places[1..].iter().for_each(Place::wake);
         job(0);
-        self.shared.places[0].wait_for(|| (self.shared.running.load(Ordering::Acquire) == 0).then_some(()));
+        wait_for(|| (self.shared.running.load(Ordering::Acquire) == 0).then_some(()));
     }
 }
 
@@ -173,7 +123,6 @@ impl Drop for Threads {
     fn drop(&mut self) {
         self.shared.stop.store(true, Ordering::Relaxed);
         self.shared.epoch.fetch_add(1, Ordering::Release);
-        self.shared.places[1..].iter().for_each(Place::wake);
         for handle in self.handles.drain(..) {
             let _ = handle.join();
         }
@@ -196,52 +145,6 @@ mod tests {
                 });
             }
             assert!(calls.iter().all(|c| c.load(Ordering::Relaxed) == 500));
-        }
-    }
-
-    #[test]
-    fn sleepers_are_woken() {
-        let team = Threads::start(3).unwrap();
-        let calls = AtomicUsize::new(0);
-        let start = std::time::Instant::now();
-        const JOBS: usize = 40;
-        for round in 0..JOBS {
-            // Long enough for the others to fall asleep before the job, and for the caller during it.
-            std::thread::sleep(Duration::from_micros(300));
-            team.run(&|index| {
-                if index == round % 3 {
-                    std::thread::sleep(Duration::from_micros(300));
-                }
-                calls.fetch_add(1, Ordering::Relaxed);
-            });
-        }
-        assert_eq!(calls.load(Ordering::Relaxed), 3 * JOBS);
-        // A wake-up that is lost costs `LONGEST_SLEEP`.
-        assert!(start.elapsed() < LONGEST_SLEEP * JOBS as u32 / 2, "{:?}", start.elapsed());
-    }
-
-    /// `cargo test --release -p hosted barrier -- --ignored --nocapture`
-    #[test]
-    #[ignore = "a measurement"]
-    fn barrier_cost() {
-        for count in [2, 4] {
-            let team = Threads::start(count).unwrap();
-            let mut ticks: Vec<u64> = (0..20_000)
-                .map(|_| {
-                    let start = cycles();
-                    team.run(&|_| {});
-                    cycles() - start
-                })
-                .collect();
-            ticks.sort_unstable();
-            let at = |share: f64| ticks[(ticks.len() as f64 * share) as usize];
-            let mean = ticks.iter().sum::<u64>() / ticks.len() as u64;
-            println!(
-                "{count} threads: ticks of an empty job: 10 % {}, median {}, 90 % {}, mean {mean}",
-                at(0.1),
-                at(0.5),
-                at(0.9)
-            );
         }
     }
 }
