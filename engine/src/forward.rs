@@ -11,15 +11,16 @@ use crate::isa::Isa;
 use crate::loader::LoadedModel;
 use crate::math::{RopeTable, activate, layernorm, quantise_activations, rmsnorm, rmsnorm_quantise, rope};
 use crate::operands::AlignedBytes;
+use crate::ops::HAS_BASELINE;
 use crate::pack::dequantise_column;
 use crate::simd::{Level, cycles};
-use crate::table::{KernelTable, OpCall, Tier};
+use crate::table::{KernelTable, OpCall, Runs, Tier};
 use crate::weights::{Embedding, NormWeights, Plan, QkvWeights, RopeParameters, UpWeights, Vector};
 use crate::workers::Workers;
 use alloc::vec::Vec;
 use core::ops::Range;
 use model::architecture::Positions;
-use model::kernel::{DType, M_BUCKETS};
+use model::kernel::{DType, M_BUCKETS, Op};
 use model::layout::{KV_BLOCK, PANEL, WEIGHT_ALIGN, padded, x_row_bytes};
 use model::{Config, Role};
 use profiler::{Part, PartTimes};
@@ -99,6 +100,23 @@ impl<'w> Engine<'w> {
     /// The kernel table, to install kernels and reset statistics.
     pub fn table_mut(&mut self) -> &mut KernelTable {
         &mut self.table
+    }
+
+    /// Which of `M_BUCKETS` prompts are cut into: all of them where this crate's own products are fast; without those the
+    /// ones that have a compiled kernel for every product of a layer, or all if none has.
+    pub fn batch_sizes(&self) -> [bool; M_BUCKETS.len()] {
+        let every = [true; M_BUCKETS.len()];
+        if HAS_BASELINE {
+            return every;
+        }
+        let compiled = |bucket: usize| {
+            // The head runs for one row at a time, whatever the batch.
+            let mut layers = self.plan.matrices.iter().filter(|matrix| matrix.op != Op::LmHead);
+            let runs = |slot| matches!(self.table.runs(slot), Some(Runs::Compiled(_)));
+            layers.all(|matrix| matrix.slots(bucket).all(runs))
+        };
+        let some: [bool; M_BUCKETS.len()] = core::array::from_fn(compiled);
+        if some.contains(&true) { some } else { every }
     }
 
     /// True when an op ran in `slot`, so that its activations are kept.
@@ -394,9 +412,10 @@ impl<'m> Session<'m> {
             rope.extend_to(self.pos + tokens.len());
         }
         engine.counting = (usize::from(tokens.len() == 1), cycles());
+        let buckets = engine.batch_sizes();
         let mut done = 0;
         while done < tokens.len() {
-            let (rows, bucket) = next_chunk(tokens.len() - done);
+            let (rows, bucket) = next_chunk(tokens.len() - done, &buckets);
             self.chunk(engine, workers, &tokens[done..done + rows], bucket);
             for row in first.saturating_sub(done)..rows {
                 self.head(engine, workers, row);
@@ -656,17 +675,18 @@ fn normed_activations<'a>(dtype: DType, normed: &'a [f32], dim: usize, quantised
     }
 }
 
-/// Rows of the next chunk and the index of its bucket, for a prompt of which `left` tokens are left.
+/// Rows of the next chunk and the index of its bucket, one of `buckets`, for a prompt of which `left` tokens are left.
 ///
 /// A bucket that would be less than half full is not worth its spare rows: the next smaller one runs full first.
-fn next_chunk(left: usize) -> (usize, usize) {
-    for (bucket, &m) in M_BUCKETS.iter().enumerate().rev() {
-        let below = if bucket == 0 { 0 } else { M_BUCKETS[bucket - 1] as usize };
-        let m = m as usize;
+fn next_chunk(left: usize, buckets: &[bool; M_BUCKETS.len()]) -> (usize, usize) {
+    let usable = |bucket: &usize| buckets[*bucket];
+    for bucket in (0..M_BUCKETS.len()).rev().filter(usable) {
+        let below = (0..bucket).rev().find(usable).map_or(0, |bucket| M_BUCKETS[bucket] as usize);
+        let m = M_BUCKETS[bucket] as usize;
         if left >= m {
             return (m, bucket);
         }
-        if left > below && 2 * left >= m {
+        if left > below && (2 * left >= m || below == 0) {
             return (left, bucket);
         }
     }
@@ -697,22 +717,26 @@ mod tests {
         for prompt in 1..300 {
             let mut left = prompt;
             while left > 0 {
-                let (rows, bucket) = next_chunk(left);
+                let (rows, bucket) = next_chunk(left, &[true; M_BUCKETS.len()]);
                 let m = M_BUCKETS[bucket] as usize;
                 assert!(rows >= 1 && rows <= m.min(left) && 2 * rows >= m, "{prompt}: {rows} rows in a bucket of {m}");
                 left -= rows;
             }
         }
-        let chunks = |mut left: usize| -> Vec<usize> {
+        let chunks_of = |mut left: usize, buckets: [bool; M_BUCKETS.len()]| -> Vec<usize> {
             core::iter::from_fn(|| {
                 (left > 0).then(|| {
-                    let (rows, _) = next_chunk(left);
+                    let (rows, _) = next_chunk(left, &buckets);
                     left -= rows;
                     rows
                 })
             })
             .collect()
         };
+        assert_eq!(chunks_of(11, [true, true, false, false]), [4, 4, 3]);
+        assert_eq!(chunks_of(20, [false, false, true, false]), [16, 4]);
+        assert_eq!(chunks_of(3, [true, false, false, false]), [1, 1, 1]);
+        let chunks = |left: usize| chunks_of(left, [true; M_BUCKETS.len()]);
         assert_eq!(chunks(20), [16, 4]);
         assert_eq!(chunks(40), [40]);
         assert_eq!(chunks(2), [2]);

@@ -19,6 +19,9 @@ pub fn run_reference(level: Level, key: &KernelKey, x: &[u8], w: &[u8], y: Colum
     }
 }
 
+/// True when this build has the hand-written products.
+pub const HAS_BASELINE: bool = cfg!(feature = "baseline");
+
 /// The hand-written op of `level`: the baseline that compiled kernels must beat. The reference where there is none.
 ///
 /// # Panics
@@ -27,6 +30,9 @@ pub fn run_baseline(level: Level, key: &KernelKey, x: &[u8], w: &[u8], y: Column
     check_operands(key, x, w, &y);
     match level {
         Level::Portable => reference::run::<Software>(key, x, w, y),
+        #[cfg(feature = "baseline")]
         Level::Avx2(avx2) => simd::avx2::run(avx2, key, x, w, y),
+        #[cfg(not(feature = "baseline"))]
+        Level::Avx2(avx2) => simd::fma::run_reference(avx2, key, x, w, y),
     }
 }

@@ -119,7 +119,7 @@ impl KernelTable {
     /// Name of what runs without a compiled kernel: `reference`, or the level of the hand-written ops (`avx2`).
     pub fn own_name(&self) -> &'static str {
         match (self.tier, self.level) {
-            (Tier::Baseline, Level::Avx2(_)) => "avx2",
+            (Tier::Baseline, Level::Avx2(_)) if crate::ops::HAS_BASELINE => "avx2",
             _ => "reference",
         }
     }

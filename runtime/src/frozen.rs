@@ -9,8 +9,8 @@ use crate::platform::Platform;
 use crate::reporter::Reporter;
 use engine::simd::limits::Limits;
 use engine::{Engine, Isa};
-use model::kernel::KernelKey;
-use report::{Convergence, SnapshotStatus};
+use model::kernel::{KernelKey, M_BUCKETS};
+use report::{Convergence, Level, SnapshotStatus};
 use snapshot_format::Identity;
 
 /// The kernels of one boot.
@@ -49,6 +49,14 @@ impl<'a> Kernels<'a> {
             self.running = install_linked(platform, reporter, engine, self.linked);
             if self.running.count() == 0 {
                 return Err(RunError::NoLinkedKernel);
+            }
+            let sizes = engine.batch_sizes();
+            let largest = M_BUCKETS.iter().zip(sizes).rev().find(|&(_, has)| has).map_or(1, |(m, _)| *m);
+            if largest < M_BUCKETS[M_BUCKETS.len() - 1] {
+                let text = alloc::format!(
+                    "this image has kernels for prompts in batches of up to {largest}: for faster long prompts, let the JIT image run one and export again"
+                );
+                reporter.note(platform, Level::Info, text);
             }
         }
         Ok(())

@@ -15,6 +15,9 @@ use core::ops::Range;
 use model::layout::{KV_BLOCK, KV_PANEL};
 use model::numerics::{EXP_HI, EXP_LO, EXP_POLY, LN2_HI, LN2_LO, LOG2E, ROUND_MAGIC};
 
+/// Every element type has forms for every number of queries and vector width; else only f16 does (see `Cargo.toml`).
+const EVERY_FORM: bool = crate::ops::HAS_BASELINE;
+
 /// How far ahead of its reads a pass asks for memory. The cache is read in order, but the hardware's own prefetch does not
 /// reach far enough ahead of loops with this much arithmetic.
 const PREFETCH_BYTES: usize = 4096;
@@ -306,7 +309,8 @@ pub(crate) fn pass(
     for i in which.clone() {
         assert!(tile.q_at[i] + head_dim <= tile.q.len() && tile.out_at[i] + head_dim <= out.len());
     }
-    let wide = avx2.avx512.filter(|_| head_dim.is_multiple_of(16));
+    let every_form = EVERY_FORM || block.ty == KvType::F16;
+    let wide = avx2.avx512.filter(|_| every_form && head_dim.is_multiple_of(16));
     let mut from = which.start;
     while from < which.end {
         let left = which.end - from;
@@ -317,8 +321,8 @@ pub(crate) fn pass(
             (Some(avx512), 3) => call.wide::<3, 4>(avx512, running, out),
             (Some(avx512), 2) => call.wide::<2, 4>(avx512, running, out),
             (Some(avx512), _) => call.wide::<1, 4>(avx512, running, out),
-            (None, 3..) => call.narrow::<3>(avx2, running, out),
-            (None, 2) => call.narrow::<2>(avx2, running, out),
+            (None, 3..) if every_form => call.narrow::<3>(avx2, running, out),
+            (None, 2) if every_form => call.narrow::<2>(avx2, running, out),
             (None, _) => call.narrow::<1>(avx2, running, out),
         };
     }
@@ -344,9 +348,10 @@ impl Call<'_> {
         // SAFETY: `Avx2` proves the features, and `pass` checked the operands.
         unsafe {
             match self.block.ty {
-                KvType::F32 => run::<F32, R>(self, running, out),
                 KvType::F16 => run::<F16, R>(self, running, out),
-                KvType::Q8_0 => run::<Int8, R>(self, running, out),
+                KvType::F32 if EVERY_FORM || R == 1 => run::<F32, R>(self, running, out),
+                KvType::Q8_0 if EVERY_FORM || R == 1 => run::<Int8, R>(self, running, out),
+                KvType::F32 | KvType::Q8_0 => unreachable!("not chosen without every form"),
             }
         }
         R
@@ -370,9 +375,10 @@ impl Call<'_> {
         // SAFETY: `Avx512` proves the features, and `pass` checked the operands.
         unsafe {
             match self.block.ty {
-                KvType::F32 => run::<F32, R, V>(self, running, out),
                 KvType::F16 => run::<F16, R, V>(self, running, out),
-                KvType::Q8_0 => run::<Int8, R, V>(self, running, out),
+                KvType::F32 if EVERY_FORM => run::<F32, R, V>(self, running, out),
+                KvType::Q8_0 if EVERY_FORM => run::<Int8, R, V>(self, running, out),
+                KvType::F32 | KvType::Q8_0 => unreachable!("not chosen without every form"),
             }
         }
         R

@@ -4,6 +4,7 @@
 //! this module cannot execute an instruction the CPU lacks.
 
 pub(crate) mod attention;
+#[cfg(feature = "baseline")]
 pub(crate) mod avx2;
 pub(crate) mod fma;
 pub mod limits;
