@@ -29,7 +29,20 @@ fn rewritten(
     tensor: impl Fn(&str, &[u64], TensorType) -> Changed,
     add: &[(&str, Value<'static>)],
 ) -> Vec<u8> {
-    let source: &'static [u8] = tiny_file().leak();
+    rewritten_file(tiny_file(), metadata, tensor, add)
+}
+
+fn rewritten_from(file: Vec<u8>, key: &str, value: Value<'static>) -> Vec<u8> {
+    rewritten_file(file, |k, v| Some(if k == key { value } else { v }), same, &[])
+}
+
+fn rewritten_file(
+    file: Vec<u8>,
+    metadata: impl Fn(&str, Value<'static>) -> Option<Value<'static>>,
+    tensor: impl Fn(&str, &[u64], TensorType) -> Changed,
+    add: &[(&str, Value<'static>)],
+) -> Vec<u8> {
+    let source: &'static [u8] = file.leak();
     let header = Header::parse(source, source.len() as u64).unwrap();
     let mut writer = Writer::new();
     for (key, value) in header.metadata.iter() {
@@ -273,6 +286,10 @@ fn tokenizer_rules_come_from_the_metadata() {
     assert_eq!(tokenizer.encode("the the", false).len(), tokenizer.encode(" the", false).len() + 2);
     assert_eq!(tokenizer.decode(&tokenizer.encode(" the", false)), b" the", "no space is taken off");
     assert_eq!(tokenizer.special().eog, [2, 7]);
+    // Where the file names another end of text, a token that looks like one (`</s>`, 2) does not end anything.
+    let spec = Spec { tokenizer: TokenizerKind::SentencePiece, ..tiny() };
+    let other_eos = rewritten_from(synthetic::gguf(&spec).unwrap(), "tokenizer.ggml.eos_token_id", Value::U32(9));
+    assert_eq!(read(&other_eos).unwrap().tokenizer.special().eog, [9]);
     assert_eq!(tokenizer.describe(), "SentencePiece BPE (without added space), 332 tokens");
 }
 

@@ -281,7 +281,11 @@ fn read_special_ids(metadata: &Metadata<'_>, tokenizer: &mut Tokenizer) -> Resul
     };
     let mut special = tokenizer.special().clone();
     special.bos = id("bos")?.or(special.bos);
-    special.eos = id("eos")?.or(special.eos);
+    if let Some(eos) = id("eos")? {
+        // What looked like the end of text is an ordinary tag in vocabularies with another one.
+        special.eog.retain(|&guess| Some(guess) != special.eos);
+        special.eos = Some(eos);
+    }
     special.unknown = id("unknown")?.or(special.unknown);
     if let Some(add) = metadata.bool("tokenizer.ggml.add_bos_token")? {
         special.add_bos = add;
