@@ -31,7 +31,8 @@ use rows::{EngineFacts, Phase, Row, Run};
 use serde::Serialize;
 use serde_json::Value;
 use stats::Spread;
-use std::io::IsTerminal;
+use std::fs::File;
+use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -50,7 +51,8 @@ pub struct BenchArgs {
     /// Measured rounds; every engine runs once in each.
     #[arg(long, default_value_t = 6)]
     rounds: u32,
-    /// Two rounds, three tuning boots, results under --out only: to see that it works, not to quote.
+    /// Two rounds, three tuning boots, half the tokens: to see that it works, not to quote. The document is then written
+    /// under --out, as it is when a type or the peers are left out.
     #[arg(long)]
     quick: bool,
     /// Thread counts.
@@ -201,8 +203,9 @@ pub fn run(workspace: &Path, args: &BenchArgs) -> Result<()> {
         micro: micro.as_ref().map(|(kernels, gemm)| micro::both(kernels, gemm)),
         machine: bench.machine,
     };
-    // What is not worth quoting does not replace what is.
-    let docs = if args.quick { bench.out } else { workspace.join("docs") };
+    // What is not worth quoting, or is only a part, does not replace what is.
+    let whole = !args.quick && !args.no_peers && TYPES.iter().all(|dtype| args.types.iter().any(|t| t == dtype));
+    let docs = if whole { workspace.join("docs") } else { bench.out };
     write(workspace, &docs, &results, micro.as_ref())?;
     if let Some(file) = &args.json {
         std::fs::write(file, serde_json::to_string_pretty(&results)?)
@@ -379,6 +382,9 @@ impl Bench {
         engines.extend(self.peers.iter().map(Engine::Peer));
         let bar = Progress::new(self.rounds as usize * models.len() * threads.len() * engines.len(), "runs");
         let mut runs = Vec::new();
+        // Every run at once: a benchmark that is interrupted after an hour leaves what it measured.
+        let log = self.out.join("runs.jsonl");
+        let mut lines = File::create(&log).with_context(|| format!("creating {}", log.display()))?;
         for round in 1..=self.rounds {
             for model in models {
                 for &threads in threads {
@@ -389,6 +395,7 @@ impl Bench {
                             run.dtype, run.engine, run.decode_tok_s, run.read_gb_s
                         ));
                         bar.step();
+                        writeln!(lines, "{}", serde_json::to_string(&run)?)?;
                         runs.push(run);
                     }
                 }
