@@ -44,6 +44,7 @@ const SCENARIOS: &[Scenario] = &[
     ("kernels that fault or compute something else are quarantined", bad_kernels),
     ("another model does not use this model's snapshot", other_model),
     ("a read-only boot volume is said, and the run goes on", read_only_volume),
+    ("every architecture gives the same tokens with compiled kernels as without", architectures),
     ("a setting in BAREFLOW.CFG that cannot be read", bad_config),
     ("a file that is no model", not_a_model),
     ("an empty model file", empty_model),
@@ -349,6 +350,27 @@ fn with_model(bench: &Bench, name: &str, bytes: &[u8]) -> Result<Machine> {
     let mut machine = bench.machine("snapshot=false");
     machine.drives[1].path = path;
     Ok(machine)
+}
+
+fn architectures(bench: &mut Bench) -> Result<()> {
+    for (name, spec) in synthetic::gallery() {
+        let path = bench.dir.join(format!("{name}.gguf"));
+        std::fs::write(&path, synthetic::gguf(&spec)?)?;
+        let boot = |append: &str| -> Result<BootReport> {
+            let mut machine = bench.machine(append);
+            machine.drives[1].path = path.clone();
+            bench.report(&machine).with_context(|| format!("{name}, {append}"))
+        };
+        bench.new_disk()?;
+        let expected = boot("tier=reference snapshot=false")?.token_ids;
+        // The first boot leaves kernels, the second one runs with what it found worth keeping.
+        let first = boot("")?;
+        ensure!(first.kernels_compiled > 0, "{name}: nothing was compiled");
+        ensure!(first.token_ids == expected, "{name}: {:?}, reference {expected:?}", first.token_ids);
+        let second = boot("")?;
+        ensure!(second.token_ids == expected, "{name}: {:?}, reference {expected:?}", second.token_ids);
+    }
+    Ok(())
 }
 
 fn bad_config(bench: &mut Bench) -> Result<()> {
