@@ -120,8 +120,10 @@ impl KvShape {
         (self.group() * (self.head_dim + 2)).next_multiple_of(16)
     }
 
+    /// The same positions of all layers lie together, so that a short context touches little memory: the first touch of a
+    /// large page costs more than a token.
     fn block_range(&self, layer: usize, kv_head: usize, block: usize) -> Range<usize> {
-        let start = ((layer * self.n_kv_heads + kv_head) * self.blocks + block) * self.block_bytes();
+        let start = ((block * self.n_layers + layer) * self.n_kv_heads + kv_head) * self.block_bytes();
         start..start + self.block_bytes()
     }
 

@@ -13,7 +13,7 @@ use half::f16;
 use model::kernel::{DType, KernelKey};
 use model::layout::{
     BLOCK, BlockLayout, WEIGHT_ALIGN, XBLOCK_BYTES, XBLOCK_DSUM, XBLOCK_SUM, XBLOCK_SUM_LOW, group_bytes,
-    op_weight_bytes, x_row_bytes,
+    op_weight_bytes, panel_bytes, x_row_bytes,
 };
 
 /// Heap bytes whose start is aligned as packed weights must be.
@@ -53,10 +53,16 @@ impl DerefMut for AlignedBytes {
     }
 }
 
+/// Panels of random weights before they repeat: making them takes longer than the product. A prime that divides no number
+/// of streams, so that a kernel which mixes panels up meets other weights.
+const RANDOM_PANELS: usize = 7;
+
 /// Packed weights for `key`, padding columns included.
 pub fn random_weights(key: &KernelKey, rng: &mut SplitMix64) -> AlignedBytes {
     let mut w = AlignedBytes::zeroed(op_weight_bytes(key.op, key.dtype, key.n as usize, key.k as usize));
-    for group in w.chunks_exact_mut(group_bytes(key.dtype)) {
+    let own = w.len().min(RANDOM_PANELS * panel_bytes(key.dtype, key.k as usize));
+    let (random, copies) = w.split_at_mut(own);
+    for group in random.chunks_exact_mut(group_bytes(key.dtype)) {
         match BlockLayout::of(key.dtype) {
             Some(layout) => fill_group(&layout, group, rng),
             None if key.dtype == DType::F16 => fill_f16(group, rng, 1.0),
@@ -66,6 +72,9 @@ pub fn random_weights(key: &KernelKey, rng: &mut SplitMix64) -> AlignedBytes {
                 }
             }
         }
+    }
+    for copy in copies.chunks_mut(own.max(1)) {
+        copy.copy_from_slice(&random[..copy.len()]);
     }
     w
 }

@@ -159,17 +159,23 @@ fn sub_block<F: ScalarArithmetic>(
         (_, 0) => (sum_low, d_x * sum_low as f32),
         _ => (sum - sum_low, d_x * (sum - sum_low) as f32),
     };
-    for (c, acc) in acc.iter_mut().enumerate() {
-        let mut dot = 0;
-        for quad in sub * layout.quads_per_scale()..(sub + 1) * layout.quads_per_scale() {
+    // Column by column inside a quad: what the compiler makes vectors of, where it has any.
+    let mut dots = [0i32; PANEL];
+    for quad in sub * layout.quads_per_scale()..(sub + 1) * layout.quads_per_scale() {
+        let x: [u8; 4] = field(x, 4 * quad);
+        let x = x.map(|x| i32::from(x.cast_signed()));
+        for (c, dot) in dots.iter_mut().enumerate() {
             let codes = layout.codes(quad, |word| u32::from_le_bytes(field(step, word * WORD_BYTES + 4 * c)));
-            let x: [u8; 4] = field(x, 4 * quad);
-            for (code, x) in codes.to_le_bytes().into_iter().zip(x) {
-                let code = if layout.signed_codes() { i32::from(code.cast_signed()) } else { i32::from(code) };
-                dot += code * i32::from(x.cast_signed());
+            for (i, x) in x.into_iter().enumerate() {
+                // Byte `i`, moved to the top and back down, with its sign or without.
+                let top = codes << (24 - 8 * i);
+                let code = if layout.signed_codes() { top.cast_signed() >> 24 } else { (top >> 24).cast_signed() };
+                *dot += code * x;
             }
         }
-        let dot = dot - layout.offset * sum;
+    }
+    for (c, acc) in acc.iter_mut().enumerate() {
+        let dot = dots[c] - layout.offset * sum;
         let (at, minimum_at) = (layout.scales_offset(sub), layout.minima_offset(sub));
         let d_w = if layout.super_blocks {
             let [scale] = field(step, at + c);

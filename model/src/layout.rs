@@ -42,7 +42,7 @@
 //! Outputs are f32, row-major, with a row stride (`ldy`) of at least `n` rounded up to [`PANEL`]; kernels write the
 //! padding columns.
 //!
-//! KV cache: for each layer and kv head, blocks of [`KV_BLOCK`] positions, each block
+//! KV cache: blocks of [`KV_BLOCK`] positions, in each of them for every layer and kv head
 //!
 //! ```text
 //! keys           2 panels x head_dim x 64 positions
