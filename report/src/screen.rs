@@ -235,6 +235,12 @@ fn tuning(screen: &mut Screen, report: &BootReport) {
     }
     screen.fact("snapshot", &snapshot_line(&report.snapshot), 3);
     let c = &report.convergence;
+    if c.window == 0 {
+        // An image that does not tune has nothing to converge.
+        screen.fact("converged", &c.reason, 3);
+        screen.rule('=');
+        return;
+    }
     let required = if c.variation_required { "" } else { ", not required here" };
     screen.fact(
         "converged",
@@ -249,8 +255,9 @@ fn tuning(screen: &mut Screen, report: &BootReport) {
         ),
         2,
     );
-    if !c.reason.is_empty() {
-        screen.fact("", &c.reason, 2);
+    // Once it has converged, the reason repeats these figures.
+    if !c.reason.is_empty() && !c.converged {
+        screen.fact("", &c.reason, 4);
     }
     screen.rule('=');
 }
@@ -299,10 +306,13 @@ pub fn kernel_name(key: &str, columns: usize) -> String {
         let (rest, k) = key.rsplit_once("_k")?;
         let (rest, n) = rest.rsplit_once("_n")?;
         let (rest, m) = rest.rsplit_once("_m")?;
-        let dtype = ["f32", "f16", "q8_0", "q4_0", "q4_1"].into_iter().find(|d| rest.ends_with(d))?;
+        let dtype = ["f32", "f16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"]
+            .into_iter()
+            .find(|d| rest.ends_with(d))?;
         let op = match rest.strip_suffix(dtype)?.strip_suffix('_')? {
             "matmul_residual" => "mm+res",
             "gate_up_silu" => "gate_up",
+            "gate_up_gelu" => "geglu",
             op => op,
         };
         Some(format!("{op} {dtype} {m}x{n}x{k}"))
