@@ -98,7 +98,8 @@ pub fn obtain(cache: &Path, machine: &MachineFacts) -> (Vec<Peer>, Vec<PeerStatu
         statuses.push(PeerStatus {
             engine: flavour.engine(),
             package: format!("{BINDING}=={VERSION}"),
-            commands: build.commands(),
+            // As typed in the workspace: where that lies on this machine is nobody's business.
+            commands: build.commands().iter().map(|c| c.replace(&*cache.to_string_lossy(), ".cache/peers")).collect(),
             failure,
             system_info: None,
         });
