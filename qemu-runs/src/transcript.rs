@@ -58,12 +58,14 @@ pub enum BootFailure {
         after: String,
     },
     /// Ended by a signal.
-    #[error("QEMU was ended by {how} {after}")]
+    #[error("QEMU was ended by {how} {after}{}", tail(stderr))]
     Killed {
         /// The signal.
         how: String,
         /// Last sign of life.
         after: String,
+        /// What QEMU said.
+        stderr: String,
     },
     /// An exit code no guest of ours gives.
     #[error(
@@ -211,11 +213,11 @@ impl Transcript {
     /// The first [`BootFailure`] that applies, gravest first.
     pub fn verdict(&self, exit: &ProcessExit, pending_bytes: usize, stderr: &str) -> Result<(), BootFailure> {
         let after = self.progress();
+        let stderr = stderr.trim().to_owned();
         let code = match exit {
-            ProcessExit::NoCode(how) => return Err(BootFailure::Killed { how: how.clone(), after }),
+            ProcessExit::NoCode(how) => return Err(BootFailure::Killed { how: how.clone(), after, stderr }),
             ProcessExit::Code(code) => *code,
         };
-        let stderr = stderr.trim().to_owned();
         match ExitStatus::from_qemu_exit_code(code) {
             None if code == 0 => return Err(BootFailure::Reset { after }),
             None if self.hello.is_none() && !stderr.is_empty() => return Err(BootFailure::Qemu { code, stderr }),
@@ -340,8 +342,8 @@ mod tests {
             BootFailure::UnknownExit { code: 3, after: after.clone(), stderr: String::new() }
         );
         assert_eq!(
-            verdict(ProcessExit::NoCode("signal 9".into()), ""),
-            BootFailure::Killed { how: "signal 9".into(), after }
+            verdict(ProcessExit::NoCode("signal 6".into()), "failed to set MSR 0x10a\n"),
+            BootFailure::Killed { how: "signal 6".into(), after, stderr: "failed to set MSR 0x10a".into() }
         );
     }
 
