@@ -1,7 +1,7 @@
 //! What happens to finished sums: stored, added to the residual, or put through `activation(gate) * up`.
 
 use crate::clif::Emit;
-use crate::nest::{CONSTANT_BYTES, Fixed, Group, Tile, for_each};
+use crate::nest::{CONSTANT_BYTES, Fixed, Tile, for_each};
 use crate::plan::{Home, Plan};
 use alloc::vec;
 use cranelift_codegen::ir::Value;
@@ -56,27 +56,19 @@ pub(crate) fn store_activation_constants(e: &mut Emit<'_, '_>, frame: Value, op:
     }
 }
 
-/// Takes a tile's sums to `y`. `accumulators` are its registers, group by group, where they live there.
-pub(crate) fn finish(
-    e: &mut Emit<'_, '_>,
-    plan: &Plan,
-    fixed: Fixed,
-    tile: &Tile,
-    groups: &[Group],
-    accumulators: &[Value],
-) {
-    if plan.op.is_gated() {
-        // The activation needs registers of its own: its operands wait in the frame.
-        for (group, accumulators) in groups.iter().zip(accumulators.chunks(tile.rows * plan.vectors)) {
-            let stream = (group.stream * plan.vectors * plan.vector_bytes()) as i32;
-            for_each(tile.rows, plan.vectors, |row, v| {
-                let offset = stream + tile.frame_offset(plan, group.part, row, v);
-                e.store(accumulators[row * plan.vectors + v], fixed.frame, offset);
-            });
-        }
-        gate_up(e, plan, fixed, tile);
-        return;
+/// Takes a part's sums to the frame, where they wait for those of the other part: the activation needs registers of its
+/// own.
+pub(crate) fn keep(e: &mut Emit<'_, '_>, plan: &Plan, tile: &Tile, accumulators: &[Value]) {
+    for (stream, accumulators) in accumulators.chunks(tile.rows * plan.vectors).enumerate() {
+        let stream = (stream * plan.vectors * plan.vector_bytes()) as i32;
+        for_each(tile.rows, plan.vectors, |row, v| {
+            e.store(accumulators[row * plan.vectors + v], tile.frame, stream + tile.frame_offset(plan, row, v));
+        });
     }
+}
+
+/// Takes the sums of an op of one part to `y`. `accumulators` are its registers, stream by stream, where they live there.
+pub(crate) fn finish(e: &mut Emit<'_, '_>, plan: &Plan, fixed: Fixed, tile: &Tile, accumulators: &[Value]) {
     let stream_bytes = tile.region.run * PANEL * 4;
     match plan.home {
         Home::Registers => {
@@ -85,22 +77,22 @@ pub(crate) fn finish(
                 if row > 0 {
                     y = e.add_address(y, fixed.ldy);
                 }
-                for (g, group) in groups.iter().enumerate() {
+                for stream in 0..tile.region.streams {
                     for v in 0..plan.vectors {
-                        let sum = accumulators[(g * tile.rows + row) * plan.vectors + v];
-                        output(e, plan, sum, y, group.stream * stream_bytes + v * plan.vector_bytes());
+                        let sum = accumulators[(stream * tile.rows + row) * plan.vectors + v];
+                        output(e, plan, sum, y, stream * stream_bytes + v * plan.vector_bytes());
                     }
                 }
             }
         }
-        Home::Frame => tile.each_stream(e, plan, fixed.frame, &[(tile.y, stream_bytes as i64)], |e, at| {
+        Home::Frame => tile.each_stream(e, plan, &[(tile.y, stream_bytes as i64)], |e, at| {
             let mut y = at[1];
             for row in 0..tile.rows {
                 if row > 0 {
                     y = e.add_address(y, fixed.ldy);
                 }
                 for v in 0..plan.vectors {
-                    let sum = e.load_back(at[0], tile.frame_offset(plan, 0, row, v));
+                    let sum = e.load_back(at[0], tile.frame_offset(plan, row, v));
                     output(e, plan, sum, y, v * plan.vector_bytes());
                 }
             }
@@ -121,14 +113,13 @@ fn output(e: &mut Emit<'_, '_>, plan: &Plan, sum: Value, y: Value, offset: usize
 }
 
 /// `y = activation(gate) * up` over the accumulators in the frame: loops over rows, streams and vectors.
-fn gate_up(e: &mut Emit<'_, '_>, plan: &Plan, fixed: Fixed, tile: &Tile) {
+pub(crate) fn gate_up(e: &mut Emit<'_, '_>, plan: &Plan, fixed: Fixed, tile: &Tile) {
     let streams = tile.region.streams;
     let vector = plan.vector_bytes();
     let stream_bytes = plan.vectors * vector;
     let row_bytes = streams * stream_bytes;
-    let to_up = (tile.rows * row_bytes) as i32;
-    let first = tile.frame_offset(plan, 0, 0, 0);
-    let gate = e.offset(fixed.frame, i64::from(first));
+    let to_up = tile.part_frame_bytes(plan) as i32;
+    let gate = e.offset(tile.frame, i64::from(tile.frame_offset(plan, 0, 0)));
     let end = e.offset(gate, (tile.rows * row_bytes) as i64);
     e.repeat(tile.rows == 1, &[gate, tile.y], end, |e, row| {
         let end = e.offset(row[0], row_bytes as i64);

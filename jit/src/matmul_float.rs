@@ -7,9 +7,9 @@ use alloc::vec::Vec;
 use cranelift_codegen::ir::Value;
 use model::kernel::DType;
 
-/// Adds one `k` of one group to its accumulators (row-major, `rows x vectors`).
+/// Adds one `k` of one stream to its accumulators (row-major, `rows x vectors`).
 ///
-/// `shared_x` carries the broadcast `x[k]` of a single-row tile from group to group.
+/// `shared_x` carries the broadcast `x[k]` of a single-row tile from stream to stream.
 pub(crate) fn step(
     e: &mut Emit<'_, '_>,
     plan: &Plan,

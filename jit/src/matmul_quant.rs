@@ -24,12 +24,12 @@ const ONES: i32 = 56;
 /// Frame offset of the byte mask: low bits of a code, or sign bits (Q8_0 with VNNI).
 const MASK: i32 = 60;
 
-/// Where the f32 accumulators of a group are.
+/// Where the f32 accumulators of a stream are.
 pub(crate) enum Sums<'a> {
     /// Row-major, `rows x vectors`.
     Registers(&'a mut [Value]),
-    /// In the frame; the address is what [`Tile::frame_offset`] is relative to.
-    Frame(Value),
+    /// In the frame, at [`Tile::frame_offset`].
+    Frame,
 }
 
 /// `byte` in every byte.
@@ -68,7 +68,7 @@ impl PerRow {
     }
 }
 
-/// Adds one block of one group to its accumulators.
+/// Adds one block of one stream to its accumulators.
 pub(crate) fn step(
     e: &mut Emit<'_, '_>,
     plan: &Plan,
@@ -306,7 +306,7 @@ fn scale(
             let d = e.mul(d_w, d_x);
             let mut accumulator = match sums {
                 Sums::Registers(held) => held[index],
-                Sums::Frame(frame) => e.load_back(*frame, tile.frame_offset(plan, 0, row, v)),
+                Sums::Frame => e.load_back(tile.frame, tile.frame_offset(plan, row, v)),
             };
             accumulator = e.accumulate(accumulator, d, dot);
             if let Some(m_w) = m_w {
@@ -322,7 +322,7 @@ fn scale(
             }
             match sums {
                 Sums::Registers(held) => held[index] = accumulator,
-                Sums::Frame(frame) => e.store(accumulator, *frame, tile.frame_offset(plan, 0, row, v)),
+                Sums::Frame => e.store(accumulator, tile.frame, tile.frame_offset(plan, row, v)),
             }
         }
     }

@@ -1,4 +1,4 @@
-//! The loops around a register tile: regions of panels -> panels -> column tiles -> row tiles -> steps of `k`.
+//! The loops around a register tile: regions of panels -> panels -> column tiles -> row tiles -> parts -> steps of `k`.
 //!
 //! The order of sums is fixed by the innermost loop alone (`k` ascending into one accumulator per output), so every
 //! nest below gives the same bits.
@@ -35,6 +35,8 @@ pub(crate) struct Tile {
     pub(crate) weights: Weights,
     /// First output.
     pub(crate) y: Value,
+    /// Frame address to which [`Self::frame_offset`] applies: that of the part being summed.
+    pub(crate) frame: Value,
 }
 
 /// Pointers into a panel. All move together from panel to panel.
@@ -67,37 +69,30 @@ impl Weights {
 pub(crate) struct Cursor {
     pub(crate) x: Value,
     pub(crate) weights: Weights,
-    /// Offset of the group's panel plus that of the step, in bytes.
+    /// Offset of the stream's panel plus that of the step, in bytes.
     pub(crate) w_offset: i32,
-    /// Offset of the group's panel, in bytes.
+    /// Offset of the stream's panel, in bytes.
     pub(crate) header_offset: i32,
     /// Offset of the step in a row of `x`, in bytes.
     pub(crate) x_offset: i32,
 }
 
-/// A weight panel read by a tile: stream and part (gate, up).
-#[derive(Clone, Copy)]
-pub(crate) struct Group {
-    pub(crate) stream: usize,
-    pub(crate) part: usize,
-}
-
 impl Tile {
-    /// The tile's groups, in the order their steps run.
-    pub(crate) fn groups(&self, plan: &Plan) -> Vec<Group> {
-        (0..self.region.streams).flat_map(|stream| (0..plan.parts).map(move |part| Group { stream, part })).collect()
+    /// Bytes from the first stream's panel to that of `stream`.
+    fn stream_offset(&self, plan: &Plan, stream: usize) -> usize {
+        stream * self.region.run * plan.unit_bytes()
     }
 
-    /// Bytes from the tile's panel to `group`'s panel.
-    fn group_offset(&self, plan: &Plan, group: Group) -> usize {
-        group.stream * self.region.run * plan.unit_bytes() + group.part * plan.panel_bytes
-    }
-
-    /// Byte offset in the frame of the accumulator of stream 0, `part`, `row`, vector `v`. Streams follow each other at
-    /// [`stream_frame_bytes`].
-    pub(crate) fn frame_offset(&self, plan: &Plan, part: usize, row: usize, v: usize) -> i32 {
-        let index = (part * self.rows + row) * self.region.streams * plan.vectors + v;
+    /// Byte offset from the part's frame address to the accumulator of stream 0, `row`, vector `v`. Streams follow each
+    /// other at [`stream_frame_bytes`].
+    pub(crate) fn frame_offset(&self, plan: &Plan, row: usize, v: usize) -> i32 {
+        let index = row * self.region.streams * plan.vectors + v;
         (fuse::constant_bytes(plan.op) + index * plan.vector_bytes()) as i32
+    }
+
+    /// Bytes of one part's accumulators in the frame.
+    pub(crate) fn part_frame_bytes(&self, plan: &Plan) -> usize {
+        self.rows * self.region.streams * stream_frame_bytes(plan)
     }
 
     /// Runs `body` for every stream with carried pointers that `steps` move by constants. The first is the frame address
@@ -106,13 +101,12 @@ impl Tile {
         &self,
         e: &mut Emit<'_, 'b>,
         plan: &Plan,
-        frame: Value,
         others: &[(Value, i64)],
         mut body: impl FnMut(&mut Emit<'_, 'b>, &[Value]),
     ) {
         let frame_step = stream_frame_bytes(plan) as i64;
-        let end = e.offset(frame, self.region.streams as i64 * frame_step);
-        let mut init = vec![frame];
+        let end = e.offset(self.frame, self.region.streams as i64 * frame_step);
+        let mut init = vec![self.frame];
         init.extend(others.iter().map(|(pointer, _)| *pointer));
         let once = self.region.streams == 1;
         e.repeat(once, &init, end, |e, at| {
@@ -180,7 +174,7 @@ fn panel(e: &mut Emit<'_, '_>, plan: &Plan, fixed: Fixed, region: Region, x: Val
     init.extend(Weights { quants, scales, header: w }.pointers(plan));
     let end = e.offset(y, (PANEL * 4) as i64);
     e.repeat(plan.columns == PANEL, &init, end, |e, at| {
-        let tile = Tile { rows: plan.rows, region, x, weights: Weights::of(&at[1..]), y: at[0] };
+        let tile = Tile { rows: plan.rows, region, x, weights: Weights::of(&at[1..]), y: at[0], frame: fixed.frame };
         rows(e, plan, fixed, tile);
         let bytes = [4, column_bytes, scale_bytes, 2];
         at.iter().zip(bytes).map(|(pointer, bytes)| e.offset(*pointer, (plan.columns * bytes) as i64)).collect()
@@ -207,22 +201,47 @@ fn rows(e: &mut Emit<'_, '_>, plan: &Plan, fixed: Fixed, tile: Tile) {
     }
 }
 
-/// One register tile: zero, sum over `k`, fuse and store.
+/// One register tile: sum over `k`, fuse and store.
 fn one_tile(e: &mut Emit<'_, '_>, plan: &Plan, fixed: Fixed, tile: Tile) {
-    let groups = tile.groups(plan);
-    let per_group = tile.rows * plan.vectors;
-    let mut accumulators = Vec::new();
+    if plan.parts == 1 {
+        let accumulators = sums(e, plan, fixed, &tile);
+        fuse::finish(e, plan, fixed, &tile, &accumulators);
+        return;
+    }
+    // Gate, then up: they lie one behind the other, and side by side they would be two streams for the prefetchers.
+    let part_bytes = tile.part_frame_bytes(plan) as i64;
+    let end = e.offset(tile.frame, plan.parts as i64 * part_bytes);
+    let mut init = vec![tile.frame];
+    init.extend(tile.weights.pointers(plan));
+    e.repeat(false, &init, end, |e, at| {
+        let part = Tile { frame: at[0], weights: Weights::of(&at[1..]), ..tile };
+        let accumulators = sums(e, plan, fixed, &part);
+        fuse::keep(e, plan, &part, &accumulators);
+        let mut next = vec![e.offset(at[0], part_bytes)];
+        for pointer in &at[1..] {
+            next.push(e.offset(*pointer, plan.panel_bytes as i64));
+        }
+        next
+    });
+    fuse::gate_up(e, plan, fixed, &tile);
+}
+
+/// Sums of one part over `k`: the accumulators, stream by stream, or none where they live in the frame.
+fn sums(e: &mut Emit<'_, '_>, plan: &Plan, fixed: Fixed, tile: &Tile) -> Vec<Value> {
+    let mut init = vec![tile.x];
+    init.extend(tile.weights.pointers(plan));
+    let pointers = init.len();
     match plan.home {
         Home::Registers => {
-            for _ in 0..groups.len() * per_group {
-                accumulators.push(e.zero_f32());
+            for _ in 0..tile.region.streams * tile.rows * plan.vectors {
+                init.push(e.zero_f32());
             }
         }
         Home::Frame => {
             let zero = e.zero_f32();
-            let first = e.offset(fixed.frame, fuse::constant_bytes(plan.op) as i64);
-            let rounds = plan.parts * tile.rows * tile.region.streams;
-            let end = e.offset(first, (rounds * stream_frame_bytes(plan)) as i64);
+            let first = e.offset(tile.frame, fuse::constant_bytes(plan.op) as i64);
+            let rounds = tile.rows * tile.region.streams;
+            let end = e.offset(first, tile.part_frame_bytes(plan) as i64);
             e.repeat(rounds == 1, &[first], end, |e, at| {
                 for v in 0..plan.vectors {
                     e.store(zero, at[0], (v * plan.vector_bytes()) as i32);
@@ -231,42 +250,27 @@ fn one_tile(e: &mut Emit<'_, '_>, plan: &Plan, fixed: Fixed, tile: Tile) {
             });
         }
     }
-
-    let mut init = vec![tile.x];
-    init.extend(tile.weights.pointers(plan));
-    let pointers = init.len();
-    init.extend(&accumulators);
-    let accumulators = if plan.group_steps == 1 {
-        k_loop(e, plan, fixed, &tile, &groups, plan.k_steps, &init)
-    } else {
-        // Super-blocks: the steps of each in a loop of their own, then all pointers move behind them.
-        let count = plan.k_steps / plan.group_steps;
-        let group_bytes = plan.header_bytes + plan.group_steps * plan.step_bytes;
-        let end = e.offset(tile.x, (plan.k_steps * plan.x_step_bytes) as i64);
-        let after = e.repeat(count == 1, &init, end, |e, at| {
-            let accumulators = k_loop(e, plan, fixed, &tile, &groups, plan.group_steps, at);
-            let mut next = vec![e.offset(at[0], (plan.group_steps * plan.x_step_bytes) as i64)];
-            for pointer in &at[1..pointers] {
-                next.push(e.offset(*pointer, group_bytes as i64));
-            }
-            next.extend(accumulators);
-            next
-        });
-        after[pointers..].to_vec()
-    };
-    fuse::finish(e, plan, fixed, &tile, &groups, &accumulators);
+    if plan.group_steps == 1 {
+        return k_loop(e, plan, fixed, tile, plan.k_steps, &init);
+    }
+    // Super-blocks: the steps of each in a loop of their own, then all pointers move behind them.
+    let count = plan.k_steps / plan.group_steps;
+    let group_bytes = plan.header_bytes + plan.group_steps * plan.step_bytes;
+    let end = e.offset(tile.x, (plan.k_steps * plan.x_step_bytes) as i64);
+    let after = e.repeat(count == 1, &init, end, |e, at| {
+        let accumulators = k_loop(e, plan, fixed, tile, plan.group_steps, at);
+        let mut next = vec![e.offset(at[0], (plan.group_steps * plan.x_step_bytes) as i64)];
+        for pointer in &at[1..pointers] {
+            next.push(e.offset(*pointer, group_bytes as i64));
+        }
+        next.extend(accumulators);
+        next
+    });
+    after[pointers..].to_vec()
 }
 
 /// `k_steps` steps of `k` from the pointers and with the accumulators in `init`; returns the accumulators.
-fn k_loop(
-    e: &mut Emit<'_, '_>,
-    plan: &Plan,
-    fixed: Fixed,
-    tile: &Tile,
-    groups: &[Group],
-    k_steps: usize,
-    init: &[Value],
-) -> Vec<Value> {
+fn k_loop(e: &mut Emit<'_, '_>, plan: &Plan, fixed: Fixed, tile: &Tile, k_steps: usize, init: &[Value]) -> Vec<Value> {
     let pointers = 1 + tile.weights.pointers(plan).len();
     let at_tile = |at: &[Value]| Tile { x: at[0], weights: Weights::of(&at[1..pointers]), ..*tile };
     let trips = k_steps / plan.unroll;
@@ -274,7 +278,7 @@ fn k_loop(
     let end = e.offset(init[0], (trips * plan.unroll * plan.x_step_bytes) as i64);
     let after = e.repeat(trips == 1, init, end, |e, at| {
         let mut accumulators = at[pointers..].to_vec();
-        steps(e, plan, fixed, &at_tile(at), groups, plan.unroll, &mut accumulators);
+        steps(e, plan, fixed, &at_tile(at), plan.unroll, &mut accumulators);
         let mut next = at[..pointers].to_vec();
         if trips > 1 || tail > 0 {
             // Super-scales stay where they are.
@@ -288,29 +292,20 @@ fn k_loop(
     });
     let mut accumulators = after[pointers..].to_vec();
     if tail > 0 {
-        steps(e, plan, fixed, &at_tile(&after), groups, tail, &mut accumulators);
+        steps(e, plan, fixed, &at_tile(&after), tail, &mut accumulators);
     }
     accumulators
 }
 
-/// `count` steps of `k` for every group.
-fn steps(
-    e: &mut Emit<'_, '_>,
-    plan: &Plan,
-    fixed: Fixed,
-    tile: &Tile,
-    groups: &[Group],
-    count: usize,
-    accumulators: &mut [Value],
-) {
-    let per_group = tile.rows * plan.vectors;
+/// `count` steps of `k` for every stream.
+fn steps(e: &mut Emit<'_, '_>, plan: &Plan, fixed: Fixed, tile: &Tile, count: usize, accumulators: &mut [Value]) {
     match plan.home {
-        // Steps outermost: groups share each x, and their loads alternate between the streams.
+        // Steps outermost: streams share each x, and their loads alternate.
         Home::Registers => {
             for step in 0..count {
                 let mut shared_x = None;
-                for (group, accumulators) in groups.iter().zip(accumulators.chunks_mut(per_group)) {
-                    let at = cursor(plan, tile, tile.group_offset(plan, *group), step);
+                for (stream, accumulators) in accumulators.chunks_mut(tile.rows * plan.vectors).enumerate() {
+                    let at = cursor(plan, tile, tile.stream_offset(plan, stream), step);
                     match &plan.blocks {
                         Some(layout) => {
                             let sums = matmul_quant::Sums::Registers(accumulators);
@@ -321,50 +316,41 @@ fn steps(
                 }
             }
         }
-        // Groups outermost, in loops: one group's accumulators are loaded once for all steps of the iteration.
+        // Streams outermost, in a loop: one stream's accumulators are loaded once for all steps of the iteration.
         Home::Frame => {
-            let stream_bytes = (tile.region.run * plan.unit_bytes()) as i64;
+            let stream_bytes = tile.stream_offset(plan, 1) as i64;
             let others: Vec<_> =
                 tile.weights.pointers(plan).into_iter().map(|pointer| (pointer, stream_bytes)).collect();
-            tile.each_stream(e, plan, fixed.frame, &others, |e, at| {
-                let part_bytes = (tile.rows * tile.region.streams * stream_frame_bytes(plan)) as i64;
-                let end = e.offset(at[0], plan.parts as i64 * part_bytes);
-                e.repeat(plan.parts == 1, at, end, |e, at| {
-                    let held_tile = Tile { weights: Weights::of(&at[1..]), ..*tile };
-                    framed_steps(e, plan, fixed, &held_tile, at[0], count);
-                    let mut next = vec![e.offset(at[0], part_bytes)];
-                    for pointer in &at[1..] {
-                        next.push(e.offset(*pointer, plan.panel_bytes as i64));
-                    }
-                    next
-                });
+            tile.each_stream(e, plan, &others, |e, at| {
+                let held_tile = Tile { frame: at[0], weights: Weights::of(&at[1..]), ..*tile };
+                framed_steps(e, plan, fixed, &held_tile, count);
             });
         }
     }
 }
 
-/// `count` steps of `k` for the one group whose accumulators are at `frame`.
-fn framed_steps(e: &mut Emit<'_, '_>, plan: &Plan, fixed: Fixed, tile: &Tile, frame: Value, count: usize) {
+/// `count` steps of `k` for the one stream whose accumulators are at the tile's frame address.
+fn framed_steps(e: &mut Emit<'_, '_>, plan: &Plan, fixed: Fixed, tile: &Tile, count: usize) {
     if let Some(layout) = &plan.blocks {
         for step in 0..count {
             let at = cursor(plan, tile, 0, step);
-            matmul_quant::step(e, plan, layout, fixed, tile, at, matmul_quant::Sums::Frame(frame));
+            matmul_quant::step(e, plan, layout, fixed, tile, at, matmul_quant::Sums::Frame);
         }
         return;
     }
     let mut held = Vec::with_capacity(tile.rows * plan.vectors);
     for_each(tile.rows, plan.vectors, |row, v| {
-        held.push(e.load_back(frame, tile.frame_offset(plan, 0, row, v)));
+        held.push(e.load_back(tile.frame, tile.frame_offset(plan, row, v)));
     });
     for step in 0..count {
         matmul_float::step(e, plan, tile, cursor(plan, tile, 0, step), &mut None, &mut held);
     }
     for_each(tile.rows, plan.vectors, |row, v| {
-        e.store(held[row * plan.vectors + v], frame, tile.frame_offset(plan, 0, row, v));
+        e.store(held[row * plan.vectors + v], tile.frame, tile.frame_offset(plan, row, v));
     });
 }
 
-/// Pointers of step `step` of the group `w_offset` bytes after the tile's first panel.
+/// Pointers of step `step` of the stream `w_offset` bytes after the tile's first panel.
 fn cursor(plan: &Plan, tile: &Tile, w_offset: usize, step: usize) -> Cursor {
     Cursor {
         x: tile.x,
@@ -375,7 +361,7 @@ fn cursor(plan: &Plan, tile: &Tile, w_offset: usize, step: usize) -> Cursor {
     }
 }
 
-/// Calls `f(row, v)` for every vector of a group, rows outermost.
+/// Calls `f(row, v)` for every vector of a stream, rows outermost.
 pub(crate) fn for_each(rows: usize, vectors: usize, mut f: impl FnMut(usize, usize)) {
     for row in 0..rows {
         for v in 0..vectors {

@@ -22,7 +22,7 @@ const MAX_UNROLL: u8 = 32;
 pub(crate) enum Home {
     /// In registers for the whole sum.
     Registers,
-    /// In the stack frame (first-level cache); one group of them is in registers while its steps run.
+    /// In the stack frame (first-level cache); one stream's are in registers while its steps run.
     Frame,
 }
 
@@ -129,7 +129,7 @@ impl Plan {
             return Err(refuse("q8_0 at 512 bits needs vnni: vpsignb has no zmm form"));
         }
         let vectors = columns / lanes;
-        let home = home(key.dtype, variant.vnni, rows, vectors, streams * parts)
+        let home = home(key.dtype, variant.vnni, rows, vectors, streams)
             .ok_or_else(|| refuse("the register tile does not fit 16 vector registers"))?;
         Ok(Plan {
             op: key.op,
@@ -185,12 +185,12 @@ fn regions(panels: usize, streams: usize) -> Vec<Region> {
     regions
 }
 
-/// Decides where accumulators live, by counting the registers a step needs; `None` if not even one group fits.
-fn home(dtype: DType, vnni: bool, rows: usize, vectors: usize, groups: usize) -> Option<Home> {
+/// Decides where accumulators live, by counting the registers a step needs; `None` if not even one stream's fit.
+fn home(dtype: DType, vnni: bool, rows: usize, vectors: usize, streams: usize) -> Option<Home> {
     let tile = rows * vectors;
     // The allocator is not perfect: with many rows in flight it needs room to move (found by random variants).
     let slack = if rows > 1 { 2 } else { 0 };
-    // Registers a step needs beside the f32 accumulators of its own group (`work`), and of all groups.
+    // Registers a step needs beside the f32 accumulators of its own stream (`work`), and of all streams.
     let work = match dtype {
         // One row: the broadcast x; weights fold into the fma. More rows: weights stay, x passes through one register.
         DType::F32 => 1 + if rows == 1 { 0 } else { vectors },
@@ -210,12 +210,12 @@ fn home(dtype: DType, vnni: bool, rows: usize, vectors: usize, groups: usize) ->
             tile + 3 + x + high + halves + if vnni { 0 } else { 1 + slack / 2 + widened }
         }
     };
-    if groups * tile + work <= VECTOR_REGISTERS {
+    if streams * tile + work <= VECTOR_REGISTERS {
         return Some(Home::Registers);
     }
-    // Quantised steps load their f32 accumulators one by one at the end of a block; float steps hold the group.
-    let group = if dtype.is_quantised() { work } else { tile + work };
-    (group <= VECTOR_REGISTERS).then_some(Home::Frame)
+    // Quantised steps load their f32 accumulators one by one at the end of a block; float steps hold the stream's.
+    let held = if dtype.is_quantised() { work } else { tile + work };
+    (held <= VECTOR_REGISTERS).then_some(Home::Frame)
 }
 
 // The layout's block length is the length of a quantised step.

@@ -88,12 +88,14 @@ fn candidates(key: &KernelKey, width: Width, vnni: bool, isa: TargetIsa) -> Vec<
     out
 }
 
-/// Keeps variety: of each tile and stream count the three best.
+/// Keeps variety: of each tile and stream count the two best with software prefetch, which hinders some machines'
+/// own prefetchers, and the best without.
 fn thin_out(sorted: Vec<Candidate>) -> Vec<Candidate> {
     let mut kept: Vec<Candidate> = Vec::new();
     for candidate in sorted {
-        let shape = |v: &Variant| (v.rows, v.columns, v.streams);
-        if kept.iter().filter(|k| shape(&k.variant) == shape(&candidate.variant)).count() < 3 {
+        let shape = |v: &Variant| (v.rows, v.columns, v.streams, v.prefetch_bytes == 0);
+        let most = if candidate.variant.prefetch_bytes == 0 { 1 } else { 2 };
+        if kept.iter().filter(|k| shape(&k.variant) == shape(&candidate.variant)).count() < most {
             kept.push(candidate);
         }
     }
@@ -186,7 +188,7 @@ fn instructions(plan: &Plan) -> u64 {
     let mut total = 40;
     for region in &plan.regions {
         let groups = match plan.home {
-            Home::Registers => region.streams * plan.parts,
+            Home::Registers => region.streams,
             Home::Frame => 1,
         } as u64;
         for rows in [plan.rows, plan.m % plan.rows].into_iter().filter(|rows| *rows > 0) {
@@ -205,7 +207,7 @@ fn instructions(plan: &Plan) -> u64 {
 fn cycles(key: &KernelKey, plan: &Plan) -> u64 {
     // In hundredths of a cycle: two vector ports, two load ports, four instructions a cycle.
     let streams = plan.regions.first().map_or(1, |r| r.streams) as u64;
-    let groups_in_flight = if plan.home == Home::Registers { streams * plan.parts as u64 } else { 1 };
+    let groups_in_flight = if plan.home == Home::Registers { streams } else { 1 };
     let tile = |rows: u64| -> u64 {
         let one = step(plan, rows);
         let issue = 25 * (one.arithmetic + one.own_loads + prefetches(plan)) + 100 / plan.unroll as u64;
@@ -223,14 +225,15 @@ fn cycles(key: &KernelKey, plan: &Plan) -> u64 {
     let tiles = (panels(key.n as usize) * plan.parts * PANEL / plan.columns) as u64;
     let compute = tiles * plan.k_steps as u64 * rows / 100;
 
-    // Memory: about 4 bytes a cycle, less without help for the prefetchers.
+    // Memory: about 4 bytes a cycle. Help for the prefetchers is worth more on some machines than this, on others less
+    // than nothing.
     let distance = match plan.prefetch_bytes {
-        0 => 112,
+        0 => 102,
         512 => 103,
         4096 => 101,
         _ => 100,
     };
-    let side_by_side = match streams * plan.parts as u64 {
+    let side_by_side = match streams {
         1 => 105,
         2..=6 => 100,
         _ => 102,

@@ -7,7 +7,8 @@
 //! - The ratio is the Hodges-Lehmann pseudo-median of the paired log ratios: like a median it ignores spikes, but it
 //!   wastes less of the data. The constant advantage of running second is estimated and taken out first.
 //! - The test is the exact Wilcoxon signed-rank test on the same log ratios, one-sided, ties and all.
-//! - A candidate wins when the test is significant *and* the ratio is at most `1 - min_win`.
+//! - A candidate wins when the test is significant *and* the ratio is at most `1 - min_win`. Where a match is enough
+//!   (`min_win` below zero), the test is against that ratio instead of against equality.
 //!
 //! Looks happen at fixed numbers of pairs. A candidate that is clearly not `min_win` faster is dropped at an early look,
 //! which cannot make a false win. A win before the last look has to pass a stricter level, so that looking often does not
@@ -39,8 +40,16 @@ const LOOKS: [usize; 8] = [8, 12, 16, 24, 32, 48, 64, 96];
 pub struct TrialConfig {
     /// Pairs measured at most; taken into [`PAIRS_RANGE`].
     pub max_pairs: usize,
-    /// Smallest win worth a change, as a share of the incumbent's time.
+    /// Smallest win worth a change, as a share of the incumbent's time. Below zero a candidate that is slower by no more
+    /// than this wins too.
     pub min_win: f64,
+}
+
+impl TrialConfig {
+    /// Against an incumbent that a candidate need not beat, only match: 2 % slower is a match.
+    pub fn match_is_enough(self) -> Self {
+        Self { min_win: -0.02, ..self }
+    }
 }
 
 impl Default for TrialConfig {
@@ -65,9 +74,10 @@ pub struct Verdict {
     pub ratio: f64,
     /// Pairs it rests on.
     pub pairs: usize,
-    /// Chance of ratios this low if the two were equally fast.
+    /// Chance of ratios this low if the two were equally fast (or, where a match is enough, just not a match).
     pub p_value: f64,
-    /// The candidate is faster, by at least the smallest win, and this is not chance: install it.
+    /// The candidate is faster by at least the smallest win, or a match where that is enough, and this is not chance:
+    /// install it.
     pub significant: bool,
 }
 
@@ -85,7 +95,7 @@ impl Trial {
     /// A trial without pairs.
     pub fn new(config: TrialConfig) -> Self {
         let max_pairs = config.max_pairs.clamp(*PAIRS_RANGE.start(), *PAIRS_RANGE.end());
-        let min_win = if config.min_win.is_finite() { config.min_win.clamp(0.0, 0.9) } else { 0.9 };
+        let min_win = if config.min_win.is_finite() { config.min_win.clamp(-0.1, 0.9) } else { 0.9 };
         Self { max_pairs, win_log: libm::log(1.0 - min_win), logs: Vec::with_capacity(max_pairs) }
     }
 
@@ -147,7 +157,9 @@ impl Trial {
         let pairs = self.logs.len();
         let logs = self.balanced();
         let log = pseudo_median(&logs).unwrap_or(0.0);
-        let p_value = signed_rank_p(&logs);
+        let against = self.win_log.max(0.0);
+        let shifted: Vec<f64> = logs.iter().map(|log| log - against).collect();
+        let p_value = signed_rank_p(&shifted);
         let significant = pairs >= *PAIRS_RANGE.start() && p_value <= level && log <= self.win_log;
         Verdict { ratio: libm::exp(log), pairs, p_value, significant }
     }
@@ -308,6 +320,18 @@ mod tests {
         assert_eq!(verdict, Verdict { ratio: 1.0, pairs: 8, p_value: 1.0, significant: false });
         let mut trial = Trial::new(TrialConfig { max_pairs: usize::MAX, min_win: -1.0 });
         let verdict = (0..200).find_map(|i| trial.push(u64::MAX - i % 2, u64::MAX)).unwrap();
-        assert!(verdict.ratio.is_finite() && !verdict.significant && verdict.pairs <= 128);
+        assert!(verdict.ratio.is_finite() && verdict.pairs <= 128, "{verdict:?}");
+    }
+
+    #[test]
+    fn where_a_match_is_enough_a_little_slower_wins_and_more_does_not() {
+        let decide = |cycles: u64| {
+            let mut trial = Trial::new(TrialConfig::default().match_is_enough());
+            (0..64).find_map(|i| trial.push(100_000, cycles + i % 5 * 100)).unwrap()
+        };
+        for (cycles, wins) in [(90_000, true), (100_000, true), (101_000, true), (103_000, false), (120_000, false)] {
+            let verdict = decide(cycles);
+            assert_eq!(verdict.significant, wins, "{cycles}: {verdict:?}");
+        }
     }
 }

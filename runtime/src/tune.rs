@@ -229,9 +229,11 @@ impl<'a> Tuner<'a> {
     /// Pairs of candidate and incumbent on the weights of one layer after another.
     fn measure(&mut self, platform: &dyn Platform, engine: &mut Engine, slot: usize, candidate: Kernel) -> Verdict {
         let config = TrialConfig { max_pairs: self.options.tune_pairs as usize, ..TrialConfig::default() };
-        let mut trial = PairedTrial::new(config);
-        let instances = engine.instances(slot).max(1);
         let incumbent = engine.table().runs(slot).unwrap_or(Runs::Baseline);
+        // Only compiled kernels can be exported: one that matches the hand-written op is worth more than it.
+        let compiled = matches!(incumbent, Runs::Compiled(_));
+        let mut trial = PairedTrial::new(if compiled { config } else { config.match_is_enough() });
+        let instances = engine.instances(slot).max(1);
         let candidate = Runs::Compiled(candidate);
         let mut instance = 0;
         loop {
