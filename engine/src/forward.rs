@@ -20,7 +20,7 @@ use crate::workers::Workers;
 use alloc::vec::Vec;
 use core::ops::Range;
 use model::architecture::Positions;
-use model::kernel::{DType, M_BUCKETS, Op};
+use model::kernel::{DType, KernelKey, M_BUCKETS, Op};
 use model::layout::{KV_BLOCK, PANEL, WEIGHT_ALIGN, padded, x_row_bytes};
 use model::{Config, Role};
 use profiler::{Part, PartTimes};
@@ -109,14 +109,22 @@ impl<'w> Engine<'w> {
         if HAS_BASELINE {
             return every;
         }
-        let compiled = |bucket: usize| {
-            // The head runs for one row at a time, whatever the batch.
-            let mut layers = self.plan.matrices.iter().filter(|matrix| matrix.op != Op::LmHead);
-            let runs = |slot| matches!(self.table.runs(slot), Some(Runs::Compiled(_)));
-            layers.all(|matrix| matrix.slots(bucket).all(runs))
-        };
-        let some: [bool; M_BUCKETS.len()] = core::array::from_fn(compiled);
+        // The head runs for one row at a time, whatever the batch.
+        let is_layer = |key: &KernelKey| key.op != Op::LmHead;
+        let some = core::array::from_fn(|bucket| !self.keys_without_kernel(bucket).iter().any(is_layer));
         if some.contains(&true) { some } else { every }
+    }
+
+    /// The products of the batch bucket `bucket` that no compiled kernel computes.
+    pub fn keys_without_kernel(&self, bucket: usize) -> Vec<KernelKey> {
+        let mut keys = Vec::new();
+        for slot in self.plan.matrices.iter().flat_map(|matrix| matrix.slots(bucket)) {
+            let Some(key) = self.table.key(slot) else { continue };
+            if !matches!(self.table.runs(slot), Some(Runs::Compiled(_))) && !keys.contains(&key) {
+                keys.push(key);
+            }
+        }
+        keys
     }
 
     /// True when an op ran in `slot`, so that its activations are kept.

@@ -53,6 +53,8 @@ pub struct Exported {
     pub embedded_model_bytes: u64,
     /// Kernels linked in, by name.
     pub kernels: Vec<String>,
+    /// Products that ran for single tokens and have no kernel: the image says so at start and is slow in them.
+    pub without_kernel: Vec<String>,
     /// Bytes of their machine code.
     pub kernel_bytes: u64,
     /// Snapshot generation they come from.
@@ -104,6 +106,7 @@ pub fn export(spec: &ExportSpec) -> Result<Exported> {
         sizes: audit::sizes(&linked.unstripped).map(|s| Sizes { elf_bytes: linked.stripped.len() as u64, ..s })?,
         embedded_model_bytes: model.map_or(0, |m| m.len() as u64),
         kernels: kernels.iter().map(|(key, kernel)| format!("{key} {}", kernel.variant)).collect(),
+        without_kernel: without_kernel(&snapshot),
         kernel_bytes: kernels.iter().map(|(_, k)| k.code.len() as u64).sum(),
         generation,
         audit,
@@ -133,6 +136,12 @@ pub fn read_snapshot(disk: &Path) -> Result<OnDisk> {
         Ok((opened, identity)) => Ok(OnDisk { identity, generation: opened.generation, snapshot: opened.snapshot }),
         Err(cold) => bail!("no usable snapshot on {}: {cold}; boot the JIT image with it first", disk.display()),
     }
+}
+
+/// Keys of single tokens that took time worth a search, and for which none is kept.
+fn without_kernel(snapshot: &Snapshot) -> Vec<String> {
+    let open = snapshot.entries.iter().filter(|record| record.key.m == 1 && record.incumbent.is_none());
+    open.map(|record| record.key.to_string()).collect()
 }
 
 fn kernels(snapshot: &Snapshot) -> Vec<(KernelKey, StoredKernel)> {

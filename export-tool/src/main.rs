@@ -85,6 +85,9 @@ fn main() -> Result<()> {
             for kernel in &exported.kernels {
                 println!("    {kernel}");
             }
+            for key in &exported.without_kernel {
+                println!("    {key}: NO KERNEL, no variant matched the hand-written op; the image will be slow there");
+            }
             println!(
                 "  audit passed: {} symbols and {} segments looked at, no compiler, no writable and executable memory",
                 exported.audit.symbols, exported.audit.segments

@@ -117,6 +117,10 @@ fn work(platform: &mut dyn Platform, reporter: &mut Reporter, request: Request<'
     let session_bytes = Session::memory_bytes(&description.config, context, threads, kv);
     let mut session = Session::new(&engine, context, kv, platform.arena("session", session_bytes)?)?;
     reporter.stage(platform, "load_model");
+    if !engine::ops::HAS_BASELINE && kv == KvType::F32 {
+        let text = "attention over an f32 cache takes its plainest form in this image; kv=f16 is faster";
+        reporter.note(platform, Level::Warning, text);
+    }
 
     let identity = identity(platform.cpu(), loaded.fingerprint);
     let mut kernels = Kernels::start(platform, reporter, &options, isa, identity, request.linked);

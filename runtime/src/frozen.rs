@@ -7,6 +7,9 @@ use crate::kernels::{LinkedKernel, RunningKernels, install_linked};
 use crate::options::{Options, Tier};
 use crate::platform::Platform;
 use crate::reporter::Reporter;
+use alloc::format;
+use alloc::string::{String, ToString};
+use alloc::vec::Vec;
 use engine::simd::limits::Limits;
 use engine::{Engine, Isa};
 use model::kernel::{KernelKey, M_BUCKETS};
@@ -50,16 +53,33 @@ impl<'a> Kernels<'a> {
             if self.running.count() == 0 {
                 return Err(RunError::NoLinkedKernel);
             }
-            let sizes = engine.batch_sizes();
-            let largest = M_BUCKETS.iter().zip(sizes).rev().find(|&(_, has)| has).map_or(1, |(m, _)| *m);
-            if largest < M_BUCKETS[M_BUCKETS.len() - 1] {
-                let text = alloc::format!(
-                    "this image has kernels for prompts in batches of up to {largest}: for faster long prompts, let the JIT image run one and export again"
-                );
-                reporter.note(platform, Level::Info, text);
-            }
+            self.note_gaps(platform, reporter, engine);
         }
         Ok(())
+    }
+
+    /// Says which products have no kernel, and what is done instead: nothing here is slow in silence.
+    fn note_gaps(&self, platform: &mut dyn Platform, reporter: &mut Reporter, engine: &Engine<'_>) {
+        const REMEDY: &str = "let the JIT image run longer and export again";
+        let single = engine.keys_without_kernel(0);
+        let sizes = engine.batch_sizes();
+        if !single.is_empty() {
+            let names: Vec<String> = single.iter().map(|key| key.to_string()).collect();
+            // `batch_sizes` allows every size where none has all its kernels.
+            let instead = match M_BUCKETS.iter().zip(sizes).find(|&(_, has)| has) {
+                Some((m, _)) if !sizes[0] => format!("batches of {m} serve single tokens"),
+                _ => String::from("the reference computes them, slowly"),
+            };
+            let text = format!("no linked kernel for {}: {instead}; {REMEDY}", names.join(", "));
+            reporter.note(platform, Level::Warning, text);
+        }
+        let largest = M_BUCKETS.iter().zip(sizes).rev().find(|&(_, has)| has).map_or(1, |(m, _)| *m);
+        if largest < M_BUCKETS[M_BUCKETS.len() - 1] {
+            let text = format!(
+                "this image has kernels for prompts in batches of up to {largest}: for faster long prompts, let the JIT image run one and export again"
+            );
+            reporter.note(platform, Level::Info, text);
+        }
     }
 
     /// Which variant runs in each slot.

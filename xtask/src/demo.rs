@@ -148,6 +148,11 @@ pub fn run(workspace: &Path, args: &DemoArgs) -> Result<()> {
         exported.sizes.text_bytes / 1024,
         exported.kernels.len()
     );
+    for key in &exported.without_kernel {
+        println!(
+            "        no kernel for {key}: no variant matched the hand-written op, and the native image will be slow there"
+        );
+    }
     let native =
         NativeSpec { elf: native_elf, audit: Some(serde_json::to_value(&exported.audit)?), boots: pace.native_boots };
     qemu_runs::runs::compare(&qemu, &spec, &native, &mut report, &mut |p| display.show(p));
