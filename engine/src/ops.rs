@@ -1,7 +1,7 @@
 //! Runs an op with this crate's own code: the reference, or the hand-written version of the CPU's level.
 
 use crate::dispatch::{ColumnsMut, check_operands};
-use crate::reference::{self, Software};
+use crate::reference;
 use crate::simd::{self, Level};
 use model::kernel::KernelKey;
 
@@ -14,7 +14,7 @@ use model::kernel::KernelKey;
 pub fn run_reference(level: Level, key: &KernelKey, x: &[u8], w: &[u8], y: ColumnsMut<'_>) {
     check_operands(key, x, w, &y);
     match level {
-        Level::Portable => reference::run::<Software>(key, x, w, y),
+        Level::Portable => reference::run_portable(key, x, w, y),
         Level::Avx2(avx2) => simd::fma::run_reference(avx2, key, x, w, y),
     }
 }
@@ -29,7 +29,7 @@ pub const HAS_BASELINE: bool = cfg!(feature = "baseline");
 pub fn run_baseline(level: Level, key: &KernelKey, x: &[u8], w: &[u8], y: ColumnsMut<'_>) {
     check_operands(key, x, w, &y);
     match level {
-        Level::Portable => reference::run::<Software>(key, x, w, y),
+        Level::Portable => reference::run_portable(key, x, w, y),
         #[cfg(feature = "baseline")]
         Level::Avx2(avx2) => simd::avx2::run(avx2, key, x, w, y),
         #[cfg(not(feature = "baseline"))]

@@ -95,6 +95,11 @@ pub(crate) fn run<F: ScalarArithmetic>(key: &KernelKey, x: &[u8], w: &[u8], mut 
     }
 }
 
+/// [`run`] on any CPU. A function of its own, so that there is one copy of it.
+pub(crate) fn run_portable(key: &KernelKey, x: &[u8], w: &[u8], y: ColumnsMut<'_>) {
+    run::<Software>(key, x, w, y);
+}
+
 /// The 32 sums of one activation row with one panel.
 #[inline(always)]
 fn product<F: ScalarArithmetic>(dtype: DType, x: &[u8], panel: &[u8]) -> [f32; PANEL] {

@@ -3,6 +3,9 @@
 //! Cases: random weights with random activations (over the whole range of both), and real weights of the model with
 //! the activations captured from the forward pass. The output has random content before the call, spare columns in
 //! every row and a spare row at the end: a kernel that writes outside its columns differs there.
+//!
+//! The reference is slow. [`Engine::reference_answer`] is what it makes of fixed operands; its hash can stand for the
+//! reference in later boots, in which [`Engine::kernel_answer`] has to have the same.
 
 use crate::dispatch::{ColumnsMut, Kernel, KernelArgs};
 use crate::error::EngineError;
@@ -41,7 +44,7 @@ impl fmt::Display for Mismatch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Mismatch { case, row, column, want_bits, got_bits } = *self;
         let (want, got) = (f32::from_bits(want_bits), f32::from_bits(got_bits));
-        write!(f, "{case} operands: y[{row}][{column}] is {got:e} ({got_bits:08x}), not {want:e} ({want_bits:08x})")
+        write!(f, "{case} operands: y[{row}][{column}] is {got:.6} ({got_bits:08x}), not {want:.6} ({want_bits:08x})")
     }
 }
 
@@ -92,14 +95,24 @@ impl Weights {
     }
 }
 
+/// Elements from one row of a case's output to the next.
+fn stride(key: &KernelKey) -> usize {
+    padded(key.n as usize) + SPARE
+}
+
+/// What the output of a case holds before the call.
+fn output_before(key: &KernelKey) -> Vec<f32> {
+    let m = key.m as usize;
+    let mut rng = SplitMix64::new(m as u64);
+    (0..m * stride(key) + SPARE).map(|_| rng.next_bell()).collect()
+}
+
 impl Case {
     fn new(level: Level, key: &KernelKey, name: &'static str, x: AlignedBytes, w: Weights, arena: &[u8]) -> Self {
         let (m, columns) = (key.m as usize, padded(key.n as usize));
-        let stride = columns + SPARE;
-        let mut rng = SplitMix64::new(m as u64);
-        let before: Vec<f32> = (0..m * stride + SPARE).map(|_| rng.next_bell()).collect();
+        let before = output_before(key);
         let mut want = before.clone();
-        run_reference(level, key, &x, w.bytes(arena), ColumnsMut::new(&mut want, m, columns, stride));
+        run_reference(level, key, &x, w.bytes(arena), ColumnsMut::new(&mut want, m, columns, stride(key)));
         Self { name, x, w, before, want }
     }
 
@@ -113,7 +126,7 @@ impl Case {
     ) -> Result<(), VerifyError<F>> {
         got.clear();
         got.extend_from_slice(&self.before);
-        let ldy = padded(kernel.key().n as usize) + SPARE;
+        let ldy = stride(&kernel.key());
         let args = KernelArgs { x: &self.x, w: self.w.bytes(arena), y: got, ldy };
         call(kernel, args).map_err(VerifyError::Faulted)?;
         match self.want.iter().zip(&*got).position(|(want, got)| want.to_bits() != got.to_bits()) {
@@ -184,18 +197,60 @@ impl Engine<'_> {
             let (x, w) = (random_activations(key, &mut rng), random_weights(key, &mut rng));
             cases.push(Case::new(level, key, "random", x, Weights::Own(w), self.weights));
         }
-        // The last slice of the last matrix: the one with padding, where there is any.
-        if let Some((matrix, bucket)) = self.instances_of(slot).last() {
-            let mut parts = (0..matrix.partition.parts()).filter(|&part| matrix.slot(part, bucket) == Some(slot));
-            if let Some(part) = parts.next_back() {
-                let x = match &self.captured[slot] {
-                    Some(x) => AlignedBytes::copy_of(x),
-                    None => random_activations(key, &mut rng),
-                };
-                let w = Weights::Arena(matrix.part_bytes(part));
-                cases.push(Case::new(level, key, "model", x, w, self.weights));
-            }
+        if let Some(weights) = self.last_slice(slot) {
+            let x = match &self.captured[slot] {
+                Some(x) => AlignedBytes::copy_of(x),
+                None => random_activations(key, &mut rng),
+            };
+            cases.push(Case::new(level, key, "model", x, Weights::Arena(weights), self.weights));
         }
         cases
+    }
+
+    /// The last slice of the last matrix of `slot`, as bytes of the arena: the one with padding, where there is any.
+    fn last_slice(&self, slot: usize) -> Option<Range<usize>> {
+        let (matrix, bucket) = self.instances_of(slot).last()?;
+        let mut parts = (0..matrix.partition.parts()).filter(|&part| matrix.slot(part, bucket) == Some(slot));
+        parts.next_back().map(|part| matrix.part_bytes(part))
+    }
+
+    /// What the reference makes of random activations (the same in every boot) and weights of this model: the whole
+    /// output, spare elements included. The same model and key give the same bits.
+    ///
+    /// # Errors
+    /// [`EngineError::NoSlot`].
+    pub fn reference_answer(&self, slot: usize) -> Result<Vec<f32>, EngineError> {
+        let (key, x, w, mut y) = self.question(slot)?;
+        let out = ColumnsMut::new(&mut y, key.m as usize, padded(key.n as usize), stride(&key));
+        run_reference(self.table.level(), &key, &x, w, out);
+        Ok(y)
+    }
+
+    /// What `kernel`, called through `call`, makes of the same: the same bits, if it is right.
+    ///
+    /// # Errors
+    /// [`VerifyError::Faulted`] with what `call` reports, [`VerifyError::Engine`] for a slot that does not exist or a
+    /// kernel for another key.
+    pub fn kernel_answer<F>(
+        &self,
+        slot: usize,
+        kernel: Kernel,
+        call: &mut dyn FnMut(Kernel, KernelArgs<'_>) -> Result<(), F>,
+    ) -> Result<Vec<f32>, VerifyError<F>> {
+        let (key, x, w, mut y) = self.question(slot)?;
+        if kernel.key() != key {
+            return Err(EngineError::KeyMismatch { slot: key, kernel: kernel.key() }.into());
+        }
+        call(kernel, KernelArgs { x: &x, w, y: &mut y, ldy: stride(&key) }).map_err(VerifyError::Faulted)?;
+        Ok(y)
+    }
+
+    /// Key and operands of the fixed question to the kernels of `slot`.
+    fn question(&self, slot: usize) -> Result<(KernelKey, AlignedBytes, &[u8], Vec<f32>), EngineError> {
+        let (Some(key), Some(weights)) = (self.table.key(slot), self.last_slice(slot)) else {
+            return Err(EngineError::NoSlot { slot, slots: self.table.len() });
+        };
+        let mut rng = SplitMix64::new(u64::from(key.m) << 32 | u64::from(key.k));
+        Ok((key, random_activations(&key, &mut rng), &self.weights[weights], output_before(&key)))
     }
 }

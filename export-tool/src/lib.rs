@@ -16,10 +16,10 @@ mod object_file;
 pub use audit::{Audit, Sizes};
 pub use link::find_linker;
 
+use crate::object_file::Exportable;
 use anyhow::{Context, Result, bail};
-use model::kernel::KernelKey;
 use serde::Serialize;
-use snapshot_format::{DiskMedium, Identity, Snapshot, StoredKernel};
+use snapshot_format::{DiskMedium, Identity, KeyRecord, Snapshot, StoredKernel};
 use std::path::{Path, PathBuf};
 use storage::MemoryDisk;
 
@@ -105,9 +105,9 @@ pub fn export(spec: &ExportSpec) -> Result<Exported> {
         elf: spec.out.clone(),
         sizes: audit::sizes(&linked.unstripped).map(|s| Sizes { elf_bytes: linked.stripped.len() as u64, ..s })?,
         embedded_model_bytes: model.map_or(0, |m| m.len() as u64),
-        kernels: kernels.iter().map(|(key, kernel)| format!("{key} {}", kernel.variant)).collect(),
+        kernels: kernels.iter().map(|e| format!("{} {}", e.key, e.kernel.variant)).collect(),
         without_kernel: without_kernel(&snapshot),
-        kernel_bytes: kernels.iter().map(|(_, k)| k.code.len() as u64).sum(),
+        kernel_bytes: kernels.iter().map(|e| e.kernel.code.len() as u64).sum(),
         generation,
         audit,
     })
@@ -144,13 +144,12 @@ fn without_kernel(snapshot: &Snapshot) -> Vec<String> {
     open.map(|record| record.key.to_string()).collect()
 }
 
-fn kernels(snapshot: &Snapshot) -> Vec<(KernelKey, StoredKernel)> {
-    let mut out: Vec<_> = snapshot
-        .entries
-        .iter()
-        .filter_map(|record| Some((record.key, record.incumbent.clone()?)))
-        .filter(|(_, kernel)| kernel.is_intact())
-        .collect();
-    out.sort_by_key(|(key, _)| *key);
+fn kernels(snapshot: &Snapshot) -> Vec<Exportable> {
+    let exportable = |record: &KeyRecord| {
+        let kernel = record.incumbent.clone().filter(StoredKernel::is_intact)?;
+        Some(Exportable { key: record.key, kernel, answer_sha256: record.answer_sha256 })
+    };
+    let mut out: Vec<_> = snapshot.entries.iter().filter_map(exportable).collect();
+    out.sort_by_key(|exportable| exportable.key);
     out
 }

@@ -17,17 +17,27 @@ use snapshot_format::frozen::{self, FrozenKernel};
 /// Alignment of every kernel, one cache line.
 const KERNEL_ALIGN: u64 = 64;
 
+/// A kernel of a snapshot.
+pub struct Exportable {
+    /// What it computes.
+    pub key: KernelKey,
+    /// The kernel.
+    pub kernel: StoredKernel,
+    /// As [`snapshot_format::KeyRecord::answer_sha256`].
+    pub answer_sha256: Option<[u8; 32]>,
+}
+
 /// The object file for `kernels`, with the model embedded when given.
 ///
 /// # Errors
 /// When the object cannot be written.
-pub fn build(kernels: &[(KernelKey, StoredKernel)], model: Option<&[u8]>) -> Result<Vec<u8>> {
+pub fn build(kernels: &[Exportable], model: Option<&[u8]>) -> Result<Vec<u8>> {
     let mut object = Object::new(BinaryFormat::Elf, Architecture::X86_64, Endianness::Little);
     let text = object.add_section(Vec::new(), b".text.bareflow_kernels".to_vec(), SectionKind::Text);
     object.append_section_data(text, &[], KERNEL_ALIGN);
     symbol(&mut object, "bareflow_kernels_text", text, 0, 0, SymbolKind::Label);
     let mut table = Vec::new();
-    for (key, kernel) in kernels {
+    for Exportable { key, kernel, answer_sha256 } in kernels {
         let offset = object.append_section_data(text, &kernel.code, KERNEL_ALIGN);
         let name = format!("{key}_{}", kernel.variant);
         symbol(&mut object, &name, text, offset, kernel.code.len() as u64, SymbolKind::Text);
@@ -36,6 +46,7 @@ pub fn build(kernels: &[(KernelKey, StoredKernel)], model: Option<&[u8]>) -> Res
             variant: kernel.variant,
             offset: u32::try_from(offset).context("more than 4 GiB of kernels")?,
             len_bytes: u32::try_from(kernel.code.len()).context("a kernel of more than 4 GiB")?,
+            answer_sha256: *answer_sha256,
         });
     }
     blob(&mut object, "bareflow_kernels_table", &frozen::encode(&table), 8);

@@ -1,5 +1,5 @@
-//! Machine code that is already there: from the snapshot, or linked into a native image. All of it is checked against
-//! the reference before its first use in this boot.
+//! Machine code that is already there: from the snapshot, or linked into a native image. Before its first use in this boot
+//! all of it has to give the reference's answers.
 
 use crate::platform::{KernelFault, Platform};
 use crate::reporter::Reporter;
@@ -15,8 +15,10 @@ use engine::{Engine, EngineError};
 use model::kernel::KernelKey;
 use model::kernel::Variant;
 use report::Level;
+use sha2::{Digest, Sha256};
 #[cfg(feature = "jit")]
 use snapshot_format::{Snapshot, StoredKernel, TrialOutcome};
+use zerocopy::IntoBytes;
 
 /// A kernel that was linked into the image.
 #[derive(Clone, Copy, Debug)]
@@ -25,6 +27,8 @@ pub struct LinkedKernel {
     pub variant: Variant,
     /// The code.
     pub kernel: Kernel,
+    /// SHA-256 of the answer it has to give, see [`check`].
+    pub answer_sha256: Option<[u8; 32]>,
 }
 
 /// Which variant runs in each slot.
@@ -92,6 +96,16 @@ impl fmt::Display for Rejected {
     }
 }
 
+impl From<VerifyError<KernelFault>> for Rejected {
+    fn from(error: VerifyError<KernelFault>) -> Self {
+        match error {
+            VerifyError::Wrong(mismatch) => Rejected::Wrong(mismatch),
+            VerifyError::Faulted(fault) => Rejected::Faulted(fault),
+            VerifyError::Engine(error) => Rejected::Unusable(error),
+        }
+    }
+}
+
 /// Checks `kernel` bit for bit against the reference on random and on captured input.
 ///
 /// # Errors
@@ -102,11 +116,39 @@ pub fn verify(
     slot: usize,
     kernel: Kernel,
 ) -> Result<(), Rejected> {
-    engine.verify(slot, kernel, &mut |kernel, args| platform.call_guarded(kernel, args)).map_err(|error| match error {
-        VerifyError::Wrong(mismatch) => Rejected::Wrong(mismatch),
-        VerifyError::Faulted(fault) => Rejected::Faulted(fault),
-        VerifyError::Engine(error) => Rejected::Unusable(error),
-    })
+    Ok(engine.verify(slot, kernel, &mut |kernel, args| platform.call_guarded(kernel, args))?)
+}
+
+/// Checks a kernel that was verified before it was stored: it has to give the reference's answer of then, whose SHA-256 is
+/// `answer_sha256`. Where there is none, or the kernel gives another (one of the two is damaged, or the weights are others),
+/// the reference itself decides.
+///
+/// # Errors
+/// [`Rejected`].
+fn check(
+    platform: &mut dyn Platform,
+    engine: &mut Engine<'_>,
+    slot: usize,
+    kernel: Kernel,
+    answer_sha256: Option<[u8; 32]>,
+) -> Result<(), Rejected> {
+    if let Some(expected) = answer_sha256 {
+        let answer = engine.kernel_answer(slot, kernel, &mut |kernel, args| platform.call_guarded(kernel, args))?;
+        if digest(&answer) == expected {
+            return Ok(());
+        }
+    }
+    verify(platform, engine, slot, kernel)
+}
+
+/// SHA-256 of the reference's answer for `slot`; `None` when there is no such slot.
+#[cfg(feature = "jit")]
+pub fn reference_answer(engine: &Engine<'_>, slot: usize) -> Option<[u8; 32]> {
+    engine.reference_answer(slot).ok().map(|answer| digest(&answer))
+}
+
+fn digest(output: &[f32]) -> [u8; 32] {
+    Sha256::digest(output.as_bytes()).into()
 }
 
 #[cfg(not(feature = "jit"))]
@@ -118,10 +160,10 @@ pub fn install_linked(
     linked: &[LinkedKernel],
 ) -> RunningKernels {
     let mut running = RunningKernels::none(engine.table().len());
-    for LinkedKernel { variant, kernel } in linked {
+    for LinkedKernel { variant, kernel, answer_sha256 } in linked {
         let key = kernel.key();
         let Some(slot) = engine.table().find(&key) else { continue };
-        match verify(platform, engine, slot, *kernel) {
+        match check(platform, engine, slot, *kernel, *answer_sha256) {
             Ok(()) if engine.table_mut().install(slot, *kernel).is_ok() => running.set(slot, *variant),
             Ok(()) => {}
             Err(rejected) => {
@@ -147,9 +189,10 @@ pub fn restore(
     for record in &mut snapshot.entries {
         let Some(slot) = engine.table().find(&record.key) else { continue };
         let Some(mut stored) = record.incumbent.clone() else { continue };
-        if !stored.is_intact() {
+        let rebuilt = !stored.is_intact();
+        if rebuilt {
             match rebuild(&record.key, &stored.variant) {
-                Ok(rebuilt) => stored = rebuilt,
+                Ok(kernel) => stored = kernel,
                 Err(why) => {
                     let text = alloc::format!("{} {}: not built again: {why}", record.key, stored.variant);
                     reporter.note(platform, Level::Warning, text);
@@ -165,10 +208,14 @@ pub fn restore(
                 continue;
             }
         };
-        match verify(platform, engine, slot, kernel) {
+        match check(platform, engine, slot, kernel, record.answer_sha256) {
             Ok(()) if engine.table_mut().install(slot, kernel).is_ok() => {
                 running.set(slot, stored.variant);
                 record.incumbent = Some(stored);
+                // Answers of another build's numerics are not ours.
+                if rebuilt || record.answer_sha256.is_none() {
+                    record.answer_sha256 = reference_answer(engine, slot);
+                }
             }
             Ok(()) => {}
             Err(rejected) => {

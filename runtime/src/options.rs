@@ -7,6 +7,7 @@
 use alloc::borrow::ToOwned;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
+use core::ops::RangeInclusive;
 use core::str::FromStr;
 use engine::Sampling;
 use engine::attention::KvType;
@@ -184,9 +185,37 @@ fn flag(value: &str) -> Result<bool, &'static str> {
     }
 }
 
+/// Most digits of a decimal: their value is below 2^53, and ten to that power is exact, too.
+const MAX_DIGITS: usize = 15;
+
+/// A decimal without sign and exponent, such as `0.85`, rounded correctly: the quotient of two exact numbers.
+///
+/// The standard library's parser takes any number of digits, and 15 KiB of tables.
+///
+/// # Source
+/// W. Clinger, "How to read floating point numbers accurately", 1990: the fast path.
+fn decimal(value: &str) -> Option<f64> {
+    let (whole, part) = value.split_once('.').unwrap_or((value, ""));
+    let digits = whole.len() + part.len();
+    if digits == 0 || digits > MAX_DIGITS {
+        return None;
+    }
+    let (mut mantissa, mut scale) = (0u64, 1u64);
+    for digit in whole.chars().chain(part.chars()) {
+        mantissa = mantissa * 10 + u64::from(digit.to_digit(10)?);
+    }
+    for _ in 0..part.len() {
+        scale *= 10;
+    }
+    Some(mantissa as f64 / scale as f64)
+}
+
+fn decimal_in(range: RangeInclusive<f64>, value: &str, expected: &'static str) -> Result<f64, &'static str> {
+    decimal(value).filter(|x| range.contains(x)).ok_or(expected)
+}
+
 fn fraction(value: &str) -> Result<f64, &'static str> {
-    let x: f64 = number(value, "a number from 0 to 1")?;
-    if (0.0..=1.0).contains(&x) { Ok(x) } else { Err("a number from 0 to 1") }
+    decimal_in(0.0..=1.0, value, "a decimal number from 0 to 1")
 }
 
 pub(crate) fn sha256_hex(value: &str) -> Result<[u8; 32], &'static str> {
@@ -225,26 +254,14 @@ const TABLE: &[(&str, Setter)] = &[
     ("max_tokens", |o, v| number(v, "a whole number of tokens").map(|x| o.max_tokens = x)),
     ("ignore_eos", |o, v| flag(v).map(|x| o.ignore_eos = x)),
     ("temp", |o, v| {
-        const EXPECTED: &str = "a temperature from 0 to 100";
-        let t: f32 = number(v, EXPECTED)?;
-        if !(0.0..=100.0).contains(&t) {
-            return Err(EXPECTED);
-        }
-        o.sampling.temperature = t;
-        Ok(())
+        decimal_in(0.0..=100.0, v, "a decimal temperature from 0 to 100").map(|x| o.sampling.temperature = x as f32)
     }),
     ("seed", |o, v| number(v, "a whole number").map(|x| o.sampling.seed = x)),
     ("top_k", |o, v| number(v, "a whole number of tokens, 0 for all").map(|x| o.sampling.top_k = x)),
     ("top_p", |o, v| fraction(v).map(|x| o.sampling.top_p = x as f32)),
     ("min_p", |o, v| fraction(v).map(|x| o.sampling.min_p = x as f32)),
     ("repeat_penalty", |o, v| {
-        const EXPECTED: &str = "a factor from 1 to 100";
-        let x: f32 = number(v, EXPECTED)?;
-        if !(1.0..=100.0).contains(&x) {
-            return Err(EXPECTED);
-        }
-        o.sampling.repeat_penalty = x;
-        Ok(())
+        decimal_in(1.0..=100.0, v, "a decimal factor from 1 to 100").map(|x| o.sampling.repeat_penalty = x as f32)
     }),
     ("repeat_window", |o, v| number(v, "a whole number of tokens, 0 for all").map(|x| o.sampling.repeat_window = x)),
     ("no_repeat_ngram", |o, v| {
@@ -493,6 +510,24 @@ mod tests {
             "kv=f64",
         ] {
             assert!(matches!(error(bad), OptionError::BadValue { .. }), "{bad}");
+        }
+    }
+
+    #[test]
+    fn decimals_are_what_the_standard_library_reads() {
+        for text in ["0", "1", "0.1", "0.85", "1.", ".5", "3.14159265358979", "999999999999999", "0.00000000000001"] {
+            assert_eq!(decimal(text), text.parse().ok(), "{text}");
+        }
+        let mut state = 1u64;
+        for digits in (1..=MAX_DIGITS).cycle().take(2000) {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            let mut text = alloc::format!("{:015}", state % 1_000_000_000_000_000);
+            text.truncate(digits);
+            text.insert((state >> 60) as usize % (digits + 1), '.');
+            assert_eq!(decimal(&text), text.parse().ok(), "{text}");
+        }
+        for bad in ["", ".", "-1", "+1", "1e3", "nan", "inf", "0x1", "1,5", "1.2.3", "0.0000000000000001"] {
+            assert_eq!(decimal(bad), None, "{bad}");
         }
     }
 }

@@ -5,7 +5,7 @@
 //! snapshot's history, so no boot repeats another's work.
 
 use crate::boot::TuningWork;
-use crate::kernels::{RunningKernels, verify};
+use crate::kernels::{RunningKernels, reference_answer, verify};
 use crate::options::Options;
 use crate::platform::Platform;
 use crate::reporter::Reporter;
@@ -194,6 +194,9 @@ impl<'a> Tuner<'a> {
                                 running.set(slot, variant);
                                 record.incumbent = Some(StoredKernel::new(variant, compiled.code));
                                 record.changed_at_boot = self.boot;
+                                if record.answer_sha256.is_none() {
+                                    record.answer_sha256 = reference_answer(engine, slot);
+                                }
                                 if !self.changed_keys.contains(&record.key) {
                                     self.changed_keys.push(record.key);
                                 }

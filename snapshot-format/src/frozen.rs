@@ -18,6 +18,8 @@ pub struct FrozenKernel {
     pub offset: u32,
     /// Bytes of machine code.
     pub len_bytes: u32,
+    /// As [`KeyRecord::answer_sha256`](crate::KeyRecord::answer_sha256).
+    pub answer_sha256: Option<[u8; 32]>,
 }
 
 /// The table's bytes do not decode: the image was linked from another version's export.
@@ -50,7 +52,7 @@ mod tests {
     fn the_table_round_trips_and_a_cut_one_is_refused() {
         let key = "qkv_q4_1_m1_n960_k576".parse().unwrap();
         let variant = "w256_r1_c32_s2_u1_pf1024".parse().unwrap();
-        let table = vec![FrozenKernel { key, variant, offset: 64, len_bytes: 700 }; 3];
+        let table = vec![FrozenKernel { key, variant, offset: 64, len_bytes: 700, answer_sha256: Some([7; 32]) }; 3];
         let bytes = encode(&table);
         assert_eq!(decode(&bytes), Ok(table));
         for len in 0..bytes.len() {

@@ -41,6 +41,9 @@ pub struct KeyRecord {
     pub space_exhausted: bool,
     /// Boot in which the incumbent last changed; 0 is never.
     pub changed_at_boot: u32,
+    /// SHA-256 of what the reference makes of fixed operands and this model's weights: what a kernel has to give. `None`
+    /// until a kernel was kept.
+    pub answer_sha256: Option<[u8; 32]>,
 }
 
 impl KeyRecord {
@@ -55,6 +58,7 @@ impl KeyRecord {
             quarantined: Vec::new(),
             space_exhausted: false,
             changed_at_boot: 0,
+            answer_sha256: None,
         }
     }
 

@@ -89,6 +89,7 @@ unsafe extern "Rust" {
 extern "sysv64" fn early_main(eax: u32, ebx: u32) -> ! {
     // SAFETY: the boot CPU, once, before anything else runs; the tables are plain memory until the seal.
     unsafe {
+        map_boot_memory();
         asm!("fninit", "ldmxcsr [{}]", in(reg) &0x1f80u32, options(nostack));
         fill_exception_table();
         fill_area(0, cpu0_area());
@@ -111,6 +112,19 @@ extern "sysv64" fn early_main(eax: u32, ebx: u32) -> ! {
     let machine = Machine::new(facts);
     // SAFETY: defined once per image with this signature.
     unsafe { bareflow_main(machine) }
+}
+
+/// Completes the boot page tables, in which ring 0 mapped the image only: 4 GiB, everything allowed.
+///
+/// # Safety
+/// Before the seal, once.
+unsafe fn map_boot_memory() {
+    const PRESENT_WRITABLE_USER_LARGE: u64 = 0x87;
+    let directories = gates::boot_directories() as *mut u64;
+    for page in 0..2048 {
+        // SAFETY: the four directories are one array, writable until the seal; entries in use keep their value.
+        unsafe { directories.add(page).write_volatile((page as u64) << 21 | PRESENT_WRITABLE_USER_LARGE) };
+    }
 }
 
 fn stop(text: String) -> ! {

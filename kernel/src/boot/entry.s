@@ -54,7 +54,15 @@ boot_start32:
     or edi, 0x800                       # EFER.NXE
 7:  mov dword ptr [ring0_efer], edi
 
-    # The two upper levels of the boot page tables, which take no room in the file.
+    # The boot page tables, which take no room in the file. Ring 0 may be emulated instruction by instruction: it maps
+    # the image, and the first lines of ring 3 map the rest.
+    mov eax, 0x87                       # 2 MiB page 0: present, writable, user
+    mov ecx, offset boot_pd
+8:  mov dword ptr [ecx], eax
+    add ecx, 8
+    add eax, 0x200000
+    cmp eax, offset __image_end
+    jb 8b
     mov eax, offset boot_pml4
     mov ecx, offset boot_pdpt + 7
     mov dword ptr [eax], ecx
@@ -425,18 +433,13 @@ gate_refuse:
 # 4 GiB of identity mapping, readable, writable and executable from ring 3: in force until the seal.
 boot_pml4: .skip 4096
 boot_pdpt: .skip 4096
+    .globl boot_pd
+boot_pd: .skip 4 * 4096                 # all but the image's entries: boot/early.rs
     .globl ring0_idt
 ring0_idt: .skip 4096                   # filled by boot/early.rs
 
     .section .ring0.data,"aw",@progbits
     .balign 4096
-# Its lowest level is in the file: a loop of 2048 steps would cost milliseconds where the host emulates ring 0.
-boot_pd:
-    .set page, 0
-    .rept 2048
-    .quad page * 0x200000 + 0x87
-    .set page, page + 1
-    .endr
     .globl ring0_gdt
 ring0_gdt:
     .quad 0

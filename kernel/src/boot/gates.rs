@@ -80,6 +80,7 @@ image_symbols! {
     ring0_data_start __ring0_data_start "First byte of descriptor tables.";
     ring0_data_end __ring0_data_end "End of descriptor tables.";
     data_end __data_end "End of data and bss.";
+    boot_directories boot_pd "Page directories of the boot page tables: 2048 entries.";
     cpu0_area __cpu0_area "The boot CPU's area.";
 }
 
