@@ -15,8 +15,8 @@ use model::layout::{
 /// The two scalar operations that a CPU may or may not have an instruction for. Both are exact functions of their
 /// arguments, so every implementation gives the same bits.
 pub(crate) trait ScalarArithmetic {
-    /// True for instructions: then the ops are worth code of their own for every type.
-    const IN_HARDWARE: bool;
+    /// True where the ops are worth code of their own for every type.
+    const PER_TYPE: bool;
     /// `a * b + c` with one rounding.
     fn fma(a: f32, b: f32, c: f32) -> f32;
     /// The little-endian f16 `bytes` as f32.
@@ -27,7 +27,7 @@ pub(crate) trait ScalarArithmetic {
 pub(crate) struct Software;
 
 impl ScalarArithmetic for Software {
-    const IN_HARDWARE: bool = false;
+    const PER_TYPE: bool = false;
 
     #[inline(always)]
     fn fma(a: f32, b: f32, c: f32) -> f32 {
@@ -71,8 +71,13 @@ pub(crate) fn run<F: ScalarArithmetic>(key: &KernelKey, x: &[u8], w: &[u8], mut 
         // Plain loops without closures: a closure would not inherit the target features this code is inlined into.
         let mut panels_of_w = w.chunks_exact(panel_bytes);
         for y in y.chunks_exact_mut(PANEL).take(panels(n)) {
-            let Some(panel) = panels_of_w.next() else { return };
-            let acc = product::<F>(key.dtype, x, panel);
+            // One place for the products of both parts of a gated op: their code is inlined here, for every type.
+            let mut sums = [[0.0; PANEL]; 2];
+            for sums in sums.iter_mut().take(key.op.columns_per_output()) {
+                let Some(panel) = panels_of_w.next() else { return };
+                *sums = product::<F>(key.dtype, x, panel);
+            }
+            let [acc, up] = sums;
             match key.op {
                 Op::Matmul | Op::Qkv | Op::LmHead => y.copy_from_slice(&acc),
                 Op::MatmulResidual => {
@@ -81,8 +86,6 @@ pub(crate) fn run<F: ScalarArithmetic>(key: &KernelKey, x: &[u8], w: &[u8], mut 
                     }
                 }
                 Op::GateUpSilu | Op::GateUpGelu => {
-                    let Some(panel) = panels_of_w.next() else { return };
-                    let up = product::<F>(key.dtype, x, panel);
                     let is_silu = key.op == Op::GateUpSilu;
                     for (y, (gate, up)) in y.iter_mut().zip(acc.into_iter().zip(up)) {
                         let gate =
@@ -122,7 +125,7 @@ fn product<F: ScalarArithmetic>(dtype: DType, x: &[u8], panel: &[u8]) -> [f32; P
                 }
             }
         }
-        _ if F::IN_HARDWARE => with_layout!(dtype, |layout| blocks::<F>(layout, x, panel, &mut acc)),
+        _ if F::PER_TYPE => with_layout!(dtype, |layout| blocks::<F>(layout, x, panel, &mut acc)),
         _ => {
             let Some(layout) = BlockLayout::of(dtype) else { return acc };
             blocks::<F>(layout, x, panel, &mut acc);

@@ -95,6 +95,14 @@ impl Weights {
     }
 }
 
+/// Operands that are the same in every boot of a model.
+struct Question<'a> {
+    key: KernelKey,
+    x: AlignedBytes,
+    w: &'a [u8],
+    y: Vec<f32>,
+}
+
 /// Elements from one row of a case's output to the next.
 fn stride(key: &KernelKey) -> usize {
     padded(key.n as usize) + SPARE
@@ -104,7 +112,7 @@ fn stride(key: &KernelKey) -> usize {
 fn output_before(key: &KernelKey) -> Vec<f32> {
     let m = key.m as usize;
     let mut rng = SplitMix64::new(m as u64);
-    (0..m * stride(key) + SPARE).map(|_| rng.next_bell()).collect()
+    (0..m * stride(key) + SPARE).map(|_| rng.next_unit()).collect()
 }
 
 impl Case {
@@ -220,7 +228,7 @@ impl Engine<'_> {
     /// # Errors
     /// [`EngineError::NoSlot`].
     pub fn reference_answer(&self, slot: usize) -> Result<Vec<f32>, EngineError> {
-        let (key, x, w, mut y) = self.question(slot)?;
+        let Question { key, x, w, mut y } = self.question(slot)?;
         let out = ColumnsMut::new(&mut y, key.m as usize, padded(key.n as usize), stride(&key));
         run_reference(self.table.level(), &key, &x, w, out);
         Ok(y)
@@ -237,7 +245,7 @@ impl Engine<'_> {
         kernel: Kernel,
         call: &mut dyn FnMut(Kernel, KernelArgs<'_>) -> Result<(), F>,
     ) -> Result<Vec<f32>, VerifyError<F>> {
-        let (key, x, w, mut y) = self.question(slot)?;
+        let Question { key, x, w, mut y } = self.question(slot)?;
         if kernel.key() != key {
             return Err(EngineError::KeyMismatch { slot: key, kernel: kernel.key() }.into());
         }
@@ -245,12 +253,13 @@ impl Engine<'_> {
         Ok(y)
     }
 
-    /// Key and operands of the fixed question to the kernels of `slot`.
-    fn question(&self, slot: usize) -> Result<(KernelKey, AlignedBytes, &[u8], Vec<f32>), EngineError> {
+    /// The fixed question to the kernels of `slot`.
+    fn question(&self, slot: usize) -> Result<Question<'_>, EngineError> {
         let (Some(key), Some(weights)) = (self.table.key(slot), self.last_slice(slot)) else {
             return Err(EngineError::NoSlot { slot, slots: self.table.len() });
         };
         let mut rng = SplitMix64::new(u64::from(key.m) << 32 | u64::from(key.k));
-        Ok((key, random_activations(&key, &mut rng), &self.weights[weights], output_before(&key)))
+        let x = random_activations(&key, &mut rng);
+        Ok(Question { key, x, w: &self.weights[weights], y: output_before(&key) })
     }
 }

@@ -10,7 +10,8 @@ use model::kernel::KernelKey;
 pub(super) struct Hardware;
 
 impl ScalarArithmetic for Hardware {
-    const IN_HARDWARE: bool = true;
+    /// An image with kernels only seldom needs the reference, and then is better small.
+    const PER_TYPE: bool = crate::ops::HAS_BASELINE;
 
     #[inline(always)]
     fn fma(a: f32, b: f32, c: f32) -> f32 {
