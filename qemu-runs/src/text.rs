@@ -1,6 +1,6 @@
 //! A run as a short text: the table of its boots and what it comes to.
 
-use crate::run_report::RunReport;
+use crate::run_report::{BootRecord, RunReport, median};
 use report::TrialOutcome;
 use std::fmt::Write;
 
@@ -64,12 +64,16 @@ fn write(run: &RunReport, out: &mut String) -> std::fmt::Result {
     }
     if let Some(native) = &run.native {
         let jit = native.interleaved_jit_decode_tok_s;
+        let ttft = |boots: &[BootRecord]| median(boots.iter().map(|b| b.report.ttft_ms)).map_or("-".into(), number);
         writeln!(
             out,
             "native image: decode {} tok/s, the image with compiler {} in turn with it\n\
+             native image: first token {} ms, the image with compiler {} in turn with it\n\
              native image: {} bytes, code {}; with compiler {} bytes, code {}",
             native.decode_tok_s.map_or("-".into(), number),
             jit.map_or("-".into(), number),
+            ttft(&native.boots),
+            ttft(&native.interleaved_jit_boots),
             native.elf_bytes,
             native.text_bytes,
             run.jit_image.map_or("-".into(), |i| i.elf_bytes.to_string()),

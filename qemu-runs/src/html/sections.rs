@@ -2,7 +2,7 @@
 
 use super::{bytes_text, escape, image_name, percent};
 use crate::plot::{Lines, Part, Scale, Series, columns, lines};
-use crate::run_report::{BootRecord, RunReport};
+use crate::run_report::{BootRecord, RunReport, median};
 use crate::text::{measured, number, times};
 use report::{BootReport, KernelRow, SnapshotOutcome, SnapshotStatus, TrialOutcome, TrialRow};
 use std::fmt::Write;
@@ -139,7 +139,7 @@ pub(super) fn kernels(run: &RunReport, out: &mut String) {
         b.peak_gflop_s.map_or("-".into(), |v| format!("{} GFLOP/s", number(v)))
     );
     out.push_str(
-        "<div class=\"card scroll\"><table><tr><th class=text>kernel<th class=text>variant<th>calls<th>time<th>before<th>after<th>faster\
+        "<div class=\"card scroll\"><table><tr><th class=text>kernel, variant<th>calls<th>time<th>before<th>after<th>faster\
          <th>GB/s<th>of limit<th>variants tried</tr>",
     );
     for row in &b.kernels {
@@ -147,7 +147,7 @@ pub(super) fn kernels(run: &RunReport, out: &mut String) {
         let faster = row.baseline_cycles.is_some_and(|before| before as f64 > row.median_cycles as f64 * 1.005);
         let _ = write!(
             out,
-            "<tr><td class=text><code>{}</code><td class=text><code>{}</code><td>{}<td>{}<td>{}<td>{}<td class=\"{}\">{}<td>{}<td>{}\
+            "<tr><td class=text><code>{}</code><br><code class=soft>{}</code><td>{}<td>{}<td>{}<td>{}<td class=\"{}\">{}<td>{}<td>{}\
              <td class=\"{}\">{} of {}</tr>",
             escape(&row.key),
             escape(&row.variant),
@@ -277,26 +277,32 @@ pub(super) fn native(run: &RunReport, out: &mut String) {
             bytes_text(text)
         );
     }
-    out.push_str("</div></div><div class=card><h3>Decode in turn, tokens per second</h3><table><tr><th class=text>pair<th>native<th>with compiler<th>native is</tr>");
-    for (i, (n, j)) in native.boots.iter().zip(&native.interleaved_jit_boots).enumerate() {
-        let (n, j) = (n.report.decode_tok_s, j.report.decode_tok_s);
-        let _ = write!(
-            out,
-            "<tr><td class=text>{}<td>{}<td>{}<td>{}</tr>",
-            i + 1,
-            measured(n),
-            measured(j),
-            times(n, j).replace('x', "&times;")
-        );
-    }
-    let (n, j) = (native.decode_tok_s, native.interleaved_jit_decode_tok_s);
-    let _ = write!(
-        out,
-        "<tr><td class=text><b>median</b><td><b>{}</b><td><b>{}</b><td><b>{}</b></tr></table></div></div>",
-        n.map_or("-".into(), number),
-        j.map_or("-".into(), number),
-        n.zip(j).map_or("-".into(), |(n, j)| times(n, j).replace('x', "&times;"))
+    out.push_str(
+        "</div></div><div class=card><h3>In turn with the converged image</h3><table><tr><th><th colspan=3>decode, tokens/s<th colspan=3>first token, ms</tr>\
+         <tr><th class=text>pair<th>native<th>with compiler<th>native is<th>native<th>with compiler<th>native takes</tr>",
     );
+    let line = |name: &str, decode: (f64, f64), first: (f64, f64)| {
+        format!(
+            "<tr><td class=text>{name}<td>{}<td>{}<td>{}<td>{}<td>{}<td>{}</tr>",
+            measured(decode.0),
+            measured(decode.1),
+            times(decode.0, decode.1).replace('x', "&times;"),
+            measured(first.0),
+            measured(first.1),
+            times(first.0, first.1).replace('x', "&times;")
+        )
+    };
+    let pairs = native.boots.iter().zip(&native.interleaved_jit_boots).map(|(n, j)| (&n.report, &j.report));
+    for (i, (n, j)) in pairs.clone().enumerate() {
+        let (decode, first) = ((n.decode_tok_s, j.decode_tok_s), (n.ttft_ms, j.ttft_ms));
+        out.push_str(&line(&(i + 1).to_string(), decode, first));
+    }
+    let middle = |values: &dyn Fn(&BootReport) -> f64| {
+        let of = |boots: Vec<&BootReport>| median(boots.into_iter().map(values)).unwrap_or(0.0);
+        (of(pairs.clone().map(|p| p.0).collect()), of(pairs.clone().map(|p| p.1).collect()))
+    };
+    out.push_str(&line("<b>median</b>", middle(&|b| b.decode_tok_s), middle(&|b| b.ttft_ms)));
+    out.push_str("</table></div></div>");
     if let Some(audit) = &native.audit {
         let text = serde_json::to_string_pretty(audit).unwrap_or_default();
         let _ = write!(
