@@ -321,6 +321,9 @@ pub fn gguf_with(mut writer: Writer, spec: &Spec) -> Result<Vec<u8>, SyntheticEr
     Ok(writer.file(|index| &data[index])?)
 }
 
+/// Weights that share a scale in the files of version 2.
+const LLAMA2C_GROUP_LEN: u32 = 32;
+
 /// The two files of a llama2.c model.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Llama2cFiles {
@@ -339,7 +342,7 @@ pub fn llama2c(spec: &Spec) -> Result<Llama2cFiles, SyntheticError> {
     llama2c_version(spec, 0)
 }
 
-/// A complete llama2.c model of version 0 or 1.
+/// A complete llama2.c model of version 0, 1, or 2 (groups of 32; it stores the weights that `spec` has as F32).
 ///
 /// # Errors
 /// As [`llama2c`].
@@ -374,11 +377,24 @@ pub fn llama2c_version(spec: &Spec, version: u32) -> Result<Llama2cFiles, Synthe
     if !is_legacy {
         model.push(u8::from(config.tied_head));
     }
-    let (tensors, file_bytes) = llama2c_format::Header { version, config }.tensors();
+    let group_len = (version == 2).then_some(LLAMA2C_GROUP_LEN);
+    model.extend(group_len.into_iter().flat_map(u32::to_le_bytes));
+    let (tensors, file_bytes) = llama2c_format::Header { version, group_len, config }.tensors();
     for tensor in tensors {
         // The end of a header and the rotary tables before the classifier stay zero: nothing reads them.
         model.resize(tensor.offset as usize, 0);
-        model.extend(spec.weights(tensor.role, tensor.layer).iter().flat_map(|weight| weight.to_le_bytes()));
+        let weights = spec.weights(tensor.role, tensor.layer);
+        match tensor.group_len {
+            None => model.extend(weights.iter().flat_map(|weight| weight.to_le_bytes())),
+            Some(group_len) => {
+                let groups = weights.chunks(group_len as usize);
+                let scales: Vec<f32> = groups.map(|g| g.iter().fold(0.0f32, |m, w| m.max(w.abs())) / 127.0).collect();
+                let scale = |i: usize| scales[i / group_len as usize];
+                let codes = weights.iter().enumerate().map(|(i, w)| libm::rintf(w / scale(i)) as i8);
+                model.extend(codes.map(i8::cast_unsigned));
+                model.extend(scales.iter().flat_map(|scale| scale.to_le_bytes()));
+            }
+        }
     }
     model.resize(file_bytes as usize, 0);
     Ok(Llama2cFiles { model, tokenizer: spec.tokenizer.llama2c_file() })
