@@ -8,7 +8,7 @@ use crate::identity::{BUILD_ID, hex, identity};
 use crate::kernels::LinkedKernel;
 #[cfg(feature = "jit")]
 use crate::learning::Kernels;
-use crate::load::{self, Loaded, Location};
+use crate::load::{self, Companions, Loaded, Location};
 use crate::options::{IsaLimit, Options, Tier};
 use crate::platform::{Clock, Platform};
 use crate::prompt;
@@ -35,8 +35,6 @@ pub const CONFIG_FILE: &str = "BAREFLOW.CFG";
 pub const REPORT_FILE: &str = "REPORT.TXT";
 /// Longest settings file.
 const MAX_CONFIG_BYTES: u64 = 64 << 10;
-/// Longest tokenizer file.
-const MAX_TOKENIZER_BYTES: u64 = 64 << 20;
 /// Context when neither the options nor the model ask for less.
 const DEFAULT_CONTEXT: usize = 2048;
 
@@ -48,8 +46,8 @@ pub struct Request<'a> {
     pub settings: Settings<'a>,
     /// Kernels linked into the image.
     pub linked: &'a [LinkedKernel],
-    /// Content of a llama2.c tokenizer file, when it is not on the boot volume.
-    pub tokenizer: Option<Vec<u8>>,
+    /// What belongs to the model and is not on the boot volume.
+    pub companions: Companions,
 }
 
 /// Where settings come from.
@@ -101,12 +99,11 @@ fn work(platform: &mut dyn Platform, reporter: &mut Reporter, request: Request<'
     }
 
     let location = load::locate(platform, &options)?;
-    let tokenizer = match request.tokenizer {
-        Some(bytes) => Some(bytes),
-        None if !options.tokenizer.is_empty() => load::boot_file(platform, &options.tokenizer, MAX_TOKENIZER_BYTES)?,
-        None => None,
-    };
-    let description = load::describe(platform, &location, tokenizer.as_deref())?;
+    let companions = request.companions.or_from_volume(platform, &options)?;
+    let description = load::describe(platform, &location, &options, &companions)?;
+    if let Some(key) = &options.model_public_key {
+        reporter.note(platform, Level::Info, alloc::format!("the model is signed by {}", hex(key)));
+    }
     let context = context(&options, &description);
     let prompt_tokens = prompt::encode(&description, &options, context)?;
     reporter.stage(platform, "model_header");

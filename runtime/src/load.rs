@@ -2,8 +2,9 @@
 
 use crate::error::RunError;
 use crate::identity::hex;
-use crate::options::Options;
+use crate::options::{DEFAULT_SIGNATURE, Options};
 use crate::platform::Platform;
+use crate::signature;
 use alloc::string::{String, ToString};
 use alloc::vec;
 use alloc::vec::Vec;
@@ -21,6 +22,10 @@ const SAMPLE_EVERY_BYTES: u64 = 1 << 20;
 const SAMPLE_BYTES: u64 = 4 << 10;
 /// Files up to this length go into the fingerprint whole.
 const WHOLE_BYTES: u64 = 4 << 20;
+/// Longest tokenizer file.
+const MAX_TOKENIZER_BYTES: u64 = 64 << 20;
+/// Bytes of a signature file that are read: enough to say how long a wrong one is.
+const MAX_SIGNATURE_BYTES: u64 = 64 << 10;
 /// Bytes read to measure the raw device rate.
 const RAW_RATE_BYTES: u64 = 64 << 20;
 
@@ -81,16 +86,88 @@ fn with_source<T>(
     })
 }
 
-/// Reads the header of the model at `location` and describes it. `tokenizer` is the content of a llama2.c tokenizer file.
+/// What belongs to a model file and is not in it.
+#[derive(Clone, Default, Debug)]
+pub struct Companions {
+    /// Content of a llama2.c tokenizer file.
+    pub tokenizer: Option<Vec<u8>>,
+    /// Content of the signature file.
+    pub signature: Option<Vec<u8>>,
+}
+
+impl Companions {
+    /// These, and from the boot volume what is missing and `options` name.
+    ///
+    /// # Errors
+    /// Storage errors other than a missing file.
+    pub fn or_from_volume(mut self, platform: &mut dyn Platform, options: &Options) -> Result<Self, RunError> {
+        if self.tokenizer.is_none() && !options.tokenizer.is_empty() {
+            self.tokenizer = boot_file(platform, &options.tokenizer, MAX_TOKENIZER_BYTES)?;
+        }
+        if self.signature.is_none() && options.model_public_key.is_some() {
+            self.signature = boot_file(platform, &options.model_signature, MAX_SIGNATURE_BYTES)?;
+        }
+        Ok(self)
+    }
+}
+
+/// Reads the header of the model at `location` and describes it; with a public key in `options`, after the signature of
+/// the whole model held.
 ///
 /// # Errors
-/// Storage errors, or [`RunError::Model`] with what is wrong in the file.
+/// Storage errors, those of the signature, or [`RunError::Model`] with what is wrong in the file.
 pub fn describe(
     platform: &mut dyn Platform,
     location: &Location,
-    tokenizer: Option<&[u8]>,
+    options: &Options,
+    companions: &Companions,
 ) -> Result<ModelDescription, RunError> {
-    with_source(platform, location, |source| Ok(describe_source(source, tokenizer)))?
+    if let Some(key) = &options.model_public_key {
+        if !signature::CAN_CHECK {
+            return Err(RunError::NoSignatureCheck);
+        }
+        let no_signature = || RunError::NoSignature { name: options.model_signature.clone() };
+        let signature = companions.signature.as_deref().ok_or_else(no_signature)?;
+        check_signature(platform, location, key, signature)?;
+    } else if companions.signature.is_some() || options.model_signature != DEFAULT_SIGNATURE {
+        return Err(RunError::NoPublicKey);
+    }
+    with_source(platform, location, |source| Ok(describe_source(source, companions.tokenizer.as_deref())))?
+}
+
+/// Streams the model once and checks its signature: of a file on the volume, of exactly its bytes; of a raw disk, of all
+/// its sectors.
+fn check_signature(
+    platform: &mut dyn Platform,
+    location: &Location,
+    key: &[u8; 32],
+    signature: &[u8],
+) -> Result<(), RunError> {
+    let mut check = signature::Check::new(key, signature)?;
+    let len_bytes = with_source(platform, location, |source| Ok(source.len_bytes()))?;
+    pieces(platform, "checking the signature", len_bytes, &mut |platform, offset, piece| {
+        with_source(platform, location, |source| source.stream(offset, piece, &mut |bytes| check.update(bytes)))
+    })?;
+    check.finish()
+}
+
+/// Calls `work(offset, length)` for the pieces of `len_bytes` bytes and says how far `what` is between them.
+fn pieces(
+    platform: &mut dyn Platform,
+    what: &str,
+    len_bytes: u64,
+    work: &mut dyn FnMut(&mut dyn Platform, u64, u64) -> Result<(), RunError>,
+) -> Result<(), RunError> {
+    let mut offset = 0;
+    while offset < len_bytes {
+        let piece = PIECE_BYTES.min(len_bytes - offset);
+        work(platform, offset, piece)?;
+        offset += piece;
+        if offset < len_bytes {
+            platform.print(&alloc::format!("{what}: {} of {} MiB\n", offset >> 20, len_bytes >> 20));
+        }
+    }
+    Ok(())
 }
 
 /// Reads the header of a model and describes it.
@@ -245,9 +322,7 @@ pub fn stream(
     let start = engine::cycles();
     let mut fingerprint = Fingerprint::new(data_end);
     let mut whole = options.model_sha256.map(|_| FileHash::new(data_end));
-    let mut offset = 0;
-    while offset < len_bytes {
-        let piece = PIECE_BYTES.min(len_bytes - offset);
+    pieces(platform, "loading model", len_bytes, &mut |platform, offset, piece| {
         let mut at = offset;
         with_source(platform, location, |source| {
             source.stream(offset, piece, &mut |bytes| {
@@ -258,13 +333,8 @@ pub fn stream(
                 feed(at, bytes);
                 at += bytes.len() as u64;
             })
-        })?;
-        offset += piece;
-        if offset < len_bytes {
-            let text = alloc::format!("loading model: {} of {} MiB\n", offset >> 20, len_bytes >> 20);
-            platform.print(&text);
-        }
-    }
+        })
+    })?;
     let ticks = engine::cycles().saturating_sub(start);
     let sha256 = match (whole.map(FileHash::finish), options.model_sha256) {
         (Some(found), Some(expected)) if !found.contains(&expected) => {

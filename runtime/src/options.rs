@@ -34,6 +34,9 @@ pub enum Tier {
     Reference,
 }
 
+/// Name of the signature file when no other is set.
+pub const DEFAULT_SIGNATURE: &str = "MODEL.SIG";
+
 /// All settings.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Options {
@@ -67,6 +70,11 @@ pub struct Options {
     pub tokenizer: String,
     /// SHA-256 the model file must have, 64 hex digits; computed only when set (`model.sha256=...`).
     pub model_sha256: Option<[u8; 32]>,
+    /// Ed25519 public key, 64 hex digits, of whom the model must be signed by; unset asks for no signature
+    /// (`model.public_key=...`).
+    pub model_public_key: Option<[u8; 32]>,
+    /// Signature file on the boot volume, 64 bytes (`model.signature=MODEL.SIG`).
+    pub model_signature: String,
     /// Which kernels may run (`tier=compiled|baseline|reference`).
     pub tier: Tier,
     /// Highest instruction set to use (`isa=auto|avx512|avx2|portable`).
@@ -121,6 +129,8 @@ impl Default for Options {
             model: String::new(),
             tokenizer: String::new(),
             model_sha256: None,
+            model_public_key: None,
+            model_signature: DEFAULT_SIGNATURE.to_owned(),
             tier: Tier::Compiled,
             isa: IsaLimit::Auto,
             snapshot: true,
@@ -218,7 +228,8 @@ fn fraction(value: &str) -> Result<f64, &'static str> {
     decimal_in(0.0..=1.0, value, "a decimal number from 0 to 1")
 }
 
-pub(crate) fn sha256_hex(value: &str) -> Result<[u8; 32], &'static str> {
+/// 32 bytes in hexadecimal: a SHA-256 or an Ed25519 public key.
+pub(crate) fn hex_32(value: &str) -> Result<[u8; 32], &'static str> {
     const EXPECTED: &str = "64 hexadecimal digits";
     let mut out = [0u8; 32];
     if value.len() != 64 || !value.is_ascii() {
@@ -300,7 +311,12 @@ const TABLE: &[(&str, Setter)] = &[
         o.tokenizer = v.to_owned();
         Ok(())
     }),
-    ("model.sha256", |o, v| sha256_hex(v).map(|x| o.model_sha256 = Some(x))),
+    ("model.sha256", |o, v| hex_32(v).map(|x| o.model_sha256 = Some(x))),
+    ("model.public_key", |o, v| hex_32(v).map(|x| o.model_public_key = Some(x))),
+    ("model.signature", |o, v| {
+        o.model_signature = v.to_owned();
+        Ok(())
+    }),
     ("tier", |o, v| {
         o.tier = match v {
             "compiled" => Tier::Compiled,
@@ -503,6 +519,8 @@ mod tests {
             "loop_escape=1",
             "converge.coverage=1.5",
             "model.sha256=12",
+            "model.public_key=12",
+            "model.public_key=zz4017c3e843895a92b70aa74d1b7ebc9c982ccf2ec4968cc0cd55f12af4660c",
             "chat=maybe",
             "mode=x",
             "tier=x",

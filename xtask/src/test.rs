@@ -19,7 +19,7 @@ pub fn run(workspace: &Path) -> Result<()> {
         "lints, host",
         cargo(workspace, &["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]),
     )?;
-    for (name, features) in [("lints, JIT image", "bare-metal,jit"), ("lints, native image", "bare-metal")] {
+    for (name, features) in [("lints, JIT image", "bare-metal,jit,signature"), ("lints, native image", "bare-metal")] {
         let mut clippy = kernel_build::cargo(workspace, "clippy")?;
         clippy.args(["--no-default-features", "--features", features, "--", "-D", "warnings"]);
         steps.command(name, clippy)?;
