@@ -1,5 +1,6 @@
 //! Why a run ended without doing its work. Each message says what was expected, what was found and what to do.
 
+use crate::generate::SHIFT_ROOM;
 use crate::options::OptionError;
 use crate::platform::OutOfMemory;
 use alloc::string::String;
@@ -98,6 +99,18 @@ pub enum RunError {
     PromptTooLong {
         /// Tokens in the prompt.
         prompt_tokens: usize,
+        /// Positions in the context.
+        context: usize,
+        /// The model's own limit.
+        model_context: usize,
+    },
+    /// More tokens to keep than a context that is to move on can hold.
+    #[error(
+        "context.shift={keep} keeps too much of a context of {context} tokens; keep at most {}, or raise context= (the model allows {model_context})", .context.saturating_sub(SHIFT_ROOM)
+    )]
+    ShiftKeepsTooMuch {
+        /// First tokens to keep.
+        keep: usize,
         /// Positions in the context.
         context: usize,
         /// The model's own limit.

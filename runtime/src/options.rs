@@ -60,6 +60,9 @@ pub struct Options {
     pub stop: Vec<String>,
     /// Longest context in tokens; 0 takes the model's, at most 2048 (`context=2048`).
     pub context: u32,
+    /// What to do when the context is full: `None` ends the generation; else this many of its first tokens are kept,
+    /// the older half of the rest is dropped, and the newer half runs again at its new positions (`context.shift=off`).
+    pub context_shift: Option<u32>,
     /// Type of the KV cache; `None` takes f32 for models with unrounded weights, else f16 (`kv=auto|f32|f16|q8_0`).
     pub kv: Option<KvType>,
     /// Cores to use; 0 is all (`threads=1`).
@@ -124,6 +127,7 @@ impl Default for Options {
             sampling: Sampling::default(),
             stop: Vec::new(),
             context: 0,
+            context_shift: None,
             kv: None,
             threads: 0,
             model: String::new(),
@@ -292,6 +296,13 @@ const TABLE: &[(&str, Setter)] = &[
         Ok(())
     }),
     ("context", |o, v| number(v, "a whole number of tokens").map(|x| o.context = x)),
+    ("context.shift", |o, v| {
+        o.context_shift = match v {
+            "off" => None,
+            v => Some(number(v, "off, or the number of first tokens to keep")?),
+        };
+        Ok(())
+    }),
     ("kv", |o, v| {
         o.kv = match v {
             "auto" => None,
@@ -526,6 +537,8 @@ mod tests {
             "tier=x",
             "isa=sse",
             "kv=f64",
+            "context.shift=on",
+            "context.shift=-1",
         ] {
             assert!(matches!(error(bad), OptionError::BadValue { .. }), "{bad}");
         }
