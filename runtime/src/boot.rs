@@ -110,6 +110,7 @@ fn work(platform: &mut dyn Platform, reporter: &mut Reporter, request: Request<'
 
     let threads = threads(&options, platform.workers());
     let (mut engine, loaded) = load_engine(platform, &location, &description, &options, isa, threads)?;
+    reporter.note(platform, Level::Info, loaded.sha256.to_string());
     let kv = options.kv.unwrap_or_else(|| KvType::for_model(&description));
     let session_bytes = Session::memory_bytes(&description.config, context, threads, kv);
     let mut session = Session::new(&engine, context, kv, platform.arena("session", session_bytes)?)?;
@@ -346,7 +347,7 @@ fn model_facts(description: &ModelDescription, loaded: &Loaded) -> ModelFacts {
         architecture: config.architecture.to_string(),
         file_bytes: loaded.bytes,
         fingerprint: hex(&loaded.fingerprint),
-        sha256: loaded.sha256.map(|hash| hex(&hash)),
+        sha256: loaded.sha256.hash().map(|hash| hex(hash)),
         n_layers: config.n_layers,
         dim: config.dim,
         vocab_size: config.vocab_size,

@@ -34,6 +34,19 @@ pub enum Tier {
     Reference,
 }
 
+/// What to do about the model's SHA-256.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum ModelHash {
+    /// Compute it where that costs next to nothing: with SHA instructions and a second core to run them on.
+    Auto,
+    /// Compute it anyway.
+    Show,
+    /// Do not compute it.
+    Off,
+    /// Compute it, and run only this file.
+    Is([u8; 32]),
+}
+
 /// Name of the signature file when no other is set.
 pub const DEFAULT_SIGNATURE: &str = "MODEL.SIG";
 
@@ -71,8 +84,8 @@ pub struct Options {
     pub model: String,
     /// Tokenizer file of a llama2.c model on the boot volume (`tokenizer=TOK.BIN`).
     pub tokenizer: String,
-    /// SHA-256 the model file must have, 64 hex digits; computed only when set (`model.sha256=...`).
-    pub model_sha256: Option<[u8; 32]>,
+    /// SHA-256 of the model file: whether it is computed, and which it must be (`model.sha256=auto|show|off|HEX`).
+    pub model_sha256: ModelHash,
     /// Ed25519 public key, 64 hex digits, of whom the model must be signed by; unset asks for no signature
     /// (`model.public_key=...`).
     pub model_public_key: Option<[u8; 32]>,
@@ -132,7 +145,7 @@ impl Default for Options {
             threads: 0,
             model: String::new(),
             tokenizer: String::new(),
-            model_sha256: None,
+            model_sha256: ModelHash::Auto,
             model_public_key: None,
             model_signature: DEFAULT_SIGNATURE.to_owned(),
             tier: Tier::Compiled,
@@ -322,7 +335,15 @@ const TABLE: &[(&str, Setter)] = &[
         o.tokenizer = v.to_owned();
         Ok(())
     }),
-    ("model.sha256", |o, v| hex_32(v).map(|x| o.model_sha256 = Some(x))),
+    ("model.sha256", |o, v| {
+        o.model_sha256 = match v {
+            "auto" => ModelHash::Auto,
+            "show" => ModelHash::Show,
+            "off" => ModelHash::Off,
+            v => ModelHash::Is(hex_32(v).map_err(|_| "auto, show, off or 64 hexadecimal digits")?),
+        };
+        Ok(())
+    }),
     ("model.public_key", |o, v| hex_32(v).map(|x| o.model_public_key = Some(x))),
     ("model.signature", |o, v| {
         o.model_signature = v.to_owned();

@@ -65,6 +65,15 @@ pub struct OutOfMemory {
     pub have_bytes: u64,
 }
 
+/// The disks of a machine.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum WhichDisk {
+    /// The boot volume's device (FAT16, snapshot slots).
+    Boot,
+    /// The device that holds the raw model file from byte 0.
+    Model,
+}
+
 /// The machine under the runtime.
 pub trait Platform {
     /// Clock facts, calibrated.
@@ -77,10 +86,16 @@ pub trait Platform {
     fn print(&mut self, text: &str);
     /// Sends one encoded frame ([`report::wire`]); a no-op where nobody listens.
     fn send(&mut self, frame: &[u8]);
-    /// The boot volume's device (FAT16, snapshot slots), if there is one.
-    fn boot_disk(&mut self) -> Option<&mut dyn BlockDevice>;
-    /// The device that holds the raw model file from byte 0, if there is one.
-    fn model_disk(&mut self) -> Option<&mut dyn BlockDevice>;
+    /// One of the disks, if there is such a one, and the cores to work on what is read from it.
+    fn disk(&mut self, which: WhichDisk) -> (Option<&mut dyn BlockDevice>, &dyn Workers);
+    /// [`WhichDisk::Boot`].
+    fn boot_disk(&mut self) -> Option<&mut dyn BlockDevice> {
+        self.disk(WhichDisk::Boot).0
+    }
+    /// [`WhichDisk::Model`].
+    fn model_disk(&mut self) -> Option<&mut dyn BlockDevice> {
+        self.disk(WhichDisk::Model).0
+    }
     /// Sets aside memory of any content for the life of the boot, 2 MiB aligned where the machine allows.
     ///
     /// # Errors

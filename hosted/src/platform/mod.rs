@@ -10,7 +10,7 @@ pub use file_disk::FileDisk;
 use engine::dispatch::{Kernel, KernelArgs, guard};
 use engine::workers::Workers;
 use model::kernel::KernelKey;
-use runtime::platform::{Clock, CpuFacts, KernelFault, MemoryUse, OutOfMemory, Platform};
+use runtime::platform::{Clock, CpuFacts, KernelFault, MemoryUse, OutOfMemory, Platform, WhichDisk};
 use std::time::{Duration, Instant, SystemTime};
 use storage::BlockDevice;
 
@@ -100,12 +100,12 @@ impl Platform for Process {
 
     fn send(&mut self, _frame: &[u8]) {}
 
-    fn boot_disk(&mut self) -> Option<&mut dyn BlockDevice> {
-        self.snapshot.as_mut().map(|d| d as &mut dyn BlockDevice)
-    }
-
-    fn model_disk(&mut self) -> Option<&mut dyn BlockDevice> {
-        self.model.as_mut().map(|d| d as &mut dyn BlockDevice)
+    fn disk(&mut self, which: WhichDisk) -> (Option<&mut dyn BlockDevice>, &dyn Workers) {
+        let disk = match which {
+            WhichDisk::Boot => self.snapshot.as_mut(),
+            WhichDisk::Model => self.model.as_mut(),
+        };
+        (disk.map(|disk| disk as &mut dyn BlockDevice), &self.threads)
     }
 
     fn arena(&mut self, name: &'static str, len_bytes: usize) -> Result<&'static mut [u8], OutOfMemory> {

@@ -3,17 +3,34 @@
 
 use bootimage::{FileSpec, ImageSpec};
 use engine::dispatch::{Kernel, KernelArgs};
-use engine::workers::{Single, Workers};
+use engine::workers::Workers;
 use model::kernel::KernelKey;
 use report::ImageKind;
 use runtime::boot::{Outcome, Request, Settings, run};
 use runtime::load::Companions;
-use runtime::platform::{Clock, CpuFacts, KernelFault, MemoryUse, OutOfMemory, Platform};
+use runtime::platform::{Clock, CpuFacts, KernelFault, MemoryUse, OutOfMemory, Platform, WhichDisk};
 use storage::{BlockDevice, MemoryDisk};
+
+/// Scoped threads, started anew for each job.
+pub struct Threads(pub usize);
+
+impl Workers for Threads {
+    fn count(&self) -> usize {
+        self.0
+    }
+
+    fn run(&self, job: &(dyn Fn(usize) + Sync)) {
+        std::thread::scope(|scope| {
+            (1..self.0).for_each(|i| drop(scope.spawn(move || job(i))));
+            job(0);
+        });
+    }
+}
 
 /// The machine.
 pub struct Machine {
     cpu: CpuFacts,
+    pub workers: Threads,
     pub boot: Option<MemoryDisk>,
     pub model: Option<MemoryDisk>,
     /// All that was printed.
@@ -25,7 +42,13 @@ impl Machine {
     pub fn with_model(model: &[u8]) -> Self {
         let isa = engine::Isa::detect();
         let cpu = CpuFacts { brand: "test".into(), fingerprint: "test".into(), hypervisor: None, isa };
-        Self { cpu, boot: None, model: Some(MemoryDisk::new(model.to_vec())), printed: String::new() }
+        Self {
+            cpu,
+            workers: Threads(1),
+            boot: None,
+            model: Some(MemoryDisk::new(model.to_vec())),
+            printed: String::new(),
+        }
     }
 
     /// Boots with `settings` and without compiled kernels.
@@ -77,12 +100,12 @@ impl Platform for Machine {
 
     fn send(&mut self, _frame: &[u8]) {}
 
-    fn boot_disk(&mut self) -> Option<&mut dyn BlockDevice> {
-        self.boot.as_mut().map(|disk| disk as &mut dyn BlockDevice)
-    }
-
-    fn model_disk(&mut self) -> Option<&mut dyn BlockDevice> {
-        self.model.as_mut().map(|disk| disk as &mut dyn BlockDevice)
+    fn disk(&mut self, which: WhichDisk) -> (Option<&mut dyn BlockDevice>, &dyn Workers) {
+        let disk = match which {
+            WhichDisk::Boot => self.boot.as_mut(),
+            WhichDisk::Model => self.model.as_mut(),
+        };
+        (disk.map(|disk| disk as &mut dyn BlockDevice), &self.workers)
     }
 
     fn arena(&mut self, _name: &'static str, len_bytes: usize) -> Result<&'static mut [u8], OutOfMemory> {
@@ -102,7 +125,7 @@ impl Platform for Machine {
     }
 
     fn workers(&self) -> &dyn Workers {
-        &Single
+        &self.workers
     }
 
     fn memory(&self) -> Vec<MemoryUse> {
