@@ -168,21 +168,17 @@ fn check_signature(
     check.finish()
 }
 
-/// Calls `work(offset, length)` for the pieces of `len_bytes` bytes and says how far `what` is between them.
-fn pieces(
-    platform: &mut dyn Platform,
-    what: &str,
-    len_bytes: u64,
-    work: &mut dyn FnMut(&mut dyn Platform, u64, u64) -> Result<(), RunError>,
-) -> Result<(), RunError> {
+/// Does one piece: its offset and length.
+type Piecework<'f> = dyn FnMut(&mut dyn Platform, u64, u64) -> Result<(), RunError> + 'f;
+
+/// Calls `work(offset, length)` for the pieces of `len_bytes` bytes and says how far `what` is after each.
+fn pieces(platform: &mut dyn Platform, what: &str, len_bytes: u64, work: &mut Piecework<'_>) -> Result<(), RunError> {
     let mut offset = 0;
     while offset < len_bytes {
         let piece = PIECE_BYTES.min(len_bytes - offset);
         work(platform, offset, piece)?;
         offset += piece;
-        if offset < len_bytes {
-            platform.print(&alloc::format!("{what}: {} of {} MiB\n", offset >> 20, len_bytes >> 20));
-        }
+        platform.progress(what, offset, len_bytes);
     }
     Ok(())
 }

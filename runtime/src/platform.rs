@@ -84,6 +84,12 @@ pub trait Platform {
     fn unix_time(&self) -> Option<u64>;
     /// Writes text for people (COM1, or standard error when hosted).
     fn print(&mut self, text: &str);
+    /// Says how far a long piece of work is: `done` of `total` bytes, the last time with all of them.
+    fn progress(&mut self, what: &str, done: u64, total: u64) {
+        if done < total {
+            self.print(&alloc::format!("{what}: {} of {} MiB\n", done >> 20, total >> 20));
+        }
+    }
     /// Sends one encoded frame ([`report::wire`]); a no-op where nobody listens.
     fn send(&mut self, frame: &[u8]);
     /// One of the disks, if there is such a one, and the cores to work on what is read from it.

@@ -32,7 +32,7 @@ pub struct Machine {
     cpu: CpuFacts,
     pub workers: Threads,
     pub boot: Option<MemoryDisk>,
-    pub model: Option<MemoryDisk>,
+    pub model: Option<Box<dyn BlockDevice>>,
     /// All that was printed.
     pub printed: String,
 }
@@ -46,7 +46,7 @@ impl Machine {
             cpu,
             workers: Threads(1),
             boot: None,
-            model: Some(MemoryDisk::new(model.to_vec())),
+            model: Some(Box::new(MemoryDisk::new(model.to_vec()))),
             printed: String::new(),
         }
     }
@@ -102,10 +102,10 @@ impl Platform for Machine {
 
     fn disk(&mut self, which: WhichDisk) -> (Option<&mut dyn BlockDevice>, &dyn Workers) {
         let disk = match which {
-            WhichDisk::Boot => self.boot.as_mut(),
-            WhichDisk::Model => self.model.as_mut(),
+            WhichDisk::Boot => self.boot.as_mut().map(|disk| disk as &mut dyn BlockDevice),
+            WhichDisk::Model => self.model.as_deref_mut().map(|disk| disk as &mut dyn BlockDevice),
         };
-        (disk.map(|disk| disk as &mut dyn BlockDevice), &self.workers)
+        (disk, &self.workers)
     }
 
     fn arena(&mut self, _name: &'static str, len_bytes: usize) -> Result<&'static mut [u8], OutOfMemory> {
