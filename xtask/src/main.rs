@@ -27,6 +27,17 @@ enum Command {
     Demo(demo::DemoArgs),
     /// Run every test: formatting, lints, host tests, fuzz targets, guest self-tests and scenarios.
     Test,
+    /// Run many damaged inputs through every parser (`fuzz` has the targets) and say how many each survived.
+    Fuzz {
+        /// Inputs for each target.
+        #[arg(long, default_value_t = 1_000_000)]
+        cases: u64,
+        /// Seed of the damage.
+        #[arg(long, default_value_t = 1)]
+        seed: u64,
+        /// Targets; all when none is named.
+        targets: Vec<String>,
+    },
     /// Boot every scenario under QEMU: the last step of `test` alone.
     Scenarios,
     /// Measure BareFlow against llama.cpp on the same files, interleaved, and write docs/BENCHMARKS.md.
@@ -53,6 +64,7 @@ fn run(workspace: &Path, command: Command) -> Result<()> {
         Command::Demo(args) => demo::run(workspace, &args),
         Command::Bench(args) => bench::run(workspace, &args),
         Command::Test => test::run(workspace),
+        Command::Fuzz { cases, seed, targets } => test::fuzz(workspace, cases, seed, &targets),
         Command::Scenarios => {
             packages::ensure(&[&packages::QEMU])?;
             let kernel = kernel_build::jit_image(workspace)?;

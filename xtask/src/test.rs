@@ -41,6 +41,21 @@ pub fn run(workspace: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Runs `cases` damaged inputs through each of `targets` (all when empty).
+///
+/// # Errors
+/// A target that panicked or hung; its input is left in the current directory.
+pub fn fuzz(workspace: &Path, cases: u64, seed: u64, targets: &[String]) -> Result<()> {
+    let mut command = cargo(workspace, &["run", "--release", "--target-dir", "target/fuzz", "--manifest-path"]);
+    command.arg(workspace.join("fuzz/Cargo.toml")).arg("--");
+    command.args(["--cases", &cases.to_string(), "--seed", &seed.to_string()]).args(targets);
+    let status = command.status()?;
+    if !status.success() {
+        bail!("fuzzing failed ({status}); the lines above say which input did it");
+    }
+    Ok(())
+}
+
 struct Steps {
     done: Vec<(String, f64)>,
 }
