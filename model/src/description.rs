@@ -369,12 +369,13 @@ pub(crate) fn grouped_bytes(n: u32, k: u32, group_len: u32) -> Option<u64> {
     (groups * u64::from(group_len) == elements).then_some(elements + 4 * groups)
 }
 
-/// The error for groups of `group_len` that `tensor` cannot be cut into.
-pub(crate) fn uneven_groups(tensor: &Tensor, group_len: u32) -> ModelError {
+/// The error for groups of `group_len` that a matrix cannot be cut into.
+pub(crate) fn uneven_groups(role: Role, layer: Option<u32>, (n, k): (u32, u32), group_len: u32) -> ModelError {
+    let elements = u64::from(n) * u64::from(k);
     ModelError::InvalidValue {
         key: "group_size".to_string(),
         found: group_len.to_string(),
-        expected: format!("a divisor of the {} weights of `{}`", tensor.elements(), tensor.name()),
+        expected: format!("a divisor of the {elements} weights of `{}`", role.tensor_name(layer)),
     }
 }
 
@@ -428,7 +429,9 @@ fn check_tensor(config: &Config, tensor: &Tensor, file_bytes: u64) -> Result<(),
     })?;
     // At most 2^24 rows of 2^24 elements of 4 bytes, and of 4 bytes of scales: no overflow.
     let expected_bytes = match group_len {
-        Some(group_len) => grouped_bytes(n, k, group_len).ok_or_else(|| uneven_groups(tensor, group_len))?,
+        Some(group_len) => {
+            grouped_bytes(n, k, group_len).ok_or_else(|| uneven_groups(role, layer, (n, k), group_len))?
+        }
         None => row_bytes * u64::from(n),
     };
     if len_bytes != expected_bytes {

@@ -118,17 +118,28 @@ impl Header {
 
     /// Every tensor with its place, in file order, and the length of the whole file.
     pub fn tensors(&self) -> (Vec<Tensor>, u64) {
+        let mut tensors = Vec::new();
+        let end = self.each_role(&mut |first, layers| {
+            for layer in 0..layers {
+                let offset = first.offset + u64::from(layer) * first.len_bytes;
+                tensors.push(Tensor { layer: first.layer.map(|_| layer), offset, ..first });
+            }
+        });
+        (tensors, end)
+    }
+
+    /// Calls `visit` with the first tensor of each role, in file order, and their number; returns the length of the file.
+    fn each_role(&self, visit: &mut dyn FnMut(Tensor, u32)) -> u64 {
         use Role::{AttnNorm, AttnOut, Down, FfnNorm, Gate, K, Output, OutputNorm, Q, TokenEmbedding, Up, V};
         let legacy = [TokenEmbedding, AttnNorm, Q, K, V, AttnOut, FfnNorm, Gate, Down, Up, OutputNorm, Output];
         let versioned = [AttnNorm, FfnNorm, OutputNorm, TokenEmbedding, Q, K, V, AttnOut, Gate, Down, Up, Output];
         let config = &self.config;
         let is_legacy = self.version == 0;
         let mut offset = if is_legacy { HEADER_BYTES } else { VERSIONED_HEADER_BYTES } as u64;
-        let mut tensors = Vec::new();
         for role in if is_legacy { legacy } else { versioned } {
             if role == Output && is_legacy {
                 // freq_cis_real and freq_cis_imag, (seq_len, head_dim / 2) each.
-                offset += 4 * u64::from(config.seq_len) * u64::from(config.head_dim);
+                offset = offset.saturating_add(4 * u64::from(config.seq_len) * u64::from(config.head_dim));
             }
             if role == Output && config.tied_head {
                 continue;
@@ -136,18 +147,15 @@ impl Header {
             let (n, k) = role.shape(config);
             let group_len = self.group_len.filter(|_| !role.is_vector());
             let (ty, len_bytes) = match group_len {
-                // Groups that do not come out even are for `check_tensors` to refuse.
-                Some(len) => (TensorType::I8, grouped_bytes(n, k, len).unwrap_or(u64::from(n) * u64::from(k))),
+                // `read` has refused groups that do not come out even.
+                Some(len) => (TensorType::I8, grouped_bytes(n, k, len).unwrap_or_default()),
                 None => (TensorType::F32, 4 * u64::from(n) * u64::from(k)),
             };
-            let layers = if role.is_per_layer() { config.n_layers } else { 1 };
-            for layer in 0..layers {
-                let layer = role.is_per_layer().then_some(layer);
-                tensors.push(Tensor { role, layer, ty, group_len, n, k, offset, len_bytes });
-                offset += len_bytes;
-            }
+            let (layer, layers) = if role.is_per_layer() { (Some(0), config.n_layers) } else { (None, 1) };
+            visit(Tensor { role, layer, ty, group_len, n, k, offset, len_bytes }, layers);
+            offset = offset.saturating_add(len_bytes.saturating_mul(layers.into()));
         }
-        (tensors, offset)
+        offset
     }
 }
 
@@ -158,12 +166,16 @@ impl Header {
 /// header calls for; a tokenizer of another vocabulary.
 pub fn read(header: &[u8], file_bytes: u64, tokenizer_bin: &[u8]) -> Result<ModelDescription, ModelError> {
     let header = Header::parse(header, file_bytes)?;
-    let (tensors, expected_bytes) = header.tensors();
-    if let Some(group_len) = header.group_len {
-        // Before the lengths, which mean nothing then.
-        for tensor in tensors.iter().filter(|tensor| tensor.group_len.is_some()) {
-            grouped_bytes(tensor.n, tensor.k, group_len).ok_or_else(|| uneven_groups(tensor, group_len))?;
+    let mut uneven = None;
+    // The length first, so that the list of tensors is no longer than the file justifies.
+    let expected_bytes = header.each_role(&mut |tensor, _| {
+        let Tensor { role, layer, group_len, n, k, .. } = tensor;
+        if let Some(group_len) = group_len.filter(|&len| grouped_bytes(n, k, len).is_none()) {
+            uneven.get_or_insert_with(|| uneven_groups(role, layer, (n, k), group_len));
         }
+    });
+    if let Some(error) = uneven {
+        return Err(error);
     }
     if file_bytes < expected_bytes {
         let (what, at_byte) = ("the weights", HEADER_BYTES as u64);
@@ -175,7 +187,7 @@ pub fn read(header: &[u8], file_bytes: u64, tokenizer_bin: &[u8]) -> Result<Mode
     Ok(ModelDescription {
         format: Format::Llama2c { version: header.version },
         name: String::new(),
-        tensors: check_tensors(&header.config, tensors, file_bytes)?,
+        tensors: check_tensors(&header.config, header.tensors().0, file_bytes)?,
         tokenizer: read_tokenizer(tokenizer_bin, header.config.vocab_size)?,
         config: header.config,
         chat_template: None,
