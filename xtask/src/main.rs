@@ -39,7 +39,11 @@ enum Command {
         targets: Vec<String>,
     },
     /// Boot every scenario under QEMU: the last step of `test` alone.
-    Scenarios,
+    Scenarios {
+        /// Only those whose name contains this. Some need the disk that the one before leaves.
+        #[arg(default_value = "")]
+        only: String,
+    },
     /// Measure BareFlow against llama.cpp on the same files, interleaved, and write docs/BENCHMARKS.md.
     Bench(bench::BenchArgs),
     /// Build the self-optimising image and print its path.
@@ -65,11 +69,11 @@ fn run(workspace: &Path, command: Command) -> Result<()> {
         Command::Bench(args) => bench::run(workspace, &args),
         Command::Test => test::run(workspace),
         Command::Fuzz { cases, seed, targets } => test::fuzz(workspace, cases, seed, &targets),
-        Command::Scenarios => {
+        Command::Scenarios { only } => {
             packages::ensure(&[&packages::QEMU])?;
             let kernel = kernel_build::jit_image(workspace)?;
             let library = kernel_build::native_library(workspace)?;
-            let passed = scenarios::run(&kernel, &library, workspace, &workspace.join("out/scenarios"))?;
+            let passed = scenarios::run(&kernel, &library, workspace, &workspace.join("out/scenarios"), &only)?;
             println!("{passed} passed, 0 failed");
             Ok(())
         }

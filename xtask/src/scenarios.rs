@@ -65,11 +65,11 @@ const SCENARIOS: &[Scenario] = &[
     ("the JIT image fails the native image's audit", audit_can_fail),
 ];
 
-/// Runs every scenario and returns how many passed.
+/// Runs every scenario whose name contains `only` and returns how many passed.
 ///
 /// # Errors
 /// The scenarios that failed, each with its reason.
-pub fn run(kernel: &Path, library: &Path, workspace: &Path, dir: &Path) -> Result<usize> {
+pub fn run(kernel: &Path, library: &Path, workspace: &Path, dir: &Path, only: &str) -> Result<usize> {
     std::fs::create_dir_all(dir)?;
     let model = dir.join("tiny.gguf");
     std::fs::write(&model, synthetic::gguf(&tiny())?)?;
@@ -86,7 +86,10 @@ pub fn run(kernel: &Path, library: &Path, workspace: &Path, dir: &Path) -> Resul
         other_model,
     };
     let mut failures = Vec::new();
-    for (name, scenario) in SCENARIOS {
+    let chosen = SCENARIOS.iter().filter(|(name, _)| name.contains(only));
+    let count = chosen.clone().count();
+    ensure!(count > 0, "no scenario has `{only}` in its name");
+    for (name, scenario) in chosen {
         let start = Instant::now();
         let outcome = scenario(&mut bench);
         let seconds = start.elapsed().as_secs_f64();
@@ -99,9 +102,9 @@ pub fn run(kernel: &Path, library: &Path, workspace: &Path, dir: &Path) -> Resul
         }
     }
     if !failures.is_empty() {
-        bail!("{} of {} scenarios failed: {}", failures.len(), SCENARIOS.len(), failures.join("; "));
+        bail!("{} of {} scenarios failed: {}", failures.len(), count, failures.join("; "));
     }
-    Ok(SCENARIOS.len())
+    Ok(count)
 }
 
 /// Every kind of weight the tiny model can hold: quantised layers, another type for some, an f16 head.

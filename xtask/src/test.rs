@@ -31,7 +31,7 @@ pub fn run(workspace: &Path) -> Result<()> {
     steps.command("fuzz targets, a second each", fuzz_tests)?;
     let kernel = steps.work("build of the JIT image", || kernel_build::jit_image(workspace))?;
     let library = steps.work("build of the native library", || kernel_build::native_library(workspace))?;
-    let scenarios = || scenarios::run(&kernel, &library, workspace, &workspace.join("out/scenarios"));
+    let scenarios = || scenarios::run(&kernel, &library, workspace, &workspace.join("out/scenarios"), "");
     let passed = steps.work("scenarios under QEMU", scenarios)?;
     println!("\nall steps passed in {:.0} s:", start.elapsed().as_secs_f64());
     for (name, seconds) in &steps.done {
