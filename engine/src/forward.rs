@@ -12,7 +12,7 @@ use crate::loader::LoadedModel;
 use crate::math::{RopeTable, activate, layernorm, quantise_activations, rmsnorm, rmsnorm_quantise, rope};
 use crate::operands::AlignedBytes;
 use crate::ops::HAS_BASELINE;
-use crate::pack::dequantise_column;
+use crate::pack::{dequantise_column, field};
 use crate::simd::{Level, cycles};
 use crate::table::{KernelTable, OpCall, Runs, Tier};
 use crate::weights::{Embedding, NormWeights, Plan, QkvWeights, RopeParameters, UpWeights, Vector};
@@ -180,6 +180,14 @@ impl<'w> Engine<'w> {
             Embedding::Rows { bytes, row_bytes, ty } => {
                 let row = &self.weights[bytes.clone()][index * row_bytes..][..*row_bytes];
                 model::quant::dequantise(*ty, row, out).expect("the plan checked type and length of these rows");
+            }
+            Embedding::Groups { bytes, codes, group_len } => {
+                let (codes, scales) = self.weights[bytes.clone()].split_at(*codes);
+                let first = index * out.len();
+                for (i, (out, code)) in out.iter_mut().zip(&codes[first..]).enumerate() {
+                    let scale = f32::from_le_bytes(field(scales, 4 * ((first + i) / group_len)));
+                    *out = f32::from(code.cast_signed()) * scale;
+                }
             }
         }
     }

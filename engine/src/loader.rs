@@ -4,7 +4,7 @@
 //! Between chunks only the unfinished row of one tensor is kept aside; no weight is stored twice.
 
 use crate::error::EngineError;
-use crate::pack::{ColumnMap, pack_rows, zero_padding};
+use crate::pack::{ColumnMap, pack_rows, scale_groups, zero_padding};
 use crate::simd::Level;
 use crate::weights::{Destination, Plan, PlannedTensor};
 use alloc::vec;
@@ -149,6 +149,11 @@ impl Sink<'_> {
                 let matrix = &self.plan.matrices[*matrix];
                 let packed = &mut self.arena[matrix.bytes.clone()];
                 pack_rows(self.level, *format, matrix.k, *map, first, rows, packed);
+            }
+            Destination::Scales { matrix, map, group_len } => {
+                let matrix = &self.plan.matrices[*matrix];
+                let packed = &mut self.arena[matrix.bytes.clone()];
+                scale_groups(matrix.k, *map, *group_len, first, rows, packed);
             }
             Destination::Rows { bytes } => {
                 let at = bytes.start + first * planned.row_bytes;

@@ -27,6 +27,8 @@ pub enum RowFormat {
     F16,
     /// The upper half of a binary32; widened exactly, so the packed type is F32.
     Bf16,
+    /// Int8 codes, packed as F32; [`scale_groups`] makes weights of them.
+    Int8,
     /// 34-byte blocks: d, 32 x i8.
     Q8_0,
     /// 18-byte blocks: d, 16 x two nibbles.
@@ -73,7 +75,7 @@ impl RowFormat {
     /// Type of the packed matrix.
     pub fn dtype(self) -> DType {
         match self {
-            RowFormat::F32 | RowFormat::Bf16 => DType::F32,
+            RowFormat::F32 | RowFormat::Bf16 | RowFormat::Int8 => DType::F32,
             RowFormat::F16 => DType::F16,
             RowFormat::Q8_0 => DType::Q8_0,
             RowFormat::Q4_0 => DType::Q4_0,
@@ -92,6 +94,7 @@ impl RowFormat {
     const fn block(self) -> (usize, usize) {
         match self {
             RowFormat::F32 => (4, 1),
+            RowFormat::Int8 => (1, 1),
             RowFormat::F16 | RowFormat::Bf16 => (2, 1),
             RowFormat::Q8_0 => (34, BLOCK),
             RowFormat::Q4_0 => (18, BLOCK),
@@ -180,8 +183,10 @@ pub fn pack_rows(
             // Formats without code of their own, whatever the level.
         } else if count == PANEL {
             match level {
-                Level::Portable => pack_panel(format, now, row_bytes, panel),
-                Level::Avx2(avx2) => crate::simd::pack::pack_panel(avx2, format, now, row_bytes, panel),
+                Level::Avx2(avx2) if format != RowFormat::Int8 => {
+                    crate::simd::pack::pack_panel(avx2, format, now, row_bytes, panel)
+                }
+                _ => pack_panel(format, now, row_bytes, panel),
             }
         } else {
             for (i, row) in now.chunks_exact(row_bytes).enumerate() {
@@ -190,6 +195,31 @@ pub fn pack_rows(
         }
         column += count;
         rows = later;
+    }
+}
+
+/// Multiplies the packed codes of groups of `group_len` weights by `scales` (f32 each), from the tensor's group `group` on.
+/// Groups follow each other through the tensor's rows of `k` weights and may begin in one and end in the next.
+///
+/// # Panics
+/// When the packed matrix is too short for them.
+pub fn scale_groups(k: usize, map: ColumnMap, group_len: usize, group: usize, scales: &[u8], packed: &mut [u8]) {
+    const STEP: usize = step_bytes(DType::F32);
+    let panel_bytes = panel_bytes(DType::F32, k);
+    for (i, scale) in scales.as_chunks().0.iter().enumerate() {
+        let scale = f32::from_le_bytes(*scale);
+        let (mut at, end) = ((group + i) * group_len, (group + i + 1) * group_len);
+        while at < end {
+            let (column, first) = (at / k, at % k);
+            let count = (k - first).min(end - at);
+            let (panel, lane) = map.place(column);
+            let panel = &mut packed[panel * panel_bytes..][..panel_bytes];
+            for step in panel[first * STEP..][..count * STEP].chunks_exact_mut(STEP) {
+                let weight = f32::from_le_bytes(field(step, 4 * lane)) * scale;
+                step[4 * lane..4 * lane + 4].copy_from_slice(&weight.to_le_bytes());
+            }
+            at += count;
+        }
     }
 }
 
@@ -252,6 +282,10 @@ fn pack_block(format: RowFormat, block: &[u8], lane: usize, step: &mut [u8]) {
             step[4 * lane..4 * lane + 2].fill(0);
             step[4 * lane + 2..4 * lane + 4].copy_from_slice(&block[..2]);
         }
+        RowFormat::Int8 => {
+            let code = f32::from(block[0].cast_signed());
+            step[4 * lane..4 * lane + 4].copy_from_slice(&code.to_le_bytes());
+        }
         RowFormat::Q8_0 | RowFormat::Q4_0 | RowFormat::Q4_1 => {
             let (quants, tail) = step.split_at_mut(scales_offset(format.dtype()));
             let file_quants = &block[quants_offset(format)..];
@@ -274,6 +308,7 @@ fn pack_panel(format: RowFormat, rows: &[u8], row_bytes: usize, panel: &mut [u8]
         RowFormat::F32 => pack_panel_of::<4>(RowFormat::F32, rows, row_bytes, panel),
         RowFormat::F16 => pack_panel_of::<2>(RowFormat::F16, rows, row_bytes, panel),
         RowFormat::Bf16 => pack_panel_of::<2>(RowFormat::Bf16, rows, row_bytes, panel),
+        RowFormat::Int8 => pack_panel_of::<1>(RowFormat::Int8, rows, row_bytes, panel),
         RowFormat::Q8_0 => pack_panel_of::<34>(RowFormat::Q8_0, rows, row_bytes, panel),
         RowFormat::Q4_0 => pack_panel_of::<18>(RowFormat::Q4_0, rows, row_bytes, panel),
         RowFormat::Q4_1 => pack_panel_of::<20>(RowFormat::Q4_1, rows, row_bytes, panel),
@@ -314,7 +349,7 @@ macro_rules! with_block_format {
 /// have faster code.
 fn pack_lanes(format: RowFormat, rows: &[u8], row_bytes: usize, lane: usize, panel: &mut [u8]) -> bool {
     match format {
-        RowFormat::F32 | RowFormat::F16 | RowFormat::Bf16 => return false,
+        RowFormat::F32 | RowFormat::F16 | RowFormat::Bf16 | RowFormat::Int8 => return false,
         RowFormat::Q8_0 | RowFormat::Q4_0 | RowFormat::Q4_1 => return false,
         _ => with_block_format!(format.dtype(), pack_lanes_of(rows, row_bytes, lane, panel)),
     }

@@ -172,6 +172,8 @@ pub(crate) enum Embedding {
     Head,
     /// File rows kept as they are, at these bytes of the arena.
     Rows { bytes: Range<usize>, row_bytes: usize, ty: TensorType },
+    /// So many int8 codes and behind them the scales of their groups, as the file has them, at these bytes of the arena.
+    Groups { bytes: Range<usize>, codes: usize, group_len: usize },
 }
 
 /// Where the rows of one tensor of the file go.
@@ -179,16 +181,20 @@ pub(crate) enum Embedding {
 pub(crate) enum Destination {
     /// Into a packed matrix.
     Packed { matrix: usize, map: ColumnMap, format: RowFormat },
+    /// Multiplied into what was packed: one f32 for each group of weights.
+    Scales { matrix: usize, map: ColumnMap, group_len: usize },
     /// Into the arena as they are.
     Rows { bytes: Range<usize> },
     /// Into the vectors, from this element on.
     Vector { at: usize },
 }
 
-/// One tensor of the file and its destination.
+/// One tensor of the file, or its codes or its scales, and its destination.
 #[derive(Clone, Debug)]
 pub(crate) struct PlannedTensor {
+    /// Of which only `offset` and `len_bytes` say what is meant.
     pub tensor: Tensor,
+    /// Bytes that are taken in together: of a row, of one scale.
     pub row_bytes: usize,
     pub destination: Destination,
 }
@@ -290,6 +296,9 @@ impl Plan {
     }
 }
 
+/// Bytes of the scale of a group.
+const SCALE_BYTES: u64 = 4;
+
 struct Planner<'a> {
     model: &'a ModelDescription,
     threads: usize,
@@ -319,13 +328,17 @@ impl Planner<'_> {
 
     fn format(tensor: &Tensor) -> Result<RowFormat, EngineError> {
         let unsupported = || EngineError::UnsupportedType { name: tensor.name(), found: tensor.ty.name() };
-        RowFormat::of(tensor.ty).ok_or_else(unsupported)
+        match tensor.group_len {
+            Some(_) if tensor.ty == TensorType::I8 => Ok(RowFormat::Int8),
+            _ => RowFormat::of(tensor.ty).ok_or_else(unsupported),
+        }
     }
 
     /// A matrix of the tensors `first` and `others` of a layer, side by side (gated ops: in alternating panels).
     fn matrix(&mut self, op: Op, layer: Option<u32>, first: Role, others: &[Role]) -> Result<usize, EngineError> {
         let index = self.matrices.len();
-        let Tensor { n, k, ty, .. } = self.packed(index, first, layer, op, 0)?;
+        let tensor = self.packed(index, first, layer, op, 0)?;
+        let Tensor { n, k, .. } = tensor;
         let mut columns = n as usize;
         for &role in others {
             let tensor = self.packed(index, role, layer, op, columns)?;
@@ -333,8 +346,7 @@ impl Planner<'_> {
                 columns += tensor.n as usize;
             }
         }
-        let dtype =
-            ty.dtype().ok_or(EngineError::UnsupportedType { name: first.tensor_name(layer), found: ty.name() })?;
+        let dtype = Self::format(&tensor)?.dtype();
         self.matrices.push(Matrix::new(op, dtype, columns, k as usize, self.threads, &mut self.at));
         Ok(index)
     }
@@ -355,8 +367,33 @@ impl Planner<'_> {
             (false, _) => ColumnMap::after(columns),
         };
         let destination = Destination::Packed { matrix, map, format: Self::format(&tensor)? };
-        self.tensors.push(PlannedTensor { tensor, row_bytes: Self::row_bytes(&tensor)?, destination });
+        match tensor.group_len {
+            None => self.tensors.push(PlannedTensor { tensor, row_bytes: Self::row_bytes(&tensor)?, destination }),
+            Some(group_len) => {
+                // The scales come behind all codes: those are packed as they are and scaled where they lie.
+                let codes_bytes = Self::codes_bytes(&tensor, group_len)?;
+                let codes = Tensor { len_bytes: codes_bytes, ..tensor };
+                self.tensors.push(PlannedTensor { tensor: codes, row_bytes: tensor.k as usize, destination });
+                let (offset, len_bytes) = (tensor.offset + codes_bytes, tensor.len_bytes - codes_bytes);
+                let scales = Tensor { offset, len_bytes, ..tensor };
+                let destination = Destination::Scales { matrix, map, group_len: group_len as usize };
+                self.tensors.push(PlannedTensor { tensor: scales, row_bytes: SCALE_BYTES as usize, destination });
+            }
+        }
         Ok(tensor)
+    }
+
+    /// Bytes of the codes of a tensor with groups, whose length is checked.
+    fn codes_bytes(tensor: &Tensor, group_len: u32) -> Result<u64, EngineError> {
+        let Tensor { n, k, len_bytes, .. } = *tensor;
+        let elements = tensor.elements();
+        let groups = elements / u64::from(group_len).max(1);
+        let whole = elements > 0 && groups * u64::from(group_len) == elements;
+        if whole && len_bytes == elements + SCALE_BYTES * groups {
+            Ok(elements)
+        } else {
+            Err(EngineError::Shape { name: tensor.name(), n, k, len_bytes })
+        }
     }
 
     fn same_type(&self, roles: &[Role], layer: Option<u32>) -> Result<bool, EngineError> {
@@ -479,12 +516,23 @@ impl Planner<'_> {
     /// Keeps a matrix as the file has it: its rows are read one at a time.
     fn rows(&mut self, role: Role) -> Result<Embedding, EngineError> {
         let tensor = self.tensor(role, None)?;
+        let Tensor { n, k, len_bytes, ty, group_len, .. } = tensor;
         Self::format(&tensor)?;
-        let row_bytes = Self::row_bytes(&tensor)?;
-        let bytes = self.at..self.at + row_bytes * tensor.n as usize;
+        let shape = || EngineError::Shape { name: tensor.name(), n, k, len_bytes };
+        let bytes = self.at..self.at + usize::try_from(len_bytes).map_err(|_| shape())?;
         self.at = bytes.end.next_multiple_of(WEIGHT_ALIGN);
+        let row_bytes = match group_len {
+            // The scales are kept, too: whatever comes is stored where it belongs.
+            Some(group_len) => Self::codes_bytes(&tensor, group_len).map(|_| 1)?,
+            None => Self::row_bytes(&tensor)?,
+        };
         let destination = Destination::Rows { bytes: bytes.clone() };
         self.tensors.push(PlannedTensor { tensor, row_bytes, destination });
-        Ok(Embedding::Rows { bytes, row_bytes, ty: tensor.ty })
+        Ok(match group_len {
+            Some(group_len) => {
+                Embedding::Groups { bytes, codes: n as usize * k as usize, group_len: group_len as usize }
+            }
+            None => Embedding::Rows { bytes, row_bytes, ty },
+        })
     }
 }

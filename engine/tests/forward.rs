@@ -179,6 +179,69 @@ fn every_file_format_gives_the_same_tokens() {
     assert_eq!(tokens, generate(&mut c, &Single, &PROMPT, 100, KvType::F32));
 }
 
+/// An int8 llama2.c file and the F32 file of the weights it means, both written out here as `export.py` writes them.
+/// Scales are f32 numbers that no f16 holds.
+fn llama2c_int8(spec: &Spec, group_len: usize) -> [Vec<u8>; 2] {
+    use Role::{AttnNorm, AttnOut, Down, FfnNorm, Gate, K, Output, OutputNorm, Q, TokenEmbedding, Up, V};
+    let c = spec.config();
+    let seven = [c.dim, c.hidden_dim, c.n_layers, c.n_heads, c.n_kv_heads, c.vocab_size, c.seq_len];
+    let header = |version: u32, group_len: Option<u32>| {
+        let mut file: Vec<u8> = [0x616b_3432, version].into_iter().chain(seven).flat_map(u32::to_le_bytes).collect();
+        file.push(u8::from(spec.tied_head));
+        file.extend(group_len.into_iter().flat_map(u32::to_le_bytes));
+        file.resize(256, 0);
+        file
+    };
+    let (mut int8, mut f32s) = (header(2, Some(group_len as u32)), header(1, None));
+    let order = [AttnNorm, FfnNorm, OutputNorm, TokenEmbedding, Q, K, V, AttnOut, Gate, Down, Up, Output];
+    for role in order.into_iter().filter(|&role| role != Output || !spec.tied_head) {
+        let layers = if role.is_per_layer() { c.n_layers } else { 1 };
+        for layer in 0..layers {
+            let weights = spec.weights(role, role.is_per_layer().then_some(layer));
+            if role.is_vector() {
+                let bytes: Vec<u8> = weights.iter().flat_map(|w| w.to_le_bytes()).collect();
+                int8.extend(&bytes);
+                f32s.extend(&bytes);
+                continue;
+            }
+            let mut scales = Vec::new();
+            for group in weights.chunks(group_len) {
+                let scale = group.iter().fold(0.0f32, |max, w| max.max(w.abs())) / 127.0;
+                scales.push(scale);
+                for weight in group {
+                    let code = (weight / scale).round_ties_even() as i8;
+                    int8.push(code as u8);
+                    f32s.extend((f32::from(code) * scale).to_le_bytes());
+                }
+            }
+            assert!(scales.iter().any(|&scale| half::f16::from_f32(scale).to_f32() != scale));
+            int8.extend(scales.iter().flat_map(|scale| scale.to_le_bytes()));
+        }
+    }
+    [int8, f32s]
+}
+
+#[test]
+fn int8_llama2c_files_give_what_their_weights_as_f32_give() {
+    let base = Spec { tokenizer: TokenizerKind::SentencePiece, ..Spec::default() };
+    // Rows are of 64 and of 96 weights: groups of 64 go across the ends of rows of 96, groups of 128 hold two rows of 64.
+    for (group_len, tied_head) in [(16, true), (32, false), (64, true), (64, false), (128, false)] {
+        let spec = Spec { tied_head, ..base.clone() };
+        let [int8, f32s] = llama2c_int8(&spec, group_len);
+        let tokenizer = synthetic::llama2c(&base).unwrap().tokenizer;
+        let describe = |file: &[u8]| model::llama2c::read(file, file.len() as u64, &tokenizer).unwrap();
+        let (of_int8, of_f32) = (describe(&int8), describe(&f32s));
+        let mut wanted = load(&of_f32, &f32s, 1, 1 << 20, Isa::detect(), Tier::Reference);
+        let forced: Vec<u32> = (0..40).map(|i| 3 + i * 7 % 300).collect();
+        let expected = forced_logits(&mut wanted, &Single, &PROMPT, &forced, KvType::F32);
+        for (threads, chunk, isa) in [(1, 1 << 20, Isa::detect()), (2, 1000, Isa::detect()), (1, 3, Isa::PORTABLE)] {
+            let mut engine = load(&of_int8, &int8, threads, chunk, isa, Tier::Baseline);
+            let found = forced_logits(&mut engine, &Threads(threads), &PROMPT, &forced, KvType::F32);
+            assert!(bits(&expected) == bits(&found), "groups of {group_len}, tied {tied_head}, chunks of {chunk}");
+        }
+    }
+}
+
 /// Activations as int8 blocks hold them.
 fn as_int8(x: &[f64]) -> Vec<f64> {
     let block = |x: &[f64]| -> Vec<f64> {

@@ -23,7 +23,7 @@ pub struct Target {
 /// Every target.
 pub const TARGETS: &[Target] = &[
     Target { name: "gguf", run: gguf_header, seeds: || vec![tiny_gguf()] },
-    Target { name: "llama2c", run: llama2c_header, seeds: || vec![tiny_llama2c().model] },
+    Target { name: "llama2c", run: llama2c_header, seeds: llama2c_of_every_version },
     Target { name: "tokenize", run: tokenize, seeds: texts },
     Target { name: "quant", run: quantised_blocks, seeds: blocks_of_every_type },
     Target { name: "wire", run: wire_frames, seeds: frames },
@@ -39,6 +39,12 @@ fn tiny_gguf() -> Vec<u8> {
 fn tiny_llama2c() -> Llama2cFiles {
     let spec = Spec { tokenizer: TokenizerKind::SentencePiece, ..Spec::default() };
     synthetic::llama2c(&spec).expect("the spec makes a llama2.c model")
+}
+
+fn llama2c_of_every_version() -> Vec<Vec<u8>> {
+    let spec = Spec { tokenizer: TokenizerKind::SentencePiece, ..Spec::default() };
+    let file = |version| synthetic::llama2c_version(&spec, version).expect("the spec makes a llama2.c model").model;
+    (0..=2).map(file).collect()
 }
 
 fn texts() -> Vec<Vec<u8>> {

@@ -19,6 +19,7 @@ use clap::{Args, Parser, Subcommand};
 use platform::{FileDisk, Process};
 use report::{BootReport, ExitStatus, ImageKind};
 use runtime::boot::{Request, Settings};
+use runtime::load::Companions;
 use runtime::options::Tier;
 use runtime::{Options, run};
 use serde_json::json;
@@ -146,6 +147,12 @@ struct GenerateArgs {
     /// Tokenizer file of a llama2.c model.
     #[arg(long)]
     tokenizer: Option<PathBuf>,
+    /// Ed25519 public key, 64 hex digits: run the model only if --signature is its holder's.
+    #[arg(long)]
+    public_key: Option<String>,
+    /// Signature of the model file, padded with zeros to whole 512-byte sectors; without it, that on the --snapshot image.
+    #[arg(long)]
+    signature: Option<PathBuf>,
     /// The prompt.
     #[arg(long, default_value = "Once upon a time")]
     prompt: String,
@@ -283,6 +290,9 @@ fn options(args: &GenerateArgs) -> Result<Options> {
     ] {
         options.set(key, &value)?;
     }
+    if let Some(key) = &args.public_key {
+        options.set("model.public_key", key)?;
+    }
     for setting in &args.settings {
         options.apply(setting)?;
     }
@@ -296,14 +306,15 @@ fn run_once(args: &GenerateArgs, entry_tsc: u64) -> Result<BootReport> {
         Some(path) => Some(open_snapshot(path)?),
         None => None,
     };
-    let tokenizer = match &args.tokenizer {
-        Some(path) => Some(std::fs::read(path).with_context(|| format!("reading {}", path.display()))?),
-        None => None,
+    let read = |path: &Option<PathBuf>| match path {
+        Some(path) => std::fs::read(path).map(Some).with_context(|| format!("reading {}", path.display())),
+        None => Ok(None),
     };
+    let companions = Companions { tokenizer: read(&args.tokenizer)?, signature: read(&args.signature)? };
     let quiet = args.json;
     let mut process = Process::start(entry_tsc, options.threads as usize, Some(model), snapshot, quiet)?;
     let request =
-        Request { image: ImageKind::Hosted, settings: Settings::Given(Box::new(options)), linked: &[], tokenizer };
+        Request { image: ImageKind::Hosted, settings: Settings::Given(Box::new(options)), linked: &[], companions };
     let outcome = run(&mut process, request);
     match (outcome.status, outcome.report, outcome.error) {
         (ExitStatus::Pass, Some(report), _) => Ok(report),

@@ -9,6 +9,7 @@ use crate::platform::{FileDisk, Process};
 use anyhow::{Context, Result, ensure};
 use engine::Session;
 use engine::attention::KvType;
+use runtime::load::Companions;
 use runtime::platform::Platform;
 use runtime::{Options, boot, load};
 use serde_json::json;
@@ -73,10 +74,11 @@ pub fn run(request: &Request<'_>, options: &Options) -> Result<()> {
         Some(path) => Some(std::fs::read(path).with_context(|| format!("reading {}", path.display()))?),
         None => None,
     };
+    let companions = Companions { tokenizer, signature: None };
     let mut process = Process::start(engine::cycles(), options.threads as usize, Some(disk), None, true)?;
     let isa = boot::limited(process.cpu().isa, options.isa);
     let location = load::locate(&mut process, options)?;
-    let description = load::describe(&mut process, &location, tokenizer.as_deref())?;
+    let description = load::describe(&mut process, &location, options, &companions)?;
     let context = request.context;
     let trained = description.config.seq_len as usize;
     ensure!((4..=trained).contains(&context), "--context {context}: this model takes 4 to {trained} tokens");

@@ -13,6 +13,7 @@ use model::kernel::{KernelKey, Variant};
 use profiler::HotKey;
 use report::ImageKind;
 use runtime::kernels::{RunningKernels, restore};
+use runtime::load::Companions;
 use runtime::options::Tier;
 use runtime::platform::Platform;
 use runtime::reporter::Reporter;
@@ -53,7 +54,8 @@ impl Workbench {
         let mut process = Process::start(engine::cycles(), options.threads as usize, Some(disk), image, true)?;
         let isa = boot::limited(process.cpu().isa, options.isa);
         let location = load::locate(&mut process, options)?;
-        let description = load::describe(&mut process, &location, None)?;
+        let companions = Companions::default().or_from_volume(&mut process, options)?;
+        let description = load::describe(&mut process, &location, options, &companions)?;
         let context = boot::context(options, &description);
         let prompt = prompt::encode(&description, options, context)?;
         let threads = boot::threads(options, process.workers());

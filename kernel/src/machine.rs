@@ -15,7 +15,7 @@ use core::fmt::Write;
 use engine::dispatch::{Kernel, KernelArgs, guard};
 use engine::workers::Workers;
 use model::kernel::KernelKey;
-use runtime::platform::{Clock, CpuFacts, KernelFault, MemoryUse, OutOfMemory, Platform};
+use runtime::platform::{Clock, CpuFacts, KernelFault, MemoryUse, OutOfMemory, Platform, WhichDisk};
 use storage::{BlockDevice, SECTOR_BYTES};
 
 /// A started, sealed machine.
@@ -164,17 +164,16 @@ impl Platform for Machine {
         power::send_frame(frame);
     }
 
-    fn boot_disk(&mut self) -> Option<&mut dyn BlockDevice> {
-        let disk = self.disks.get_mut(self.boot_disk?)?;
-        Some(&mut disk.device)
-    }
-
-    fn model_disk(&mut self) -> Option<&mut dyn BlockDevice> {
-        if let Some(embedded) = &mut self.embedded {
-            return Some(embedded);
-        }
-        let disk = self.disks.get_mut(self.model_disk?)?;
-        Some(&mut disk.device)
+    fn disk(&mut self, which: WhichDisk) -> (Option<&mut dyn BlockDevice>, &dyn Workers) {
+        let index = match which {
+            WhichDisk::Boot => self.boot_disk,
+            WhichDisk::Model => self.model_disk,
+        };
+        let disk = match &mut self.embedded {
+            Some(embedded) if which == WhichDisk::Model => Some(embedded as &mut dyn BlockDevice),
+            _ => index.and_then(|i| self.disks.get_mut(i)).map(|disk| &mut disk.device as &mut dyn BlockDevice),
+        };
+        (disk, &self.cores)
     }
 
     fn arena(&mut self, name: &'static str, len_bytes: usize) -> Result<&'static mut [u8], OutOfMemory> {

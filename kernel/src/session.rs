@@ -9,6 +9,7 @@ use alloc::string::ToString;
 use report::{ExitStatus, ImageKind, Level, Message};
 use runtime::boot::{Request, Settings, read_options};
 use runtime::kernels::LinkedKernel;
+use runtime::load::Companions;
 use runtime::options::Mode;
 use runtime::platform::Platform;
 
@@ -39,7 +40,9 @@ pub fn run(mut machine: Machine, image: ImageKind, linked: &[LinkedKernel]) -> !
         machine.print(&alloc::format!("note: {note}\n"));
     }
     // The runtime sends every message from Hello to End itself.
-    power::off(runtime::run(&mut machine, Request { image, settings, linked, tokenizer: None }).status)
+    power::off(
+        runtime::run(&mut machine, Request { image, settings, linked, companions: Companions::default() }).status,
+    )
 }
 
 /// A boot that looks at the machine instead of running a model.

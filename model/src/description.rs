@@ -27,7 +27,7 @@ pub enum Format {
     },
     /// llama2.c `.bin` with a separate tokenizer file.
     Llama2c {
-        /// Version of the format: 0 (legacy) or 1.
+        /// Version of the format: 0 (legacy), 1 or 2 (int8).
         version: u32,
     },
 }
@@ -279,8 +279,11 @@ pub struct Tensor {
     pub role: Role,
     /// Layer from 0; `None` for roles that exist once.
     pub layer: Option<u32>,
-    /// Storage type; always one with a kernel dtype.
+    /// Storage type; always one with a kernel dtype, or I8 with groups.
     pub ty: TensorType,
+    /// For I8: how many weights in a row, counted through the whole matrix, share a scale. Behind the `n * k` codes lie
+    /// the `n * k / group_len` scales as f32; a weight is `f32(code) * scale`, rounded once.
+    pub group_len: Option<u32>,
     /// Rows in the file: output columns of the product.
     pub n: u32,
     /// Elements in a row: length of the sum.
@@ -297,9 +300,9 @@ impl Tensor {
         self.role.tensor_name(self.layer)
     }
 
-    /// Bytes of one row.
-    pub fn row_bytes(&self) -> u64 {
-        self.len_bytes / u64::from(self.n).max(1)
+    /// Weights.
+    pub fn elements(&self) -> u64 {
+        u64::from(self.n) * u64::from(self.k)
     }
 
     /// Byte after the last.
@@ -341,7 +344,7 @@ impl ModelDescription {
 
     /// Weights stored in the file.
     pub fn parameters(&self) -> u64 {
-        self.tensors.iter().map(|t| u64::from(t.n) * u64::from(t.k)).sum()
+        self.tensors.iter().map(Tensor::elements).sum()
     }
 
     /// Matrix storage types by falling share of bytes, such as `q4_1+q8_0`.
@@ -356,6 +359,23 @@ impl ModelDescription {
         let bytes = sorted_by_key(&bytes, |&(ty, sum)| (core::cmp::Reverse(sum), ty));
         let names: Vec<String> = bytes.iter().map(|(ty, _)| ty.name().to_ascii_lowercase()).collect();
         names.join("+")
+    }
+}
+
+/// Bytes of `(n, k)` int8 codes and the scales of their groups; `None` when the groups do not come out even.
+pub(crate) fn grouped_bytes(n: u32, k: u32, group_len: u32) -> Option<u64> {
+    let elements = u64::from(n) * u64::from(k);
+    let groups = elements.checked_div(group_len.into())?;
+    (groups * u64::from(group_len) == elements).then_some(elements + 4 * groups)
+}
+
+/// The error for groups of `group_len` that a matrix cannot be cut into.
+pub(crate) fn uneven_groups(role: Role, layer: Option<u32>, (n, k): (u32, u32), group_len: u32) -> ModelError {
+    let elements = u64::from(n) * u64::from(k);
+    ModelError::InvalidValue {
+        key: "group_size".to_string(),
+        found: group_len.to_string(),
+        expected: format!("a divisor of the {elements} weights of `{}`", role.tensor_name(layer)),
     }
 }
 
@@ -379,7 +399,7 @@ pub fn check_tensors(config: &Config, tensors: Vec<Tensor>, file_bytes: u64) -> 
 }
 
 fn check_tensor(config: &Config, tensor: &Tensor, file_bytes: u64) -> Result<(), ModelError> {
-    let Tensor { role, layer, ty, n, k, offset, len_bytes } = *tensor;
+    let Tensor { role, layer, ty, group_len, n, k, offset, len_bytes } = *tensor;
     let name = || tensor.name();
     let layer_fits = match layer {
         Some(layer) => role.is_per_layer() && layer < config.n_layers,
@@ -388,11 +408,12 @@ fn check_tensor(config: &Config, tensor: &Tensor, file_bytes: u64) -> Result<(),
     if !layer_fits || !config.architecture.blueprint().knows(role) {
         return Err(ModelError::UnexpectedTensor { tensor: name(), architecture: config.architecture.name() });
     }
+    let is_grouped = ty == TensorType::I8 && group_len.is_some();
     if role.is_vector() && ty != TensorType::F32 {
         let supported = "F32 (norms and biases)";
         return Err(ModelError::UnsupportedTensorType { tensor: name(), found: ty.name(), supported });
     }
-    if !ty.is_supported() {
+    if !ty.is_supported() && !is_grouped {
         return Err(ModelError::UnsupportedTensorType { tensor: name(), found: ty.name(), supported: SUPPORTED_NAMES });
     }
     let (rows, columns) = role.shape(config);
@@ -406,8 +427,13 @@ fn check_tensor(config: &Config, tensor: &Tensor, file_bytes: u64) -> Result<(),
         ty: ty.name(),
         block_len: ty.block_len(),
     })?;
-    // At most 2^24 rows of 2^24 elements of 4 bytes: no overflow.
-    let expected_bytes = row_bytes * u64::from(n);
+    // At most 2^24 rows of 2^24 elements of 4 bytes, and of 4 bytes of scales: no overflow.
+    let expected_bytes = match group_len {
+        Some(group_len) => {
+            grouped_bytes(n, k, group_len).ok_or_else(|| uneven_groups(role, layer, (n, k), group_len))?
+        }
+        None => row_bytes * u64::from(n),
+    };
     if len_bytes != expected_bytes {
         return Err(ModelError::WrongLength { tensor: name(), expected_bytes, found_bytes: len_bytes });
     }

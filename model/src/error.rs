@@ -53,7 +53,7 @@ pub enum ModelError {
     Empty,
     /// Neither GGUF nor llama2.c.
     #[error(
-        "not a model file: it starts with {first_bytes:02x?}; expected a GGUF file (`GGUF`) or a llama2.c .bin (version 0: seven small integers; version 1: `ak42`)"
+        "not a model file: it starts with {first_bytes:02x?}; expected a GGUF file (`GGUF`) or a llama2.c .bin (version 0: seven small integers; versions 1 and 2: `ak42`)"
     )]
     UnknownFormat {
         /// The first bytes.

@@ -13,7 +13,7 @@ pub enum FileFormat {
 }
 
 /// Bytes [`sniff`] needs.
-pub const SNIFF_BYTES: usize = llama2c::VERSION_1_FIELDS_BYTES;
+pub const SNIFF_BYTES: usize = llama2c::VERSIONED_FIELDS_BYTES;
 
 /// Tells the format of a file of `file_bytes` that begins with `header` (at least [`SNIFF_BYTES`] where the file has them).
 ///

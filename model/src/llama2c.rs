@@ -1,4 +1,4 @@
-//! llama2.c model files, versions 0 and 1 (F32), and their `tokenizer.bin`.
+//! llama2.c model files, versions 0 and 1 (F32) and 2 (int8), and their `tokenizer.bin`.
 //!
 //! Version 0: seven `i32` (dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, seq_len), then all weights as f32,
 //! each kind for all layers in a row: embedding, attention norms, wq, wk, wv, wo, feed-forward norms, w1 (gate), w2 (down),
@@ -6,29 +6,31 @@
 //! Version 1: magic `ak42` and version as `u32`, the same seven numbers, one byte that says whether the classifier is shared,
 //! zeros up to byte 256; then attention norms, feed-forward norms, final norm, embedding, wq, wk, wv, wo, w1, w2, w3 and
 //! the classifier unless shared.
-//! Input: header bytes and file length -> [`ModelDescription`]. Not here: version 2 (int8 groups with f32 scales), which the
-//! error names.
+//! Version 2: as version 1, with the group size as `i32` behind the byte of the classifier; then all norms as f32, and of
+//! each matrix in the order of version 1 its int8 codes and one f32 scale for each group of codes. Groups go through the
+//! rows of a matrix without regard to their ends.
+//! Input: header bytes and file length -> [`ModelDescription`].
 //!
 //! # Source
-//! `export.py` (`legacy_export`, `version1_export`) and `run.c` of llama2.c.
+//! `export.py` (`legacy_export`, `version1_export`, `version2_export`), `run.c` and `runq.c` of llama2.c.
 
 use crate::architecture::Architecture;
 use crate::config::Config;
 use crate::cursor::Cursor;
-use crate::description::{Format, ModelDescription, Role, Tensor, check_tensors};
+use crate::description::{Format, ModelDescription, Role, Tensor, check_tensors, grouped_bytes, uneven_groups};
 use crate::error::ModelError;
 use crate::formats;
 use crate::quant::TensorType;
 use crate::tokenizer::{Spm, TokenKind, Tokenizer, Vocab, parse_byte_token};
-use alloc::string::String;
+use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 
 /// Bytes of the header of version 0.
 pub const HEADER_BYTES: usize = 28;
-/// Bytes in front of the weights of version 1.
-pub const VERSION_1_HEADER_BYTES: usize = 256;
+/// Bytes in front of the weights of versions 1 and 2.
+pub const VERSIONED_HEADER_BYTES: usize = 256;
 /// Bytes of it that say something.
-pub(crate) const VERSION_1_FIELDS_BYTES: usize = 37;
+pub(crate) const VERSIONED_FIELDS_BYTES: usize = 41;
 /// `ak42`, the magic number of versions 1 and 2.
 const VERSIONED_MAGIC: u32 = 0x616b_3432;
 /// RMSNorm epsilon, a constant of `run.c`.
@@ -43,8 +45,10 @@ const EOS: u32 = 2;
 /// The seven numbers, checked.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Header {
-    /// Version of the format: 0 or 1.
+    /// Version of the format: 0, 1 or 2.
     pub version: u32,
+    /// Weights that share a scale; version 2 only.
+    pub group_len: Option<u32>,
     /// Configuration; `tied_head` is the file's "shared classifier".
     pub config: Config,
 }
@@ -53,20 +57,20 @@ impl Header {
     /// Reads the header.
     ///
     /// # Errors
-    /// [`ModelError::Truncated`], [`ModelError::UnsupportedVersion`], or [`ModelError::UnknownFormat`] when the numbers
-    /// describe no model.
+    /// [`ModelError::Truncated`], [`ModelError::UnsupportedVersion`], [`ModelError::InvalidValue`] for a group size below 1,
+    /// or [`ModelError::UnknownFormat`] when the numbers describe no model.
     pub fn parse(header: &[u8], file_bytes: u64) -> Result<Self, ModelError> {
         let mut cursor = Cursor::new(header, file_bytes);
         const WHAT: &str = "the llama2.c header";
         let mut first = cursor.u32(WHAT)?;
         let version = if first == VERSIONED_MAGIC { cursor.u32(WHAT)? } else { 0 };
         if first == VERSIONED_MAGIC {
-            if version != 1 {
+            if !matches!(version, 1 | 2) {
                 return Err(ModelError::UnsupportedVersion {
                     format: "llama2.c",
                     found: version,
-                    supported: "0 and 1 (F32)",
-                    advice: "export the model again with `export.py --version 1`",
+                    supported: "0 and 1 (F32) and 2 (int8)",
+                    advice: "export the model again with `export.py --version 1` or 2",
                 });
             }
             first = cursor.u32(WHAT)?;
@@ -78,6 +82,7 @@ impl Header {
             0 => vocab_size > 0,
             _ => cursor.array::<1>(WHAT)? != [0],
         };
+        let group_size = if version == 2 { Some(cursor.u32(WHAT)?.cast_signed()) } else { None };
         let positive = |value: i32| u32::try_from(value).unwrap_or(0);
         let head_dim = positive(dim).checked_div(positive(n_heads)).unwrap_or(0);
         let config = Config {
@@ -101,39 +106,56 @@ impl Header {
         };
         // The format has no magic number: numbers that make no model mean that the file is something else.
         let is_model = config.check().is_ok() && config.q_dim() == config.dim;
-        if !is_model || version == 1 && vocab_size < 0 {
+        if !is_model || version != 0 && vocab_size < 0 {
             return Err(formats::unknown(header));
         }
-        Ok(Header { version, config })
+        if let Some(size) = group_size.filter(|&size| size < 1) {
+            let (key, expected) = ("group_size".to_string(), "a number of weights above zero".to_string());
+            return Err(ModelError::InvalidValue { key, found: size.to_string(), expected });
+        }
+        Ok(Header { version, group_len: group_size.map(positive), config })
     }
 
     /// Every tensor with its place, in file order, and the length of the whole file.
     pub fn tensors(&self) -> (Vec<Tensor>, u64) {
+        let mut tensors = Vec::new();
+        let end = self.each_role(&mut |first, layers| {
+            for layer in 0..layers {
+                let offset = first.offset + u64::from(layer) * first.len_bytes;
+                tensors.push(Tensor { layer: first.layer.map(|_| layer), offset, ..first });
+            }
+        });
+        (tensors, end)
+    }
+
+    /// Calls `visit` with the first tensor of each role, in file order, and their number; returns the length of the file.
+    fn each_role(&self, visit: &mut dyn FnMut(Tensor, u32)) -> u64 {
         use Role::{AttnNorm, AttnOut, Down, FfnNorm, Gate, K, Output, OutputNorm, Q, TokenEmbedding, Up, V};
         let legacy = [TokenEmbedding, AttnNorm, Q, K, V, AttnOut, FfnNorm, Gate, Down, Up, OutputNorm, Output];
-        let version_1 = [AttnNorm, FfnNorm, OutputNorm, TokenEmbedding, Q, K, V, AttnOut, Gate, Down, Up, Output];
+        let versioned = [AttnNorm, FfnNorm, OutputNorm, TokenEmbedding, Q, K, V, AttnOut, Gate, Down, Up, Output];
         let config = &self.config;
         let is_legacy = self.version == 0;
-        let mut offset = if is_legacy { HEADER_BYTES } else { VERSION_1_HEADER_BYTES } as u64;
-        let mut tensors = Vec::new();
-        for role in if is_legacy { legacy } else { version_1 } {
+        let mut offset = if is_legacy { HEADER_BYTES } else { VERSIONED_HEADER_BYTES } as u64;
+        for role in if is_legacy { legacy } else { versioned } {
             if role == Output && is_legacy {
                 // freq_cis_real and freq_cis_imag, (seq_len, head_dim / 2) each.
-                offset += 4 * u64::from(config.seq_len) * u64::from(config.head_dim);
+                offset = offset.saturating_add(4 * u64::from(config.seq_len) * u64::from(config.head_dim));
             }
             if role == Output && config.tied_head {
                 continue;
             }
             let (n, k) = role.shape(config);
-            let len_bytes = 4 * u64::from(n) * u64::from(k);
-            let layers = if role.is_per_layer() { config.n_layers } else { 1 };
-            for layer in 0..layers {
-                let layer = role.is_per_layer().then_some(layer);
-                tensors.push(Tensor { role, layer, ty: TensorType::F32, n, k, offset, len_bytes });
-                offset += len_bytes;
-            }
+            let group_len = self.group_len.filter(|_| !role.is_vector());
+            let (ty, len_bytes) = match group_len {
+                // `read` has refused groups that do not come out even.
+                Some(len) => (TensorType::I8, grouped_bytes(n, k, len).unwrap_or_default()),
+                None => (TensorType::F32, 4 * u64::from(n) * u64::from(k)),
+            };
+            let (layer, layers) = if role.is_per_layer() { (Some(0), config.n_layers) } else { (None, 1) };
+            visit(Tensor { role, layer, ty, group_len, n, k, offset, len_bytes }, layers);
+            offset = offset.saturating_add(len_bytes.saturating_mul(layers.into()));
         }
-        (tensors, offset)
+        offset
     }
 }
 
@@ -144,7 +166,17 @@ impl Header {
 /// header calls for; a tokenizer of another vocabulary.
 pub fn read(header: &[u8], file_bytes: u64, tokenizer_bin: &[u8]) -> Result<ModelDescription, ModelError> {
     let header = Header::parse(header, file_bytes)?;
-    let (tensors, expected_bytes) = header.tensors();
+    let mut uneven = None;
+    // The length first, so that the list of tensors is no longer than the file justifies.
+    let expected_bytes = header.each_role(&mut |tensor, _| {
+        let Tensor { role, layer, group_len, n, k, .. } = tensor;
+        if let Some(group_len) = group_len.filter(|&len| grouped_bytes(n, k, len).is_none()) {
+            uneven.get_or_insert_with(|| uneven_groups(role, layer, (n, k), group_len));
+        }
+    });
+    if let Some(error) = uneven {
+        return Err(error);
+    }
     if file_bytes < expected_bytes {
         let (what, at_byte) = ("the weights", HEADER_BYTES as u64);
         return Err(ModelError::FileEnds { what, at_byte, need_bytes: expected_bytes, file_bytes });
@@ -155,7 +187,7 @@ pub fn read(header: &[u8], file_bytes: u64, tokenizer_bin: &[u8]) -> Result<Mode
     Ok(ModelDescription {
         format: Format::Llama2c { version: header.version },
         name: String::new(),
-        tensors: check_tensors(&header.config, tensors, file_bytes)?,
+        tensors: check_tensors(&header.config, header.tensors().0, file_bytes)?,
         tokenizer: read_tokenizer(tokenizer_bin, header.config.vocab_size)?,
         config: header.config,
         chat_template: None,

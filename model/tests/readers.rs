@@ -431,8 +431,8 @@ fn llama2c_files_of_the_wrong_length_or_version_are_refused() {
     assert!(matches!(read(&files.model, len - 4), Err(ModelError::FileEnds { .. })));
     assert!(matches!(read(&files.model, len + 4), Err(ModelError::TrailingBytes { .. })));
     let mut versioned = files.model.clone();
-    versioned[..8].copy_from_slice(&[0x32, 0x34, 0x6b, 0x61, 2, 0, 0, 0]);
-    assert!(matches!(read(&versioned, len), Err(ModelError::UnsupportedVersion { format: "llama2.c", found: 2, .. })));
+    versioned[..8].copy_from_slice(&[0x32, 0x34, 0x6b, 0x61, 3, 0, 0, 0]);
+    assert!(matches!(read(&versioned, len), Err(ModelError::UnsupportedVersion { format: "llama2.c", found: 3, .. })));
     for cut in 0..files.tokenizer.len() {
         let error = llama2c::read(&files.model, len, &files.tokenizer[..cut]).unwrap_err();
         assert!(matches!(error, ModelError::FileEnds { .. }), "tokenizer cut at {cut}: {error}");
@@ -518,6 +518,68 @@ fn llama2c_version_1_lies_where_the_format_says() {
         let mut nonsense = files.model.clone();
         nonsense[8..12].fill(0xff);
         assert!(matches!(llama2c::read(&nonsense, len, &files.tokenizer), Err(ModelError::UnknownFormat { .. })));
+    }
+}
+
+/// As `version2_export` of `export.py` writes it.
+#[test]
+fn llama2c_version_2_lies_where_the_format_says() {
+    for tied_head in [true, false] {
+        let spec = Spec { tied_head, tokenizer: TokenizerKind::SentencePiece, n_layers: 2, ..tiny() };
+        let files = synthetic::llama2c_version(&spec, 2).unwrap();
+        let len = files.model.len() as u64;
+        let read = |header: &[u8], len| llama2c::read(header, len, &files.tokenizer);
+        let model = read(&files.model[..64], len).unwrap();
+        assert_eq!(model.format, model::Format::Llama2c { version: 2 });
+        assert_eq!(model.config, spec.config());
+        let (dim, hidden, vocab, kv) = (64, 96, 332, 32);
+        let mut at = 256;
+        let mut expected = Vec::new();
+        for (role, layers, elements) in [
+            (Role::AttnNorm, 2, dim),
+            (Role::FfnNorm, 2, dim),
+            (Role::OutputNorm, 1, dim),
+            (Role::TokenEmbedding, 1, vocab * dim),
+            (Role::Q, 2, dim * dim),
+            (Role::K, 2, kv * dim),
+            (Role::V, 2, kv * dim),
+            (Role::AttnOut, 2, dim * dim),
+            (Role::Gate, 2, hidden * dim),
+            (Role::Down, 2, dim * hidden),
+            (Role::Up, 2, hidden * dim),
+            (Role::Output, if tied_head { 0 } else { 1 }, vocab * dim),
+        ] {
+            for layer in 0..layers {
+                let is_norm = role.is_vector();
+                let (ty, group_len) = if is_norm { (TensorType::F32, None) } else { (TensorType::I8, Some(32)) };
+                expected.push((role, role.is_per_layer().then_some(layer), ty, group_len, at));
+                at += if is_norm { 4 * elements } else { elements + 4 * (elements / 32) };
+            }
+        }
+        let found: Vec<_> = model.tensors.iter().map(|t| (t.role, t.layer, t.ty, t.group_len, t.offset)).collect();
+        assert_eq!(found, expected);
+        assert_eq!(len, at);
+        for cut in [8, 36, 37, 40] {
+            let error = read(&files.model[..cut], len).unwrap_err();
+            assert!(matches!(error, ModelError::Truncated { .. }), "{cut}: {error}");
+        }
+        assert!(matches!(read(&files.model, len - 1), Err(ModelError::FileEnds { .. })));
+        assert!(matches!(read(&files.model, len + 1), Err(ModelError::TrailingBytes { .. })));
+        // 64 divides every matrix, 48 divides some, 2^20 none; the last two are read as negative numbers.
+        let with_groups = |size: u32| {
+            let mut changed = files.model.clone();
+            changed[37..41].copy_from_slice(&size.to_le_bytes());
+            read(&changed, len).unwrap_err()
+        };
+        assert!(matches!(with_groups(64), ModelError::TrailingBytes { .. }));
+        for size in [48, 1 << 20, 0, u32::MAX, 1 << 31] {
+            let error = with_groups(size);
+            let found = size.cast_signed().to_string();
+            assert!(
+                matches!(&error, ModelError::InvalidValue { key, found: f, .. } if key == "group_size" && *f == found),
+                "{size}: {error}"
+            );
+        }
     }
 }
 

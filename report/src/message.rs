@@ -365,7 +365,7 @@ pub struct ModelFacts {
     pub file_bytes: u64,
     /// SHA-256 over samples of the content, lower-case hex: tells models apart, does not prove integrity.
     pub fingerprint: String,
-    /// SHA-256 of the whole file, lower-case hex; computed only when the configuration asks for it.
+    /// SHA-256 of the whole file, lower-case hex; computed where that is cheap or the configuration asks for it.
     pub sha256: Option<String>,
     /// Layers.
     pub n_layers: u32,

@@ -8,7 +8,7 @@ use crate::identity::{BUILD_ID, hex, identity};
 use crate::kernels::LinkedKernel;
 #[cfg(feature = "jit")]
 use crate::learning::Kernels;
-use crate::load::{self, Loaded, Location};
+use crate::load::{self, Companions, Loaded, Location};
 use crate::options::{IsaLimit, Options, Tier};
 use crate::platform::{Clock, Platform};
 use crate::prompt;
@@ -35,8 +35,6 @@ pub const CONFIG_FILE: &str = "BAREFLOW.CFG";
 pub const REPORT_FILE: &str = "REPORT.TXT";
 /// Longest settings file.
 const MAX_CONFIG_BYTES: u64 = 64 << 10;
-/// Longest tokenizer file.
-const MAX_TOKENIZER_BYTES: u64 = 64 << 20;
 /// Context when neither the options nor the model ask for less.
 const DEFAULT_CONTEXT: usize = 2048;
 
@@ -48,8 +46,8 @@ pub struct Request<'a> {
     pub settings: Settings<'a>,
     /// Kernels linked into the image.
     pub linked: &'a [LinkedKernel],
-    /// Content of a llama2.c tokenizer file, when it is not on the boot volume.
-    pub tokenizer: Option<Vec<u8>>,
+    /// What belongs to the model and is not on the boot volume.
+    pub companions: Companions,
 }
 
 /// Where settings come from.
@@ -101,18 +99,18 @@ fn work(platform: &mut dyn Platform, reporter: &mut Reporter, request: Request<'
     }
 
     let location = load::locate(platform, &options)?;
-    let tokenizer = match request.tokenizer {
-        Some(bytes) => Some(bytes),
-        None if !options.tokenizer.is_empty() => load::boot_file(platform, &options.tokenizer, MAX_TOKENIZER_BYTES)?,
-        None => None,
-    };
-    let description = load::describe(platform, &location, tokenizer.as_deref())?;
+    let companions = request.companions.or_from_volume(platform, &options)?;
+    let description = load::describe(platform, &location, &options, &companions)?;
+    if let Some(key) = &options.model_public_key {
+        reporter.note(platform, Level::Info, alloc::format!("the model is signed by {}", hex(key)));
+    }
     let context = context(&options, &description);
     let prompt_tokens = prompt::encode(&description, &options, context)?;
     reporter.stage(platform, "model_header");
 
     let threads = threads(&options, platform.workers());
     let (mut engine, loaded) = load_engine(platform, &location, &description, &options, isa, threads)?;
+    reporter.note(platform, Level::Info, loaded.sha256.to_string());
     let kv = options.kv.unwrap_or_else(|| KvType::for_model(&description));
     let session_bytes = Session::memory_bytes(&description.config, context, threads, kv);
     let mut session = Session::new(&engine, context, kv, platform.arena("session", session_bytes)?)?;
@@ -349,7 +347,7 @@ fn model_facts(description: &ModelDescription, loaded: &Loaded) -> ModelFacts {
         architecture: config.architecture.to_string(),
         file_bytes: loaded.bytes,
         fingerprint: hex(&loaded.fingerprint),
-        sha256: loaded.sha256.map(|hash| hex(&hash)),
+        sha256: loaded.sha256.hash().map(|hash| hex(hash)),
         n_layers: config.n_layers,
         dim: config.dim,
         vocab_size: config.vocab_size,

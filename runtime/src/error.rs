@@ -1,5 +1,6 @@
 //! Why a run ended without doing its work. Each message says what was expected, what was found and what to do.
 
+use crate::generate::SHIFT_ROOM;
 use crate::options::OptionError;
 use crate::platform::OutOfMemory;
 use alloc::string::String;
@@ -35,6 +36,45 @@ pub enum RunError {
         /// Computed, lower-case hex.
         found: String,
     },
+    /// The configured key is none.
+    #[error(
+        "model.public_key is not an Ed25519 public key that can be used (its 32 bytes are no point of the curve, or one of small order); `openssl pkey -in KEY.PEM -pubout -outform DER | tail -c 32 | xxd -p -c 32` prints one"
+    )]
+    BadPublicKey,
+    /// A key is configured and there is no signature.
+    #[error(
+        "model.public_key is set, so the model must be signed, but there is no signature file `{name}` on the boot volume; put one there (64 bytes, by `openssl pkeyutl -sign -rawin`), or name it with model.signature="
+    )]
+    NoSignature {
+        /// The file looked for.
+        name: String,
+    },
+    /// A signature is named and nobody's key.
+    #[error(
+        "a signature file is given, but no key to check it with; set model.public_key= (hosted: --public-key) to 64 hexadecimal digits"
+    )]
+    NoPublicKey,
+    /// Not the length of a signature.
+    #[error(
+        "the signature file has {found_bytes} bytes, expected the 64 of an Ed25519 signature as `openssl pkeyutl -sign -rawin` writes them (no text, no PEM)"
+    )]
+    SignatureLength {
+        /// Its length.
+        found_bytes: usize,
+    },
+    /// The signature is not one of the model by the key.
+    #[error(
+        "the signature does not fit the model ({model_bytes} bytes) and model.public_key: the model or the signature was changed, or another key made it; not running it. A model on a raw disk is signed with the zeros that fill its last sector: `truncate -s %512 MODEL` before signing"
+    )]
+    WrongSignature {
+        /// Bytes of the model that were read; 0 when the signature is malformed.
+        model_bytes: u64,
+    },
+    /// An image without the check.
+    #[error(
+        "model.public_key is set, but this native image was built without the check of signatures; boot the JIT image, or check the model before and leave model.public_key out (model.sha256= is enforced here, too)"
+    )]
+    NoSignatureCheck,
     /// The engine refuses the model or the request.
     #[error(transparent)]
     Engine(#[from] engine::EngineError),
@@ -59,6 +99,18 @@ pub enum RunError {
     PromptTooLong {
         /// Tokens in the prompt.
         prompt_tokens: usize,
+        /// Positions in the context.
+        context: usize,
+        /// The model's own limit.
+        model_context: usize,
+    },
+    /// More tokens to keep than a context that is to move on can hold.
+    #[error(
+        "context.shift={keep} keeps too much of a context of {context} tokens; keep at most {}, or raise context= (the model allows {model_context})", .context.saturating_sub(SHIFT_ROOM)
+    )]
+    ShiftKeepsTooMuch {
+        /// First tokens to keep.
+        keep: usize,
         /// Positions in the context.
         context: usize,
         /// The model's own limit.

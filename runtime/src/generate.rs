@@ -16,6 +16,9 @@ use report::{Level, Message};
 /// Bytes of weights read between two tokens to see how fast the machine is at that moment.
 const REFERENCE_BYTES: usize = 1 << 20;
 
+/// Positions that a context which shifts needs behind the tokens it keeps.
+pub const SHIFT_ROOM: usize = 2;
+
 /// What a generation gave.
 pub struct Generated {
     /// New tokens.
@@ -48,6 +51,8 @@ pub fn generate(
     let level = engine.table().level();
     let mut sampler = Sampler::new(level, options.sampling.clone());
     let mut history = prompt.to_vec();
+    // What the session holds: the history, without what a shift dropped.
+    let mut window = prompt.to_vec();
     let mut stream = TextStream::default();
     let mut stops = StopStrings::new(&options.stop);
     let mut out = Generated {
@@ -58,6 +63,7 @@ pub fn generate(
         decode_ticks: Vec::new(),
         reference_ticks: Vec::new(),
     };
+    let mut shifted = false;
     let start = engine::cycles();
     let logits = session.prefill(engine, platform.workers(), prompt)?;
     let mut token = sampler.sample(logits, &history);
@@ -83,13 +89,31 @@ pub fn generate(
         if out.tokens.len() >= options.max_tokens as usize {
             break;
         }
-        if session.pos() >= session.context() {
-            let text = alloc::format!("the context of {} tokens is full; stopping here", session.context());
-            reporter.note(platform, Level::Warning, text);
-            break;
-        }
+        window.push(token);
+        let is_full = session.pos() >= session.context();
         let start = engine::cycles();
-        let logits = session.decode(engine, platform.workers(), token)?;
+        let logits = match options.context_shift {
+            _ if !is_full => session.decode(engine, platform.workers(), token)?,
+            Some(keep) => {
+                let dropped = shift(&mut window, keep as usize);
+                if !shifted {
+                    let text = shift_text(session.context(), keep as usize, dropped);
+                    reporter.note(platform, Level::Info, text);
+                    shifted = true;
+                }
+                // The first tokens are where they were, the rest has other positions and never saw what was dropped.
+                session.truncate(keep as usize);
+                session.prefill(engine, platform.workers(), &window[keep as usize..])?
+            }
+            None => {
+                let text = alloc::format!(
+                    "the context of {} tokens is full; stopping here (context.shift= would go on)",
+                    session.context()
+                );
+                reporter.note(platform, Level::Warning, text);
+                break;
+            }
+        };
         token = sampler.sample(logits, &history);
         engine.lap(Part::Sample);
         let decoded = engine::cycles();
@@ -104,6 +128,21 @@ pub fn generate(
     out.text.push_str(&rest);
     reporter.stage(platform, "decode");
     Ok(out)
+}
+
+/// Drops the older half of what `window` holds behind its first `keep` tokens, its last token not counted; returns how many.
+fn shift(window: &mut Vec<u32>, keep: usize) -> usize {
+    let dropped = window.len().saturating_sub(1 + keep).div_ceil(2);
+    window.drain(keep..keep + dropped);
+    dropped
+}
+
+fn shift_text(context: usize, keep: usize, dropped: usize) -> String {
+    alloc::format!(
+        "the context of {context} tokens is full: tokens {keep} to {} are dropped, the {} behind them run again; so every {dropped} tokens from here on",
+        keep + dropped - 1,
+        context - keep - dropped,
+    )
 }
 
 /// Median of ticks; `None` of none.

@@ -1,6 +1,6 @@
 //! Which build, CPU and model this is: what decides whether a snapshot's machine code may be used.
 
-use crate::options::sha256_hex;
+use crate::options::hex_32;
 use crate::platform::CpuFacts;
 use sha2::{Digest, Sha256};
 use snapshot_format::Identity;
@@ -14,7 +14,7 @@ pub const BUILD_ID: &str = env!("BAREFLOW_BUILD_ID");
 /// Never in practice: the build script writes 64 hexadecimal digits.
 pub fn identity(cpu: &CpuFacts, model_fingerprint: [u8; 32]) -> Identity {
     Identity {
-        build_id: sha256_hex(BUILD_ID).expect("the build script writes a SHA-256"),
+        build_id: hex_32(BUILD_ID).expect("the build script writes a SHA-256"),
         model_id: model_fingerprint,
         machine: Sha256::digest(cpu.fingerprint.as_bytes()).into(),
     }

@@ -7,6 +7,7 @@
 //! What it does not do: touch hardware, run unchecked machine code, or parse anything by itself.
 //!
 //! Architecture invariant: without the feature `jit` no compiler is linked: that is the native image.
+//! Architecture invariant: where a public key is configured, no byte of a model is parsed before its signature held.
 //! Architecture invariant: every compiled kernel is verified against the reference in this boot before it serves.
 #![no_std]
 #![forbid(unsafe_code)]
@@ -30,6 +31,7 @@ pub mod platform;
 pub mod prompt;
 pub mod reporter;
 pub mod rows;
+pub mod signature;
 #[cfg(feature = "jit")]
 pub mod tune;
 

@@ -2,14 +2,18 @@
 
 use crate::error::RunError;
 use crate::identity::hex;
-use crate::options::Options;
-use crate::platform::Platform;
+use crate::options::{DEFAULT_SIGNATURE, ModelHash, Options};
+use crate::platform::{Platform, WhichDisk};
+use crate::signature;
 use alloc::string::{String, ToString};
 use alloc::vec;
 use alloc::vec::Vec;
+use core::fmt;
+use engine::workers::Workers;
 use model::formats::{self, FileFormat};
-use model::{ModelDescription, ModelError, gguf, llama2c};
+use model::{Format, ModelDescription, ModelError, gguf, llama2c};
 use sha2::{Digest, Sha256};
+use spin::Mutex;
 use storage::{ByteSource, FatFile, FatVolume, FileSource, RawDisk, SECTOR_BYTES, StorageError};
 
 /// First guess at the header's size; a larger header is read again with the size it asks for.
@@ -21,6 +25,12 @@ const SAMPLE_EVERY_BYTES: u64 = 1 << 20;
 const SAMPLE_BYTES: u64 = 4 << 10;
 /// Files up to this length go into the fingerprint whole.
 const WHOLE_BYTES: u64 = 4 << 20;
+/// Longest tokenizer file.
+const MAX_TOKENIZER_BYTES: u64 = 64 << 20;
+/// Bytes of a signature file that are read: enough to say how long a wrong one is.
+const MAX_SIGNATURE_BYTES: u64 = 64 << 10;
+/// Alignment of GGUF files that state none.
+const GGUF_ALIGNMENT: u64 = 32;
 /// Bytes read to measure the raw device rate.
 const RAW_RATE_BYTES: u64 = 64 << 20;
 
@@ -68,29 +78,109 @@ pub fn locate(platform: &mut dyn Platform, options: &Options) -> Result<Location
     }
 }
 
+/// Runs `work` on the model file's bytes, with the cores to work on.
+fn with_source_and_workers<T>(
+    platform: &mut dyn Platform,
+    location: &Location,
+    work: impl FnOnce(&mut dyn ByteSource, &dyn Workers) -> Result<T, StorageError>,
+) -> Result<T, RunError> {
+    let no_model = || RunError::NoModel { looked_for: String::new(), found: Vec::new() };
+    let which = if matches!(location, Location::RawDisk) { WhichDisk::Model } else { WhichDisk::Boot };
+    let (disk, workers) = platform.disk(which);
+    let disk = disk.ok_or_else(no_model)?;
+    Ok(match location {
+        Location::RawDisk => work(&mut RawDisk::new(disk), workers)?,
+        Location::Volume(file) => work(&mut FileSource::new(disk, file), workers)?,
+    })
+}
+
 /// Runs `work` on the model file's bytes.
 fn with_source<T>(
     platform: &mut dyn Platform,
     location: &Location,
     work: impl FnOnce(&mut dyn ByteSource) -> Result<T, StorageError>,
 ) -> Result<T, RunError> {
-    let no_model = || RunError::NoModel { looked_for: String::new(), found: Vec::new() };
-    Ok(match location {
-        Location::RawDisk => work(&mut RawDisk::new(platform.model_disk().ok_or_else(no_model)?))?,
-        Location::Volume(file) => work(&mut FileSource::new(platform.boot_disk().ok_or_else(no_model)?, file))?,
-    })
+    with_source_and_workers(platform, location, |source, _| work(source))
 }
 
-/// Reads the header of the model at `location` and describes it. `tokenizer` is the content of a llama2.c tokenizer file.
+/// What belongs to a model file and is not in it.
+#[derive(Clone, Default, Debug)]
+pub struct Companions {
+    /// Content of a llama2.c tokenizer file.
+    pub tokenizer: Option<Vec<u8>>,
+    /// Content of the signature file.
+    pub signature: Option<Vec<u8>>,
+}
+
+impl Companions {
+    /// These, and from the boot volume what is missing and `options` name.
+    ///
+    /// # Errors
+    /// Storage errors other than a missing file.
+    pub fn or_from_volume(mut self, platform: &mut dyn Platform, options: &Options) -> Result<Self, RunError> {
+        if self.tokenizer.is_none() && !options.tokenizer.is_empty() {
+            self.tokenizer = boot_file(platform, &options.tokenizer, MAX_TOKENIZER_BYTES)?;
+        }
+        if self.signature.is_none() && options.model_public_key.is_some() {
+            self.signature = boot_file(platform, &options.model_signature, MAX_SIGNATURE_BYTES)?;
+        }
+        Ok(self)
+    }
+}
+
+/// Reads the header of the model at `location` and describes it; with a public key in `options`, after the signature of
+/// the whole model held.
 ///
 /// # Errors
-/// Storage errors, or [`RunError::Model`] with what is wrong in the file.
+/// Storage errors, those of the signature, or [`RunError::Model`] with what is wrong in the file.
 pub fn describe(
     platform: &mut dyn Platform,
     location: &Location,
-    tokenizer: Option<&[u8]>,
+    options: &Options,
+    companions: &Companions,
 ) -> Result<ModelDescription, RunError> {
-    with_source(platform, location, |source| Ok(describe_source(source, tokenizer)))?
+    if let Some(key) = &options.model_public_key {
+        if !signature::CAN_CHECK {
+            return Err(RunError::NoSignatureCheck);
+        }
+        let no_signature = || RunError::NoSignature { name: options.model_signature.clone() };
+        let signature = companions.signature.as_deref().ok_or_else(no_signature)?;
+        check_signature(platform, location, key, signature)?;
+    } else if companions.signature.is_some() || options.model_signature != DEFAULT_SIGNATURE {
+        return Err(RunError::NoPublicKey);
+    }
+    with_source(platform, location, |source| Ok(describe_source(source, companions.tokenizer.as_deref())))?
+}
+
+/// Streams the model once and checks its signature: of a file on the volume, of exactly its bytes; of a raw disk, of all
+/// its sectors.
+fn check_signature(
+    platform: &mut dyn Platform,
+    location: &Location,
+    key: &[u8; 32],
+    signature: &[u8],
+) -> Result<(), RunError> {
+    let mut check = signature::Check::new(key, signature)?;
+    let len_bytes = with_source(platform, location, |source| Ok(source.len_bytes()))?;
+    pieces(platform, "checking the signature", len_bytes, &mut |platform, offset, piece| {
+        with_source(platform, location, |source| source.stream(offset, piece, &mut |bytes| check.update(bytes)))
+    })?;
+    check.finish()
+}
+
+/// Does one piece: its offset and length.
+type Piecework<'f> = dyn FnMut(&mut dyn Platform, u64, u64) -> Result<(), RunError> + 'f;
+
+/// Calls `work(offset, length)` for the pieces of `len_bytes` bytes and says how far `what` is after each.
+fn pieces(platform: &mut dyn Platform, what: &str, len_bytes: u64, work: &mut Piecework<'_>) -> Result<(), RunError> {
+    let mut offset = 0;
+    while offset < len_bytes {
+        let piece = PIECE_BYTES.min(len_bytes - offset);
+        work(platform, offset, piece)?;
+        offset += piece;
+        platform.progress(what, offset, len_bytes);
+    }
+    Ok(())
 }
 
 /// Reads the header of a model and describes it.
@@ -179,18 +269,19 @@ impl Fingerprint {
     }
 }
 
-/// SHA-256 of a file whose exact end a raw disk does not tell: at the end of the last tensor, at GGUF's padding
-/// behind it, and at the end of the source.
+/// SHA-256 of a file whose exact end a raw disk does not tell: at every end it can have, from that of the last tensor on.
 struct FileHash {
     hasher: Sha256,
     at: u64,
     ends: Vec<u64>,
-    hashes: Vec<[u8; 32]>,
+    hashes: Vec<(u64, [u8; 32])>,
 }
 
 impl FileHash {
+    /// GGUF files are padded to their alignment, by default and nearly always [`GGUF_ALIGNMENT`].
     fn new(data_end: u64) -> Self {
-        Self { hasher: Sha256::new(), at: 0, ends: vec![data_end, data_end.next_multiple_of(32)], hashes: Vec::new() }
+        let ends = [1, GGUF_ALIGNMENT, 64, 128, 256].map(|alignment| data_end.next_multiple_of(alignment));
+        Self { hasher: Sha256::new(), at: 0, ends: ends.to_vec(), hashes: Vec::new() }
     }
 
     fn update(&mut self, mut bytes: &[u8]) {
@@ -202,7 +293,7 @@ impl FileHash {
             let (before, after) = bytes.split_at(left);
             self.hasher.update(before);
             self.at = end;
-            self.hashes.push(self.hasher.clone().finalize().into());
+            self.hashes.push((end, self.hasher.clone().finalize().into()));
             self.ends.remove(0);
             bytes = after;
         }
@@ -210,9 +301,45 @@ impl FileHash {
         self.at += bytes.len() as u64;
     }
 
-    fn finish(mut self) -> Vec<[u8; 32]> {
-        self.hashes.push(self.hasher.finalize().into());
+    /// Lengths and hashes, the last of all bytes.
+    fn finish(mut self) -> Vec<(u64, [u8; 32])> {
+        self.hashes.push((self.at, self.hasher.finalize().into()));
         self.hashes
+    }
+}
+
+/// The SHA-256 of a model file.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum FileSha256 {
+    /// It is not computed; why.
+    Unknown(&'static str),
+    /// Of so many first bytes.
+    Known {
+        /// Hash.
+        sha256: [u8; 32],
+        /// Length of what it is the hash of.
+        len_bytes: u64,
+    },
+}
+
+impl FileSha256 {
+    /// The hash, if known.
+    pub fn hash(&self) -> Option<&[u8; 32]> {
+        match self {
+            FileSha256::Known { sha256, .. } => Some(sha256),
+            FileSha256::Unknown(_) => None,
+        }
+    }
+}
+
+impl fmt::Display for FileSha256 {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            FileSha256::Known { sha256, len_bytes } => {
+                write!(f, "SHA-256 of the model's {len_bytes} bytes: {}", hex(sha256))
+            }
+            FileSha256::Unknown(why) => write!(f, "the model's SHA-256 is not computed: {why}"),
+        }
     }
 }
 
@@ -220,15 +347,31 @@ impl FileHash {
 pub struct Loaded {
     /// Content identity.
     pub fingerprint: [u8; 32],
-    /// SHA-256 of the file, when it was asked for.
-    pub sha256: Option<[u8; 32]>,
+    /// SHA-256 of the file.
+    pub sha256: FileSha256,
     /// Bytes read.
     pub bytes: u64,
     /// Ticks of the whole load, packing included.
     pub ticks: u64,
 }
 
-/// Streams the file once and hands every byte to `feed` with its offset.
+/// Why the hash is not computed while loading; `None` where it is.
+fn no_hash(option: ModelHash, workers: &dyn Workers) -> Option<&'static str> {
+    match option {
+        ModelHash::Show | ModelHash::Is(_) => None,
+        ModelHash::Off => Some("model.sha256=off"),
+        ModelHash::Auto if !engine::Isa::has_sha_extensions() => {
+            Some("this CPU has no instructions for it (model.sha256=show computes it)")
+        }
+        ModelHash::Auto if workers.count() < 2 => {
+            Some("there is no second core to do it beside loading (model.sha256=show computes it)")
+        }
+        ModelHash::Auto => None,
+    }
+}
+
+/// Streams the file once and hands every byte to `feed` with its offset. The hash is computed on a second core meanwhile,
+/// where there is one.
 ///
 /// # Errors
 /// Storage errors, or [`RunError::WrongModelHash`].
@@ -237,43 +380,66 @@ pub fn stream(
     location: &Location,
     description: &ModelDescription,
     options: &Options,
-    feed: &mut dyn FnMut(u64, &[u8]),
+    feed: &mut (dyn FnMut(u64, &[u8]) + Send),
 ) -> Result<Loaded, RunError> {
     // Bytes after the last tensor are padding, of a length that depends on where the file lies.
     let data_end = description.tensors.iter().map(|tensor| tensor.end()).max().unwrap_or(0);
-    let len_bytes = if options.model_sha256.is_some() { description.file_bytes } else { data_end };
+    let no_hash = no_hash(options.model_sha256, platform.workers());
+    let len_bytes = if no_hash.is_none() { description.file_bytes } else { data_end };
     let start = engine::cycles();
-    let mut fingerprint = Fingerprint::new(data_end);
-    let mut whole = options.model_sha256.map(|_| FileHash::new(data_end));
-    let mut offset = 0;
-    while offset < len_bytes {
-        let piece = PIECE_BYTES.min(len_bytes - offset);
+    let fingerprint = Mutex::new((Fingerprint::new(data_end), feed));
+    let hash = Mutex::new(FileHash::new(data_end));
+    pieces(platform, "loading model", len_bytes, &mut |platform, offset, piece| {
         let mut at = offset;
-        with_source(platform, location, |source| {
+        with_source_and_workers(platform, location, |source, workers| {
             source.stream(offset, piece, &mut |bytes| {
-                fingerprint.update(&bytes[..bytes.len().min(data_end.saturating_sub(at) as usize)]);
-                if let Some(hasher) = &mut whole {
-                    hasher.update(bytes);
+                let take_in = || {
+                    let (fingerprint, feed) = &mut *fingerprint.lock();
+                    fingerprint.update(&bytes[..bytes.len().min(data_end.saturating_sub(at) as usize)]);
+                    feed(at, bytes);
+                };
+                match no_hash {
+                    Some(_) => take_in(),
+                    None if workers.count() == 1 => {
+                        take_in();
+                        hash.lock().update(bytes);
+                    }
+                    None => workers.run(&|worker| match worker {
+                        0 => take_in(),
+                        1 => hash.lock().update(bytes),
+                        _ => {}
+                    }),
                 }
-                feed(at, bytes);
                 at += bytes.len() as u64;
             })
-        })?;
-        offset += piece;
-        if offset < len_bytes {
-            let text = alloc::format!("loading model: {} of {} MiB\n", offset >> 20, len_bytes >> 20);
-            platform.print(&text);
-        }
-    }
+        })
+    })?;
     let ticks = engine::cycles().saturating_sub(start);
-    let sha256 = match (whole.map(FileHash::finish), options.model_sha256) {
-        (Some(found), Some(expected)) if !found.contains(&expected) => {
-            let found = found.last().map(|hash| hex(hash)).unwrap_or_default();
-            return Err(RunError::WrongModelHash { expected: hex(&expected), found });
-        }
-        (_, expected) => expected,
+    let sha256 = match no_hash {
+        Some(why) => FileSha256::Unknown(why),
+        None => chosen_hash(&hash.into_inner().finish(), location, description, options.model_sha256)?,
     };
+    let (fingerprint, _) = fingerprint.into_inner();
     Ok(Loaded { fingerprint: fingerprint.hasher.finalize().into(), sha256, bytes: len_bytes, ticks })
+}
+
+/// Which of the hashes is the file's: the one asked for; else that at the end which the file has or, on a raw disk, which
+/// files of its format have.
+fn chosen_hash(
+    hashes: &[(u64, [u8; 32])],
+    location: &Location,
+    description: &ModelDescription,
+    option: ModelHash,
+) -> Result<FileSha256, RunError> {
+    let known = |&(len_bytes, sha256): &(u64, [u8; 32])| FileSha256::Known { sha256, len_bytes };
+    let end_is_known = matches!(location, Location::Volume(_)) || !matches!(description.format, Format::Gguf { .. });
+    let usual = hashes.iter().find(|(len, _)| !end_is_known && len.is_multiple_of(GGUF_ALIGNMENT)).or(hashes.last());
+    let usual = usual.map_or(FileSha256::Unknown("there is no file"), known);
+    let ModelHash::Is(expected) = option else { return Ok(usual) };
+    hashes.iter().find(|(_, hash)| *hash == expected).map(known).ok_or_else(|| {
+        let found = usual.hash().map(|hash| hex(hash)).unwrap_or_default();
+        RunError::WrongModelHash { expected: hex(&expected), found }
+    })
 }
 
 /// Ticks that reading the file's first bytes takes without using them, and how many bytes those were.
@@ -326,9 +492,11 @@ mod tests {
         for data_end in [1000, 980] {
             let mut hash = FileHash::new(data_end);
             disk.chunks(100).for_each(|chunk| hash.update(chunk));
-            // Data up to 980 is padded to 992, not to 1000: then only the end of the source could match.
-            let found = hash.finish().contains(&Sha256::digest(&file).into());
+            // Data up to 980 is padded to 992 or 1024, not to 1000: then nothing matches.
+            let hashes = hash.finish();
+            let found = hashes.contains(&(1000, Sha256::digest(&file).into()));
             assert_eq!(found, data_end == 1000);
+            assert_eq!(hashes.last(), Some(&(1024, Sha256::digest(&disk).into())));
         }
     }
 }

@@ -34,6 +34,22 @@ pub enum Tier {
     Reference,
 }
 
+/// What to do about the model's SHA-256.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum ModelHash {
+    /// Compute it where that costs next to nothing: with SHA instructions and a second core to run them on.
+    Auto,
+    /// Compute it anyway.
+    Show,
+    /// Do not compute it.
+    Off,
+    /// Compute it, and run only this file.
+    Is([u8; 32]),
+}
+
+/// Name of the signature file when no other is set.
+pub const DEFAULT_SIGNATURE: &str = "MODEL.SIG";
+
 /// All settings.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Options {
@@ -57,6 +73,9 @@ pub struct Options {
     pub stop: Vec<String>,
     /// Longest context in tokens; 0 takes the model's, at most 2048 (`context=2048`).
     pub context: u32,
+    /// What to do when the context is full: `None` ends the generation; else this many of its first tokens are kept,
+    /// the older half of the rest is dropped, and the newer half runs again at its new positions (`context.shift=off`).
+    pub context_shift: Option<u32>,
     /// Type of the KV cache; `None` takes f32 for models with unrounded weights, else f16 (`kv=auto|f32|f16|q8_0`).
     pub kv: Option<KvType>,
     /// Cores to use; 0 is all (`threads=1`).
@@ -65,8 +84,13 @@ pub struct Options {
     pub model: String,
     /// Tokenizer file of a llama2.c model on the boot volume (`tokenizer=TOK.BIN`).
     pub tokenizer: String,
-    /// SHA-256 the model file must have, 64 hex digits; computed only when set (`model.sha256=...`).
-    pub model_sha256: Option<[u8; 32]>,
+    /// SHA-256 of the model file: whether it is computed, and which it must be (`model.sha256=auto|show|off|HEX`).
+    pub model_sha256: ModelHash,
+    /// Ed25519 public key, 64 hex digits, of whom the model must be signed by; unset asks for no signature
+    /// (`model.public_key=...`).
+    pub model_public_key: Option<[u8; 32]>,
+    /// Signature file on the boot volume, 64 bytes (`model.signature=MODEL.SIG`).
+    pub model_signature: String,
     /// Which kernels may run (`tier=compiled|baseline|reference`).
     pub tier: Tier,
     /// Highest instruction set to use (`isa=auto|avx512|avx2|portable`).
@@ -116,11 +140,14 @@ impl Default for Options {
             sampling: Sampling::default(),
             stop: Vec::new(),
             context: 0,
+            context_shift: None,
             kv: None,
             threads: 0,
             model: String::new(),
             tokenizer: String::new(),
-            model_sha256: None,
+            model_sha256: ModelHash::Auto,
+            model_public_key: None,
+            model_signature: DEFAULT_SIGNATURE.to_owned(),
             tier: Tier::Compiled,
             isa: IsaLimit::Auto,
             snapshot: true,
@@ -218,7 +245,8 @@ fn fraction(value: &str) -> Result<f64, &'static str> {
     decimal_in(0.0..=1.0, value, "a decimal number from 0 to 1")
 }
 
-pub(crate) fn sha256_hex(value: &str) -> Result<[u8; 32], &'static str> {
+/// 32 bytes in hexadecimal: a SHA-256 or an Ed25519 public key.
+pub(crate) fn hex_32(value: &str) -> Result<[u8; 32], &'static str> {
     const EXPECTED: &str = "64 hexadecimal digits";
     let mut out = [0u8; 32];
     if value.len() != 64 || !value.is_ascii() {
@@ -281,6 +309,13 @@ const TABLE: &[(&str, Setter)] = &[
         Ok(())
     }),
     ("context", |o, v| number(v, "a whole number of tokens").map(|x| o.context = x)),
+    ("context.shift", |o, v| {
+        o.context_shift = match v {
+            "off" => None,
+            v => Some(number(v, "off, or the number of first tokens to keep")?),
+        };
+        Ok(())
+    }),
     ("kv", |o, v| {
         o.kv = match v {
             "auto" => None,
@@ -300,7 +335,20 @@ const TABLE: &[(&str, Setter)] = &[
         o.tokenizer = v.to_owned();
         Ok(())
     }),
-    ("model.sha256", |o, v| sha256_hex(v).map(|x| o.model_sha256 = Some(x))),
+    ("model.sha256", |o, v| {
+        o.model_sha256 = match v {
+            "auto" => ModelHash::Auto,
+            "show" => ModelHash::Show,
+            "off" => ModelHash::Off,
+            v => ModelHash::Is(hex_32(v).map_err(|_| "auto, show, off or 64 hexadecimal digits")?),
+        };
+        Ok(())
+    }),
+    ("model.public_key", |o, v| hex_32(v).map(|x| o.model_public_key = Some(x))),
+    ("model.signature", |o, v| {
+        o.model_signature = v.to_owned();
+        Ok(())
+    }),
     ("tier", |o, v| {
         o.tier = match v {
             "compiled" => Tier::Compiled,
@@ -503,11 +551,15 @@ mod tests {
             "loop_escape=1",
             "converge.coverage=1.5",
             "model.sha256=12",
+            "model.public_key=12",
+            "model.public_key=zz4017c3e843895a92b70aa74d1b7ebc9c982ccf2ec4968cc0cd55f12af4660c",
             "chat=maybe",
             "mode=x",
             "tier=x",
             "isa=sse",
             "kv=f64",
+            "context.shift=on",
+            "context.shift=-1",
         ] {
             assert!(matches!(error(bad), OptionError::BadValue { .. }), "{bad}");
         }

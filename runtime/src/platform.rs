@@ -65,6 +65,15 @@ pub struct OutOfMemory {
     pub have_bytes: u64,
 }
 
+/// The disks of a machine.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum WhichDisk {
+    /// The boot volume's device (FAT16, snapshot slots).
+    Boot,
+    /// The device that holds the raw model file from byte 0.
+    Model,
+}
+
 /// The machine under the runtime.
 pub trait Platform {
     /// Clock facts, calibrated.
@@ -75,12 +84,24 @@ pub trait Platform {
     fn unix_time(&self) -> Option<u64>;
     /// Writes text for people (COM1, or standard error when hosted).
     fn print(&mut self, text: &str);
+    /// Says how far a long piece of work is: `done` of `total` bytes, the last time with all of them.
+    fn progress(&mut self, what: &str, done: u64, total: u64) {
+        if done < total {
+            self.print(&alloc::format!("{what}: {} of {} MiB\n", done >> 20, total >> 20));
+        }
+    }
     /// Sends one encoded frame ([`report::wire`]); a no-op where nobody listens.
     fn send(&mut self, frame: &[u8]);
-    /// The boot volume's device (FAT16, snapshot slots), if there is one.
-    fn boot_disk(&mut self) -> Option<&mut dyn BlockDevice>;
-    /// The device that holds the raw model file from byte 0, if there is one.
-    fn model_disk(&mut self) -> Option<&mut dyn BlockDevice>;
+    /// One of the disks, if there is such a one, and the cores to work on what is read from it.
+    fn disk(&mut self, which: WhichDisk) -> (Option<&mut dyn BlockDevice>, &dyn Workers);
+    /// [`WhichDisk::Boot`].
+    fn boot_disk(&mut self) -> Option<&mut dyn BlockDevice> {
+        self.disk(WhichDisk::Boot).0
+    }
+    /// [`WhichDisk::Model`].
+    fn model_disk(&mut self) -> Option<&mut dyn BlockDevice> {
+        self.disk(WhichDisk::Model).0
+    }
     /// Sets aside memory of any content for the life of the boot, 2 MiB aligned where the machine allows.
     ///
     /// # Errors

@@ -54,7 +54,7 @@ pub fn cargo(workspace: &Path, verb: &str) -> Result<Command> {
 /// When the build fails.
 pub fn jit_image(workspace: &Path) -> Result<PathBuf> {
     let mut command = cargo(workspace, "build")?;
-    command.args(["--profile", JIT_PROFILE, "--features", "bare-metal,jit", "--bin", "bareflow"]);
+    command.args(["--profile", JIT_PROFILE, "--features", "bare-metal,jit,signature", "--bin", "bareflow"]);
     run(&mut command, "the JIT image")?;
     Ok(target_dir(workspace).join(TARGET).join(JIT_PROFILE).join("bareflow"))
 }

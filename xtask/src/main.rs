@@ -27,8 +27,23 @@ enum Command {
     Demo(demo::DemoArgs),
     /// Run every test: formatting, lints, host tests, fuzz targets, guest self-tests and scenarios.
     Test,
+    /// Run many damaged inputs through every parser (`fuzz` has the targets) and say how many each survived.
+    Fuzz {
+        /// Inputs for each target.
+        #[arg(long, default_value_t = 1_000_000)]
+        cases: u64,
+        /// Seed of the damage.
+        #[arg(long, default_value_t = 1)]
+        seed: u64,
+        /// Targets; all when none is named.
+        targets: Vec<String>,
+    },
     /// Boot every scenario under QEMU: the last step of `test` alone.
-    Scenarios,
+    Scenarios {
+        /// Only those whose name contains this. Some need the disk that the one before leaves.
+        #[arg(default_value = "")]
+        only: String,
+    },
     /// Measure BareFlow against llama.cpp on the same files, interleaved, and write docs/BENCHMARKS.md.
     Bench(bench::BenchArgs),
     /// Build the self-optimising image and print its path.
@@ -53,11 +68,12 @@ fn run(workspace: &Path, command: Command) -> Result<()> {
         Command::Demo(args) => demo::run(workspace, &args),
         Command::Bench(args) => bench::run(workspace, &args),
         Command::Test => test::run(workspace),
-        Command::Scenarios => {
+        Command::Fuzz { cases, seed, targets } => test::fuzz(workspace, cases, seed, &targets),
+        Command::Scenarios { only } => {
             packages::ensure(&[&packages::QEMU])?;
             let kernel = kernel_build::jit_image(workspace)?;
             let library = kernel_build::native_library(workspace)?;
-            let passed = scenarios::run(&kernel, &library, workspace, &workspace.join("out/scenarios"))?;
+            let passed = scenarios::run(&kernel, &library, workspace, &workspace.join("out/scenarios"), &only)?;
             println!("{passed} passed, 0 failed");
             Ok(())
         }

@@ -4,7 +4,8 @@
 //! time. Every boot of every scenario must give the same tokens.
 
 use anyhow::{Context, Result, bail, ensure};
-use bootimage::ImageSpec;
+use bootimage::{FileSpec, ImageSpec};
+use ed25519_dalek::{Signer, SigningKey};
 use export_tool::{ExportSpec, OnDisk};
 use model::synthetic::{self, Spec};
 use model::{Role, TensorType};
@@ -12,7 +13,9 @@ use qemu_runs::{Accel, BootFailure, BootFrom, Deadlines, Drive, Machine, Qemu, S
 use report::{BootReport, ExitStatus, Level, SnapshotOutcome};
 use runtime::options::setting;
 use snapshot_format::{DiskMedium, StoredKernel};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 use storage::MemoryDisk;
 
@@ -26,6 +29,7 @@ pub struct Bench {
     kernel: PathBuf,
     library: PathBuf,
     linker_script: PathBuf,
+    workspace: PathBuf,
     dir: PathBuf,
     model: PathBuf,
     other_model: PathBuf,
@@ -45,6 +49,9 @@ const SCENARIOS: &[Scenario] = &[
     ("another model does not use this model's snapshot", other_model),
     ("a read-only boot volume is said, and the run goes on", read_only_volume),
     ("every architecture gives the same tokens with compiled kernels as without", architectures),
+    ("a model across the first 4 GiB of its disk gives the same tokens", beyond_four_gib),
+    ("K types give the same tokens in the guest as hosted", k_types),
+    ("a signed model runs, and one that was changed does not", signed),
     ("a setting in BAREFLOW.CFG that cannot be read", bad_config),
     ("a file that is no model", not_a_model),
     ("an empty model file", empty_model),
@@ -58,11 +65,11 @@ const SCENARIOS: &[Scenario] = &[
     ("the JIT image fails the native image's audit", audit_can_fail),
 ];
 
-/// Runs every scenario and returns how many passed.
+/// Runs every scenario whose name contains `only` and returns how many passed.
 ///
 /// # Errors
 /// The scenarios that failed, each with its reason.
-pub fn run(kernel: &Path, library: &Path, workspace: &Path, dir: &Path) -> Result<usize> {
+pub fn run(kernel: &Path, library: &Path, workspace: &Path, dir: &Path, only: &str) -> Result<usize> {
     std::fs::create_dir_all(dir)?;
     let model = dir.join("tiny.gguf");
     std::fs::write(&model, synthetic::gguf(&tiny())?)?;
@@ -73,12 +80,16 @@ pub fn run(kernel: &Path, library: &Path, workspace: &Path, dir: &Path) -> Resul
         kernel: kernel.to_owned(),
         library: library.to_owned(),
         linker_script: workspace.join("kernel/link.ld"),
+        workspace: workspace.to_owned(),
         dir: dir.to_owned(),
         model,
         other_model,
     };
     let mut failures = Vec::new();
-    for (name, scenario) in SCENARIOS {
+    let chosen = SCENARIOS.iter().filter(|(name, _)| name.contains(only));
+    let count = chosen.clone().count();
+    ensure!(count > 0, "no scenario has `{only}` in its name");
+    for (name, scenario) in chosen {
         let start = Instant::now();
         let outcome = scenario(&mut bench);
         let seconds = start.elapsed().as_secs_f64();
@@ -91,9 +102,9 @@ pub fn run(kernel: &Path, library: &Path, workspace: &Path, dir: &Path) -> Resul
         }
     }
     if !failures.is_empty() {
-        bail!("{} of {} scenarios failed: {}", failures.len(), SCENARIOS.len(), failures.join("; "));
+        bail!("{} of {} scenarios failed: {}", failures.len(), count, failures.join("; "));
     }
-    Ok(SCENARIOS.len())
+    Ok(count)
 }
 
 /// Every kind of weight the tiny model can hold: quantised layers, another type for some, an f16 head.
@@ -180,6 +191,25 @@ impl Bench {
         let report = self.report(&self.machine("tier=reference snapshot=false"))?;
         ensure!(report.token_ids.len() == TOKENS as usize, "expected {TOKENS} tokens, found {:?}", report.token_ids);
         Ok(report.token_ids)
+    }
+
+    /// The same generation by the runtime as a process.
+    fn hosted_tokens(&self, model: &Path) -> Result<Vec<u32>> {
+        let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+        command.current_dir(&self.workspace).args([
+            "run",
+            "--quiet",
+            "--package",
+            "hosted",
+            "--",
+            "generate",
+            "--json",
+        ]);
+        command.arg("--model").arg(model).args(["--prompt", "ab", "--ignore-eos", "--context", "64"]);
+        let output = command.args(["--max-tokens", &TOKENS.to_string()]).stderr(Stdio::inherit()).output()?;
+        ensure!(output.status.success(), "the hosted run failed: {}", output.status);
+        let json: serde_json::Value = serde_json::from_slice(&output.stdout)?;
+        Ok(serde_json::from_value(json["token_ids"].clone())?)
     }
 
     /// Commits an edited copy of the newest snapshot; returns what was committed.
@@ -371,6 +401,75 @@ fn architectures(bench: &mut Bench) -> Result<()> {
         ensure!(second.token_ids == expected, "{name}: {:?}, reference {expected:?}", second.token_ids);
     }
     Ok(())
+}
+
+fn beyond_four_gib(bench: &mut Bench) -> Result<()> {
+    bench.new_disk()?;
+    let path = bench.dir.join("around-4-gib.gguf");
+    let file = std::fs::File::create(&path)?;
+    for (offset, bytes) in synthetic::gguf_around(&std::fs::read(&bench.model)?, 1 << 32)? {
+        file.write_all_at(&bytes, offset)?;
+    }
+    let mut machine = bench.machine("snapshot=false");
+    machine.drives[1].path = path.clone();
+    let report = bench.report(&machine)?;
+    std::fs::remove_file(&path)?;
+    ensure!(report.model.file_bytes > 1 << 32, "the model ends at {}", report.model.file_bytes);
+    ensure!(report.token_ids == bench.reference_tokens()?, "tokens {:?}", report.token_ids);
+    Ok(())
+}
+
+/// The mixture of a Q4_K_M file, in small.
+fn k_types(bench: &mut Bench) -> Result<()> {
+    let spec = Spec {
+        dim: 256,
+        hidden_dim: 512,
+        n_layers: 1,
+        n_heads: 8,
+        head_dim: 32,
+        matrices: TensorType::Q4_K,
+        overrides: vec![(Role::TokenEmbedding, TensorType::Q6_K), (Role::Down, TensorType::Q6_K)],
+        ..Spec::default()
+    };
+    let path = bench.dir.join("k-types.gguf");
+    std::fs::write(&path, synthetic::gguf(&spec)?)?;
+    let expected = bench.hosted_tokens(&path)?;
+    bench.new_disk()?;
+    for (append, compiles) in [("tier=reference snapshot=false", false), ("", true), ("", true)] {
+        let mut machine = bench.machine(append);
+        machine.drives[1].path = path.clone();
+        let report = bench.report(&machine)?;
+        ensure!(report.model.dtypes == "Q6_K+Q4_K", "types {}", report.model.dtypes);
+        ensure!(report.token_ids == expected, "{append}: {:?}, hosted {expected:?}", report.token_ids);
+        ensure!(!compiles || report.kernels_loaded + report.kernels_compiled > 0, "nothing was compiled");
+    }
+    Ok(())
+}
+
+/// As `truncate -s %512` and `openssl pkeyutl -sign -rawin` make them.
+fn signed(bench: &mut Bench) -> Result<()> {
+    let key = SigningKey::from_bytes(&[9; 32]);
+    let mut file = std::fs::read(&bench.model)?;
+    file.resize(file.len().next_multiple_of(512), 0);
+    let signature = bench.dir.join("model.sig");
+    std::fs::write(&signature, key.sign(&file).to_bytes())?;
+    let public: String = key.verifying_key().as_bytes().iter().map(|b| format!("{b:02x}")).collect();
+    let disk = bench.dir.join("signed.img");
+    let files = vec![FileSpec { name: "MODEL.SIG".into(), path: signature }];
+    let config = format!("prompt=ab ignore_eos=1 max_tokens={TOKENS} context=64 model.public_key={public}");
+    bootimage::build(&ImageSpec { config, files, overwrite: true, ..ImageSpec::new(&bench.kernel) }, &disk)?;
+    bench.new_disk()?;
+    let boot_from = |machine: Machine| {
+        let mut machine = machine;
+        machine.drives[0].path = disk.clone();
+        machine
+    };
+    let report = bench.report(&boot_from(bench.machine("snapshot=false")))?;
+    ensure!(report.token_ids == bench.reference_tokens()?, "tokens {:?}", report.token_ids);
+    let last = file.len() - 1000;
+    file[last] ^= 1;
+    bench.refused(&boot_from(with_model(bench, "changed.gguf", &file)?), &["signature", "does not fit"])?;
+    bench.refused(&bench.machine(&format!("snapshot=false model.public_key={public}")), &["MODEL.SIG"])
 }
 
 fn bad_config(bench: &mut Bench) -> Result<()> {

@@ -9,8 +9,10 @@ pub use file_disk::FileDisk;
 
 use engine::dispatch::{Kernel, KernelArgs, guard};
 use engine::workers::Workers;
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use model::kernel::KernelKey;
-use runtime::platform::{Clock, CpuFacts, KernelFault, MemoryUse, OutOfMemory, Platform};
+use runtime::platform::{Clock, CpuFacts, KernelFault, MemoryUse, OutOfMemory, Platform, WhichDisk};
+use std::io::IsTerminal;
 use std::time::{Duration, Instant, SystemTime};
 use storage::BlockDevice;
 
@@ -24,6 +26,8 @@ pub struct Process {
     arenas: Vec<MemoryUse>,
     threads: threads::Threads,
     quiet: bool,
+    /// Of the work that is under way, on a terminal.
+    bar: Option<ProgressBar>,
 }
 
 impl Process {
@@ -53,6 +57,7 @@ impl Process {
             arenas: Vec::new(),
             threads: threads::Threads::start(threads)?,
             quiet,
+            bar: None,
         })
     }
 }
@@ -98,14 +103,29 @@ impl Platform for Process {
         }
     }
 
-    fn send(&mut self, _frame: &[u8]) {}
-
-    fn boot_disk(&mut self) -> Option<&mut dyn BlockDevice> {
-        self.snapshot.as_mut().map(|d| d as &mut dyn BlockDevice)
+    /// A bar on a terminal, lines elsewhere.
+    fn progress(&mut self, what: &str, done: u64, total: u64) {
+        if self.quiet || done >= total {
+            if let Some(bar) = self.bar.take() {
+                bar.finish_and_clear();
+            }
+        } else if std::io::stderr().is_terminal() {
+            let bar = self.bar.get_or_insert_with(|| progress_bar(total));
+            bar.set_message(what.to_owned());
+            bar.set_position(done);
+        } else {
+            self.print(&format!("{what}: {} of {} MiB\n", done >> 20, total >> 20));
+        }
     }
 
-    fn model_disk(&mut self) -> Option<&mut dyn BlockDevice> {
-        self.model.as_mut().map(|d| d as &mut dyn BlockDevice)
+    fn send(&mut self, _frame: &[u8]) {}
+
+    fn disk(&mut self, which: WhichDisk) -> (Option<&mut dyn BlockDevice>, &dyn Workers) {
+        let disk = match which {
+            WhichDisk::Boot => self.snapshot.as_mut(),
+            WhichDisk::Model => self.model.as_mut(),
+        };
+        (disk.map(|disk| disk as &mut dyn BlockDevice), &self.threads)
     }
 
     fn arena(&mut self, name: &'static str, len_bytes: usize) -> Result<&'static mut [u8], OutOfMemory> {
@@ -156,6 +176,12 @@ impl Platform for Process {
         }
         out
     }
+}
+
+fn progress_bar(total: u64) -> ProgressBar {
+    let bar = ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::stderr());
+    let style = "{msg} {wide_bar} {bytes} of {total_bytes}, {bytes_per_sec}, {eta}";
+    bar.with_style(ProgressStyle::with_template(style).unwrap_or_else(|_| ProgressStyle::default_bar()))
 }
 
 /// Bytes the system can give without swapping; unlimited when it does not say.

@@ -215,9 +215,16 @@ fn read_tensor(info: &TensorInfo<'_>, config: &Config) -> Result<Tensor, ModelEr
     })?;
     let [k, n, rest @ ..] = info.dims;
     match (u32::try_from(n), u32::try_from(k)) {
-        (Ok(n), Ok(k)) if rest.iter().all(|&dim| dim == 1) => {
-            Ok(Tensor { role, layer, ty: info.ty, n, k, offset: info.offset, len_bytes: info.len_bytes })
-        }
+        (Ok(n), Ok(k)) if rest.iter().all(|&dim| dim == 1) => Ok(Tensor {
+            role,
+            layer,
+            ty: info.ty,
+            group_len: None,
+            n,
+            k,
+            offset: info.offset,
+            len_bytes: info.len_bytes,
+        }),
         _ => {
             let (n, k) = role.shape(config);
             Err(ModelError::WrongShape {

@@ -13,7 +13,8 @@ pub use vocabulary::TokenizerKind;
 use crate::architecture::{Architecture, Positions};
 use crate::config::Config;
 use crate::description::Role;
-use crate::gguf::{Value, WriteError, Writer};
+use crate::gguf::{self as gguf_format, Value, WriteError, Writer};
+use crate::order::sorted_by_key;
 use crate::quant::{QuantError, TensorType, quantise};
 use crate::{ModelError, llama2c as llama2c_format};
 use alloc::format;
@@ -321,6 +322,37 @@ pub fn gguf_with(mut writer: Writer, spec: &Spec) -> Result<Vec<u8>, SyntheticEr
     Ok(writer.file(|index| &data[index])?)
 }
 
+/// Weights that share a scale in the files of version 2.
+const LLAMA2C_GROUP_LEN: u32 = 32;
+
+/// A GGUF file with a hole in it: its bytes as pieces `(offset, bytes)` in ascending order, zeros between them.
+pub type Pieces = Vec<(u64, Vec<u8>)>;
+
+/// The model of the GGUF file `file` in one that is longer than `middle` bytes: its tensors are the same, but one of them
+/// lies across byte `middle`, and those behind it follow. For readers that must count beyond 32 bits.
+///
+/// # Errors
+/// What is wrong with `file`.
+pub fn gguf_around(file: &[u8], middle: u64) -> Result<Pieces, ModelError> {
+    let header = gguf_format::Header::parse(file, file.len() as u64)?;
+    let tensors = sorted_by_key(&header.tensors, |tensor| tensor.offset);
+    let Some(first) = tensors.get(tensors.len() / 2) else { return Ok(Vec::from([(0, file.to_vec())])) };
+    let gap = middle.saturating_sub(first.offset + first.len_bytes / 2) / header.alignment * header.alignment;
+    let (head, tail) = file.split_at(first.offset as usize);
+    let mut head = head.to_vec();
+    for tensor in tensors.iter().filter(|tensor| tensor.offset >= first.offset) {
+        // A directory entry: name with its length, number of dimensions, dimensions, type, offset from the data's start.
+        let mut entry = Vec::from((tensor.name.len() as u64).to_le_bytes());
+        entry.extend(tensor.name.as_bytes());
+        entry.extend((tensor.n_dims as u32).to_le_bytes());
+        if let Some(at) = head.windows(entry.len()).position(|window| window == entry) {
+            let at = at + entry.len() + 8 * tensor.n_dims + 4;
+            head[at..at + 8].copy_from_slice(&(tensor.offset + gap - header.data_offset).to_le_bytes());
+        }
+    }
+    Ok(Vec::from([(0, head), (first.offset + gap, tail.to_vec())]))
+}
+
 /// The two files of a llama2.c model.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Llama2cFiles {
@@ -339,7 +371,7 @@ pub fn llama2c(spec: &Spec) -> Result<Llama2cFiles, SyntheticError> {
     llama2c_version(spec, 0)
 }
 
-/// A complete llama2.c model of version 0 or 1.
+/// A complete llama2.c model of version 0, 1, or 2 (groups of 32; it stores the weights that `spec` has as F32).
 ///
 /// # Errors
 /// As [`llama2c`].
@@ -374,11 +406,24 @@ pub fn llama2c_version(spec: &Spec, version: u32) -> Result<Llama2cFiles, Synthe
     if !is_legacy {
         model.push(u8::from(config.tied_head));
     }
-    let (tensors, file_bytes) = llama2c_format::Header { version, config }.tensors();
+    let group_len = (version == 2).then_some(LLAMA2C_GROUP_LEN);
+    model.extend(group_len.into_iter().flat_map(u32::to_le_bytes));
+    let (tensors, file_bytes) = llama2c_format::Header { version, group_len, config }.tensors();
     for tensor in tensors {
         // The end of a header and the rotary tables before the classifier stay zero: nothing reads them.
         model.resize(tensor.offset as usize, 0);
-        model.extend(spec.weights(tensor.role, tensor.layer).iter().flat_map(|weight| weight.to_le_bytes()));
+        let weights = spec.weights(tensor.role, tensor.layer);
+        match tensor.group_len {
+            None => model.extend(weights.iter().flat_map(|weight| weight.to_le_bytes())),
+            Some(group_len) => {
+                let groups = weights.chunks(group_len as usize);
+                let scales: Vec<f32> = groups.map(|g| g.iter().fold(0.0f32, |m, w| m.max(w.abs())) / 127.0).collect();
+                let scale = |i: usize| scales[i / group_len as usize];
+                let codes = weights.iter().enumerate().map(|(i, w)| libm::rintf(w / scale(i)) as i8);
+                model.extend(codes.map(i8::cast_unsigned));
+                model.extend(scales.iter().flat_map(|scale| scale.to_le_bytes()));
+            }
+        }
     }
     model.resize(file_bytes as usize, 0);
     Ok(Llama2cFiles { model, tokenizer: spec.tokenizer.llama2c_file() })

@@ -1,0 +1,89 @@
+//! `fuzz`: many cases of each target, with a report. `cargo xtask fuzz --cases N` builds and runs it.
+
+use fuzz::{Mutator, TARGETS};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+/// A case that takes longer than this counts as a hang.
+const LIMIT: Duration = Duration::from_secs(5);
+
+const USAGE: &str =
+    "usage: fuzz [--cases N] [--seed N] [TARGET ...]   (default: 1000000 cases of every target, seed 1)";
+
+struct Arguments {
+    cases: u64,
+    seed: u64,
+    targets: Vec<String>,
+}
+
+fn arguments() -> Result<Arguments, String> {
+    let mut out = Arguments { cases: 1_000_000, seed: 1, targets: Vec::new() };
+    let mut words = std::env::args().skip(1);
+    while let Some(word) = words.next() {
+        let mut number = || {
+            let value = words.next().unwrap_or_default();
+            value.parse().map_err(|_| format!("{word}: expected a whole number, found `{value}`"))
+        };
+        match word.as_str() {
+            "--cases" => out.cases = number()?,
+            "--seed" => out.seed = number()?,
+            name if TARGETS.iter().any(|target| target.name == name) => out.targets.push(word),
+            _ => {
+                let names: Vec<&str> = TARGETS.iter().map(|target| target.name).collect();
+                return Err(format!("`{word}` is no option and no target; the targets are: {}", names.join(" ")));
+            }
+        }
+    }
+    Ok(out)
+}
+
+fn main() -> ExitCode {
+    let arguments = match arguments() {
+        Ok(arguments) => arguments,
+        Err(error) => {
+            eprintln!("{error}\n{USAGE}");
+            return ExitCode::from(2);
+        }
+    };
+    for target in TARGETS {
+        if !arguments.targets.is_empty() && !arguments.targets.iter().any(|name| name == target.name) {
+            continue;
+        }
+        let seeds = (target.seeds)();
+        let mut mutator = Mutator::new(arguments.seed);
+        let (start, mut slowest) = (Instant::now(), Duration::ZERO);
+        for case in 0..arguments.cases {
+            let input = mutator.mutate(&seeds);
+            let began = Instant::now();
+            let outcome = catch_unwind(AssertUnwindSafe(|| (target.run)(&input)));
+            slowest = slowest.max(began.elapsed());
+            if outcome.is_err() || slowest > LIMIT {
+                let file = format!("fuzz-{}-{case}.bin", target.name);
+                let what = if outcome.is_err() { "panicked" } else { "hung" };
+                eprintln!("{}: case {case} of seed {} {what}", target.name, arguments.seed);
+                match std::fs::write(&file, &input) {
+                    Ok(()) => eprintln!("its {} bytes are in {file}", input.len()),
+                    Err(error) => eprintln!("its {} bytes could not be written to {file}: {error}", input.len()),
+                }
+                return ExitCode::FAILURE;
+            }
+        }
+        println!(
+            "{:<12} {} cases in {:.0} s, slowest {:.1} ms, peak memory of the process {} MiB",
+            target.name,
+            arguments.cases,
+            start.elapsed().as_secs_f64(),
+            slowest.as_secs_f64() * 1e3,
+            peak_mib().map_or("-".to_owned(), |mib| mib.to_string())
+        );
+    }
+    ExitCode::SUCCESS
+}
+
+/// High-water mark of the process's memory.
+fn peak_mib() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? / 1024)
+}
