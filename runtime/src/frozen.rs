@@ -100,17 +100,8 @@ impl<'a> Kernels<'a> {
         _reporter: &mut Reporter,
         figures: &BootFigures<'_>,
     ) -> (Convergence, SnapshotStatus) {
-        let convergence = Convergence {
-            converged: false,
-            settled_share: figures.settled_share,
-            unchanged_boots: 0,
-            window: 0,
-            token_time_variation: None,
-            machine_variation: None,
-            max_variation: 0.0,
-            variation_required: false,
-            reason: "a native image does not tune: its kernels are part of it".into(),
-        };
+        let reason = "a native image does not tune: its kernels are part of it".into();
+        let convergence = Convergence::undecided(figures.settled_share, reason);
         let mut status = SnapshotStatus::disabled();
         status.reason = Some("a native image learns nothing".into());
         status.kernels_restored = self.restored();

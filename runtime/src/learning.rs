@@ -285,6 +285,7 @@ impl<'a> Kernels<'a> {
             token_time_variation: decided.token_time_variation,
             machine_variation: decided.machine_variation,
             max_variation: decided.max_variation,
+            allowed_variation: decided.allowed_variation,
             variation_required: decided.variation_required,
             reason: decided.reason,
         }
