@@ -193,14 +193,16 @@ impl Platform for Machine {
         if let Some(owned) = owned {
             let end = (start + weights.len() as u64).next_multiple_of(LARGE_PAGE_BYTES);
             let range = Range { start, end: end.min(owned.range.end) };
-            self.cores.run(&|core| {
-                // The first core changes the tables all share; the others drop what they remember of them.
-                let range = if core == 0 { range } else { Range { start: 0, end: 0 } };
+            let freeze = |range: Range| {
                 // SAFETY: the only `&mut` to these pages came in as the argument and is a shared reference now; the
                 // rest of the last page belongs to the same arena and was never handed out.
                 let frozen = unsafe { gates::freeze(range) };
                 assert_eq!(frozen, Ok(()), "an arena is whole 2 MiB pages of RAM");
-            });
+            };
+            freeze(range);
+            // Only once the tables all share have changed do the cores drop what they remember of them: one that did so
+            // earlier could read the old entries again.
+            self.cores.run(&|_| freeze(Range { start: 0, end: 0 }));
         }
         weights
     }
