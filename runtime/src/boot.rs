@@ -19,6 +19,7 @@ use alloc::string::{String, ToString};
 use alloc::vec;
 use alloc::vec::Vec;
 use engine::attention::KvType;
+use engine::dispatch::MAX_PARTS;
 use engine::simd::limits;
 use engine::workers::Workers;
 use engine::{Engine, Isa, Loader, Plan, Session};
@@ -257,10 +258,10 @@ pub fn limited(isa: Isa, limit: IsaLimit) -> Isa {
     }
 }
 
-/// Cores to compute on, of those there are.
+/// Cores to compute on, of those there are; at most [`MAX_PARTS`] unless more are asked for, which the plan then refuses.
 pub fn threads(options: &Options, workers: &dyn Workers) -> usize {
     match options.threads as usize {
-        0 => workers.count(),
+        0 => workers.count().min(MAX_PARTS),
         n => n.min(workers.count()),
     }
 }
@@ -367,4 +368,30 @@ fn write_report(platform: &mut dyn Platform, text: &str) {
     let taken = text.len().min(len);
     bytes[..taken].copy_from_slice(&text.as_bytes()[..taken]);
     let _ = write_in_place(disk, &file, 0, &bytes);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Many(usize);
+
+    impl Workers for Many {
+        fn count(&self) -> usize {
+            self.0
+        }
+
+        fn run(&self, job: &(dyn Fn(usize) + Sync)) {
+            (0..self.0).for_each(job);
+        }
+    }
+
+    #[test]
+    fn all_cores_means_as_many_as_a_plan_takes() {
+        let asked = |n| Options { threads: n, ..Options::default() };
+        assert_eq!(threads(&asked(0), &Many(8)), 8);
+        assert_eq!(threads(&asked(0), &Many(MAX_PARTS + 1)), MAX_PARTS);
+        assert_eq!(threads(&asked(3), &Many(8)), 3);
+        assert_eq!(threads(&asked(9), &Many(8)), 8);
+    }
 }
