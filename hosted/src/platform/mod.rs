@@ -10,6 +10,8 @@ pub use file_disk::FileDisk;
 use engine::dispatch::{Kernel, KernelArgs, guard};
 use engine::workers::Workers;
 use model::kernel::KernelKey;
+use report::wire::Decoder;
+use report::{Level, Message};
 use runtime::platform::{Clock, CpuFacts, KernelFault, MemoryUse, OutOfMemory, Platform};
 use std::time::{Duration, Instant, SystemTime};
 use storage::BlockDevice;
@@ -98,7 +100,17 @@ impl Platform for Process {
         }
     }
 
-    fn send(&mut self, _frame: &[u8]) {}
+    /// Nobody listens to frames here, but a warning is for people even where text is left out.
+    fn send(&mut self, frame: &[u8]) {
+        if !self.quiet {
+            return;
+        }
+        for message in Decoder::default().push(frame) {
+            if let Ok(Message::Note { level: Level::Warning, text }) = message {
+                eprintln!("warning: {text}");
+            }
+        }
+    }
 
     fn boot_disk(&mut self) -> Option<&mut dyn BlockDevice> {
         self.snapshot.as_mut().map(|d| d as &mut dyn BlockDevice)
