@@ -83,7 +83,7 @@ impl Workbench {
                 let compiled = compiler.compile(key, variant).map_err(|error| error.to_string())?;
                 Ok(StoredKernel::new(*variant, compiled.code))
             };
-            running = restore(&mut process, &mut reporter, &mut engine, &mut learnt, &mut rebuild);
+            running = restore(&mut process, &mut reporter, &mut engine, &mut learnt, isa, &mut rebuild).running;
         }
         generate::generate(&mut process, &mut reporter, &mut engine, &mut session, &description, options, &prompt)?;
         let limits = limits::measure(engine.weights(), engine.table().level(), isa, process.workers(), threads);

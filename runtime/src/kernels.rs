@@ -4,13 +4,19 @@
 use crate::platform::{KernelFault, Platform};
 use crate::reporter::Reporter;
 #[cfg(feature = "jit")]
+use crate::tune::target;
+#[cfg(feature = "jit")]
 use alloc::string::String;
 use alloc::vec;
 use alloc::vec::Vec;
 use core::fmt;
+#[cfg(feature = "jit")]
+use engine::Isa;
 use engine::dispatch::Kernel;
 use engine::verify::{Mismatch, VerifyError};
 use engine::{Engine, EngineError};
+#[cfg(feature = "jit")]
+use jit::audit::AuditError;
 #[cfg(feature = "jit")]
 use model::kernel::KernelKey;
 use model::kernel::Variant;
@@ -64,6 +70,9 @@ pub enum Rejected {
     Wrong(Mismatch),
     /// It is not for this model.
     Unusable(EngineError),
+    /// Its machine code does what no kernel may do; it was not run.
+    #[cfg(feature = "jit")]
+    Unsafe(AuditError),
 }
 
 #[cfg(feature = "jit")]
@@ -72,7 +81,7 @@ impl Rejected {
     pub fn outcome(&self) -> TrialOutcome {
         match self {
             Rejected::Faulted(_) => TrialOutcome::Faulted,
-            Rejected::Wrong(_) | Rejected::Unusable(_) => TrialOutcome::Wrong,
+            Rejected::Wrong(_) | Rejected::Unusable(_) | Rejected::Unsafe(_) => TrialOutcome::Wrong,
         }
     }
 }
@@ -88,6 +97,8 @@ impl fmt::Display for Rejected {
             }
             Rejected::Wrong(mismatch) => write!(f, "differs from the reference: {mismatch}"),
             Rejected::Unusable(error) => write!(f, "{error}"),
+            #[cfg(feature = "jit")]
+            Rejected::Unsafe(error) => write!(f, "refused by the audit before it ran: {error}"),
         }
     }
 }
@@ -134,20 +145,43 @@ pub fn install_linked(
 }
 
 #[cfg(feature = "jit")]
-/// Publishes, verifies and installs the snapshot's kernels; returns those in use. `rebuild` compiles a kernel again whose
-/// code belongs to another build or CPU. A kernel that is refused here is quarantined.
+/// What became of a snapshot's kernels.
+pub struct Restored {
+    /// Those in use.
+    pub running: RunningKernels,
+    /// Kernels that were left out, and stay in the snapshot, because the CPU has what they need but this boot may not use it.
+    pub left_out: usize,
+}
+
+#[cfg(feature = "jit")]
+/// Audits, publishes, verifies and installs the snapshot's kernels that may run with `allowed` (of what the CPU has).
+/// `rebuild` compiles a kernel again whose code belongs to another build or CPU. A kernel that is refused here is
+/// quarantined.
 pub fn restore(
     platform: &mut dyn Platform,
     reporter: &mut Reporter,
     engine: &mut Engine<'_>,
     snapshot: &mut Snapshot,
+    allowed: Isa,
     rebuild: &mut dyn FnMut(&KernelKey, &Variant) -> Result<StoredKernel, String>,
-) -> RunningKernels {
-    let mut running = RunningKernels::none(engine.table().len());
+) -> Restored {
+    let (allowed, cpu) = (target(allowed), target(platform.cpu().isa));
+    let mut restored = Restored { running: RunningKernels::none(engine.table().len()), left_out: 0 };
+    let mut lacks = None;
     for record in &mut snapshot.entries {
         let Some(slot) = engine.table().find(&record.key) else { continue };
         let Some(mut stored) = record.incumbent.clone() else { continue };
-        if !stored.is_intact() {
+        if let Some(needs) = allowed.missing(&stored.variant)
+            && cpu.missing(&stored.variant).is_none()
+        {
+            restored.left_out += 1;
+            lacks = Some(needs);
+            continue;
+        }
+        let audited = if stored.is_intact() {
+            // Its hash proves nothing: whoever can write the disk can hash.
+            jit::audit::audit(&stored.code, stored.variant.width).map(|_| ()).map_err(Rejected::Unsafe)
+        } else {
             match rebuild(&record.key, &stored.variant) {
                 Ok(rebuilt) => stored = rebuilt,
                 Err(why) => {
@@ -157,20 +191,25 @@ pub fn restore(
                     continue;
                 }
             }
-        }
-        let kernel = match platform.publish(record.key, &stored.code) {
-            Ok(kernel) => kernel,
-            Err(full) => {
-                reporter.note(platform, Level::Warning, alloc::format!("{}: not restored: {full}", record.key));
-                continue;
-            }
+            // The compiler audits what it makes.
+            Ok(())
         };
-        match verify(platform, engine, slot, kernel) {
-            Ok(()) if engine.table_mut().install(slot, kernel).is_ok() => {
-                running.set(slot, stored.variant);
+        let verified = match audited {
+            Ok(()) => match platform.publish(record.key, &stored.code) {
+                Ok(kernel) => verify(platform, engine, slot, kernel).map(|()| kernel),
+                Err(full) => {
+                    reporter.note(platform, Level::Warning, alloc::format!("{}: not restored: {full}", record.key));
+                    continue;
+                }
+            },
+            Err(rejected) => Err(rejected),
+        };
+        match verified {
+            Ok(kernel) if engine.table_mut().install(slot, kernel).is_ok() => {
+                restored.running.set(slot, stored.variant);
                 record.incumbent = Some(stored);
             }
-            Ok(()) => {}
+            Ok(_) => {}
             Err(rejected) => {
                 let text = alloc::format!("{} {}: {rejected}; quarantined", record.key, stored.variant);
                 reporter.note(platform, Level::Warning, text);
@@ -179,5 +218,12 @@ pub fn restore(
             }
         }
     }
-    running
+    if let Some(needs) = lacks {
+        let text = alloc::format!(
+            "{} kernels of the snapshot are left out: they need {needs}, which isa= rules out; this boot changes nothing in the snapshot (use one of its own to tune with this limit)",
+            restored.left_out
+        );
+        reporter.note(platform, Level::Warning, text);
+    }
+    restored
 }

@@ -3,14 +3,14 @@
 //! ```text
 //! offset  bytes  field            meaning (integers little-endian)
 //!      0      4  magic            "SNAP"
-//!      4      4  version          format of the header's middle and of the payload; 1
+//!      4      4  version          format of the header's middle and of the payload; 2
 //!      8      8  generation       1 for the first save; each save has one more than any slot on the volume
 //!     16      4  state            "WRIT" while the payload is being written, "DONE" when it is durable
 //!     20      4  -                zero
 //!     24      8  payload_bytes    length of the payload, which starts at offset 512 of the slot
 //!     32     32  payload_sha256   SHA-256 of the payload
 //!     64     32  build_id         image that wrote it: machine code fits this build only
-//!     96     32  model_id         SHA-256 of the model file
+//!     96     32  model_id         fingerprint of the model file
 //!    128     32  machine          CPU fingerprint: machine code fits this CPU only
 //!    160    320  -                zero
 //!    480     32  header_sha256    SHA-256 of bytes 0..480
@@ -20,7 +20,7 @@
 //! a newer snapshot from a damaged one. An example (`hexdump -C`; generation 7, 292 payload bytes, ids of repeated `b`, `c`, `d`):
 //!
 //! ```text
-//! 00000000  53 4e 41 50 01 00 00 00  07 00 00 00 00 00 00 00  |SNAP............|
+//! 00000000  53 4e 41 50 02 00 00 00  07 00 00 00 00 00 00 00  |SNAP............|
 //! 00000010  44 4f 4e 45 00 00 00 00  24 01 00 00 00 00 00 00  |DONE....$.......|
 //! 00000020  7b 5c 59 b7 9c 28 8c ef  c0 76 5b 17 5b 0a e0 db  |{\Y..(...v[.[...|
 //! 00000030  f3 25 65 15 4c 21 bb 31  3f 4c f3 e8 7b 7b 0b b5  |.%e.L!.1?L..{{..|
@@ -32,8 +32,8 @@
 //! *
 //! 000000a0  00 00 00 00 00 00 00 00  00 00 00 00 00 00 00 00  |................|
 //! *
-//! 000001e0  67 6e 8b d5 81 90 51 4f  6b fd 81 58 6c 4c 00 6a  |gn....QOk..XlL.j|
-//! 000001f0  e6 1f b1 17 51 22 70 ed  50 e2 1f d0 da 2f 01 80  |....Q"p.P..../..|
+//! 000001e0  ae 54 43 3d 78 74 ce bb  42 0b 7d 34 89 78 7e 4c  |.TC=xt..B.}4.x~L|
+//! 000001f0  19 96 26 a8 f9 25 54 8a  61 e6 fe f9 1f e7 16 51  |..&..%T.a......Q|
 //! ```
 //!
 //! Write order: the header with `WRIT`, flush; the payload, flush; the header with `DONE`, flush. A slot that says `WRIT` was
@@ -45,7 +45,7 @@ use sha2::{Digest, Sha256};
 /// Bytes of the header: one sector. The payload follows it.
 pub const HEADER_BYTES: usize = 512;
 /// Version this build writes, and the only one it reads.
-pub const FORMAT_VERSION: u32 = 1;
+pub const FORMAT_VERSION: u32 = 2;
 /// Largest payload that is read or written, whatever the size of the slot.
 pub const MAX_PAYLOAD_BYTES: u64 = 16 << 20;
 /// Largest generation; a header with another one is refused, so that the next generation always exists.
@@ -61,7 +61,7 @@ const HASH_AT: usize = HEADER_BYTES - 32;
 pub struct Identity {
     /// Hash of the build.
     pub build_id: [u8; 32],
-    /// SHA-256 of the model file.
+    /// Fingerprint of the model file: SHA-256 of its length and of samples spread over it.
     pub model_id: [u8; 32],
     /// Hash of the CPU's fingerprint: equal where the same machine code runs and performs alike.
     pub machine: [u8; 32],
@@ -232,8 +232,8 @@ mod tests {
     #[test]
     fn headers_of_foreign_writers_are_refused_by_cause() {
         assert_eq!(forged(0, b"SNAQ"), Err(SlotReason::BadMagic { found: *b"SNAQ" }));
-        for found in [0, 2, u32::MAX] {
-            let error = SlotReason::OtherFormat { found, supported: 1, generation: 7 };
+        for found in [0, 1, 3, u32::MAX] {
+            let error = SlotReason::OtherFormat { found, supported: 2, generation: 7 };
             assert_eq!(forged(4, &found.to_le_bytes()), Err(error));
         }
         for found in [0, MAX_GENERATION + 1, u64::MAX] {
