@@ -1,6 +1,7 @@
 //! `bareflow info`: what a model file is.
 
 use crate::platform::FileDisk;
+use crate::read_tokenizer;
 use anyhow::{Context, Result};
 use engine::attention::KvType;
 use engine::{Plan, Session};
@@ -209,9 +210,6 @@ fn header_facts(file: &Path) -> Result<Option<Facts>> {
 
 fn describe(file: &Path, tokenizer: Option<&Path>) -> Result<ModelDescription> {
     let mut disk = FileDisk::open(file, false).with_context(|| format!("opening {}", file.display()))?;
-    let tokenizer = match tokenizer {
-        Some(path) => Some(std::fs::read(path).with_context(|| format!("reading {}", path.display()))?),
-        None => None,
-    };
+    let tokenizer = read_tokenizer(tokenizer)?;
     Ok(describe_source(&mut RawDisk::new(&mut disk), tokenizer.as_deref())?)
 }

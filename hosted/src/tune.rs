@@ -29,13 +29,15 @@ const CUT_RATIO: f64 = 1.2;
 pub struct Request<'a> {
     /// Model file.
     pub model: &'a Path,
+    /// Content of a llama2.c model's tokenizer file.
+    pub tokenizer: Option<&'a [u8]>,
     /// Snapshot image whose choices are judged.
     pub snapshot: Option<&'a Path>,
     /// Try every variant of the space.
     pub exhaustive: bool,
     /// Only keys whose name contains this.
     pub filter: &'a str,
-    /// Calls of each candidate.
+    /// Calls of each candidate; at least one.
     pub rounds: usize,
     /// Print JSON.
     pub json: bool,
@@ -46,7 +48,7 @@ pub struct Request<'a> {
 /// # Errors
 /// What stops a boot; a snapshot that is not this model's or this CPU's.
 pub fn run(request: &Request<'_>, options: &Options) -> Result<()> {
-    let mut bench = Workbench::open(request.model, request.snapshot, options)?;
+    let mut bench = Workbench::open(request.model, request.tokenizer, request.snapshot, options)?;
     let mut compiler = Compiler::new(runtime::tune::target(bench.isa))?;
     let hot: Vec<HotKey> = bench.hot(MIN_SHARE);
     let hot: Vec<HotKey> = hot.into_iter().filter(|h| h.key.to_string().contains(request.filter)).collect();

@@ -4,7 +4,7 @@ use crate::boot::early::{BootFacts, mark};
 use crate::boot::gates;
 use crate::boot::info::{Loader, Range};
 use crate::boot::paging::LARGE_PAGE_BYTES;
-use crate::platform::code::{self, CodeArena};
+use crate::platform::code::CodeArena;
 use crate::platform::cores::Cores;
 use crate::platform::embedded::EmbeddedModel;
 use crate::platform::virtio::VirtioDisk;
@@ -219,10 +219,9 @@ impl Platform for Machine {
     }
 
     fn call_guarded(&mut self, kernel: Kernel, args: KernelArgs<'_>) -> Result<(), KernelFault> {
-        guard::call(kernel, args).map_err(|fault| {
-            let offset = fault.rip.checked_sub(kernel.entry_address() as u64).and_then(|o| u32::try_from(o).ok());
-            // A fault address outside the arena has no meaning as an offset into the kernel.
-            KernelFault { vector: fault.vector, offset: offset.filter(|_| code::offset_of(fault.rip).is_some()) }
+        guard::call(kernel, args).map_err(|fault| KernelFault {
+            vector: fault.vector,
+            offset: fault.rip.checked_sub(kernel.entry_address() as u64).and_then(|o| u32::try_from(o).ok()),
         })
     }
 

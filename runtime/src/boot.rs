@@ -28,7 +28,7 @@ use profiler::{Part, Profile};
 use report::{
     BootReport, ExitStatus, ImageKind, Level, LoadFacts, MemoryRow, Message, ModelFacts, PartRow, TrialRow, screen,
 };
-use storage::{FatVolume, write_in_place};
+use storage::{FatVolume, StorageError, write_in_place};
 
 /// Name of the settings file on the boot volume.
 pub const CONFIG_FILE: &str = "BAREFLOW.CFG";
@@ -104,7 +104,7 @@ fn work(platform: &mut dyn Platform, reporter: &mut Reporter, request: Request<'
     let location = load::locate(platform, &options)?;
     let tokenizer = match request.tokenizer {
         Some(bytes) => Some(bytes),
-        None if !options.tokenizer.is_empty() => load::boot_file(platform, &options.tokenizer, MAX_TOKENIZER_BYTES)?,
+        None if !options.tokenizer.is_empty() => Some(named_tokenizer(platform, &options.tokenizer)?),
         None => None,
     };
     let description = load::describe(platform, &location, tokenizer.as_deref())?;
@@ -113,10 +113,8 @@ fn work(platform: &mut dyn Platform, reporter: &mut Reporter, request: Request<'
     reporter.stage(platform, "model_header");
 
     let threads = threads(&options, platform.workers());
-    let (mut engine, loaded) = load_engine(platform, &location, &description, &options, isa, threads)?;
-    let kv = options.kv.unwrap_or_else(|| KvType::for_model(&description));
-    let session_bytes = Session::memory_bytes(&description.config, context, threads, kv);
-    let mut session = Session::new(&engine, context, kv, platform.arena("session", session_bytes)?)?;
+    let shape = Shape { isa, threads, context };
+    let (mut engine, mut session, loaded) = load_session(platform, &location, &description, &options, shape)?;
     reporter.stage(platform, "load_model");
 
     let identity = identity(platform.cpu(), loaded.fingerprint);
@@ -275,21 +273,45 @@ pub fn context(options: &Options, description: &ModelDescription) -> usize {
     }
 }
 
-/// Plans the model, streams it into the weights arena, and freezes the arena.
+/// Type of the KV cache: what was asked for, or what suits the model.
+pub fn kv_type(options: &Options, description: &ModelDescription) -> KvType {
+    options.kv.unwrap_or_else(|| KvType::for_model(description))
+}
+
+/// What a model is loaded for.
+#[derive(Clone, Copy)]
+pub struct Shape {
+    /// Instruction sets that may be used.
+    pub isa: Isa,
+    /// Cores to compute on.
+    pub threads: usize,
+    /// Positions of the context.
+    pub context: usize,
+}
+
+/// Sets aside all memory the run needs, streams the model into the weights arena, freezes that, and opens an empty session.
 ///
 /// # Errors
-/// A model that cannot be planned, does not fit, or cannot be read.
-pub fn load_engine(
+/// A model that cannot be planned, does not fit, or cannot be read. That it does not fit is found before it is read.
+pub fn load_session(
     platform: &mut dyn Platform,
     location: &Location,
     description: &ModelDescription,
     options: &Options,
-    isa: Isa,
-    threads: usize,
-) -> Result<(Engine<'static>, Loaded), RunError> {
+    shape: Shape,
+) -> Result<(Engine<'static>, Session<'static>, Loaded), RunError> {
+    let Shape { isa, threads, context } = shape;
     let tier = if options.tier == Tier::Reference { engine::Tier::Reference } else { engine::Tier::Baseline };
     let plan = Plan::new(description, threads)?;
+    let kv = kv_type(options, description);
+    let session_bytes = Session::memory_bytes(&description.config, context, threads, kv);
+    let session = platform.arena("session", session_bytes)?;
     let arena = platform.arena("weights", plan.arena_bytes())?;
+    // The angles go to the heap as the context fills: their room is held until the engine takes it.
+    let need_bytes = plan.angle_bytes(context);
+    let no_room = RunError::NoRoomForAngles { context, need_bytes };
+    let mut room: Vec<u8> = Vec::new();
+    room.try_reserve_exact(need_bytes).map_err(|_| no_room)?;
     let mut loader = Loader::new(plan, engine::simd::Level::new(isa), arena)?;
     let mut failure = None;
     let loaded = load::stream(platform, location, description, options, &mut |offset, bytes| {
@@ -302,7 +324,20 @@ pub fn load_engine(
     }
     let model = loader.finish()?;
     let weights = platform.freeze(arena);
-    Ok((Engine::new(model, weights, isa, tier)?, loaded))
+    let mut engine = Engine::new(model, weights, isa, tier)?;
+    drop(room);
+    engine.reserve_angles(context);
+    let session = Session::new(&engine, context, kv, session)?;
+    Ok((engine, session, loaded))
+}
+
+/// The tokenizer file that `tokenizer=` names.
+fn named_tokenizer(platform: &mut dyn Platform, name: &str) -> Result<Vec<u8>, RunError> {
+    if platform.boot_disk().is_none() {
+        return Err(RunError::NoVolumeForTokenizer { name: name.into() });
+    }
+    let missing = || StorageError::NotFound { path: name.into() };
+    Ok(load::boot_file(platform, name, MAX_TOKENIZER_BYTES)?.ok_or_else(missing)?)
 }
 
 /// Load rate beside the raw rate of the same device; `None` when the device cannot be read again.
@@ -367,7 +402,9 @@ fn write_report(platform: &mut dyn Platform, text: &str) {
     let mut bytes = vec![b' '; len];
     let taken = text.len().min(len);
     bytes[..taken].copy_from_slice(&text.as_bytes()[..taken]);
-    let _ = write_in_place(disk, &file, 0, &bytes);
+    if write_in_place(disk, &file, 0, &bytes).is_ok() {
+        let _ = disk.flush();
+    }
 }
 
 #[cfg(test)]

@@ -37,7 +37,7 @@ impl<'a> Kernels<'a> {
     /// Installs the kernels of the image, each after its check against the reference.
     ///
     /// # Errors
-    /// [`RunError::NoLinkedKernel`] when none is for this model.
+    /// [`RunError::NoLinkedKernel`] and [`RunError::LinkedKernelsRefused`].
     pub fn install(
         &mut self,
         platform: &mut dyn Platform,
@@ -46,10 +46,7 @@ impl<'a> Kernels<'a> {
     ) -> Result<(), RunError> {
         self.running = RunningKernels::none(engine.table().len());
         if self.options.tier == Tier::Compiled && self.isa.avx2 {
-            self.running = install_linked(platform, reporter, engine, self.linked);
-            if self.running.count() == 0 {
-                return Err(RunError::NoLinkedKernel);
-            }
+            self.running = install_linked(platform, reporter, engine, self.linked)?;
             let sizes = engine.batch_sizes();
             let largest = M_BUCKETS.iter().zip(sizes).rev().find(|&(_, has)| has).map_or(1, |(m, _)| *m);
             if largest < M_BUCKETS[M_BUCKETS.len() - 1] {

@@ -1,6 +1,8 @@
 //! Machine code that is already there: from the snapshot, or linked into a native image. All of it is checked against
 //! the reference before its first use in this boot.
 
+#[cfg(not(feature = "jit"))]
+use crate::error::RunError;
 use crate::platform::{KernelFault, Platform};
 use crate::reporter::Reporter;
 #[cfg(feature = "jit")]
@@ -31,6 +33,8 @@ pub struct LinkedKernel {
     pub variant: Variant,
     /// The code.
     pub kernel: Kernel,
+    /// Bytes of the code.
+    pub len_bytes: usize,
 }
 
 /// Which variant runs in each slot.
@@ -103,7 +107,7 @@ impl fmt::Display for Rejected {
     }
 }
 
-/// Checks `kernel` bit for bit against the reference on random and on captured input.
+/// Checks `kernel`, whose code has `len_bytes` bytes, bit for bit against the reference on random and on captured input.
 ///
 /// # Errors
 /// [`Rejected`].
@@ -112,36 +116,50 @@ pub fn verify(
     engine: &mut Engine<'_>,
     slot: usize,
     kernel: Kernel,
+    len_bytes: usize,
 ) -> Result<(), Rejected> {
     engine.verify(slot, kernel, &mut |kernel, args| platform.call_guarded(kernel, args)).map_err(|error| match error {
         VerifyError::Wrong(mismatch) => Rejected::Wrong(mismatch),
-        VerifyError::Faulted(fault) => Rejected::Faulted(fault),
+        // The platform knows where the code starts, not where it ends.
+        VerifyError::Faulted(KernelFault { vector, offset }) => {
+            Rejected::Faulted(KernelFault { vector, offset: offset.filter(|&at| (at as usize) < len_bytes) })
+        }
         VerifyError::Engine(error) => Rejected::Unusable(error),
     })
 }
 
 #[cfg(not(feature = "jit"))]
 /// Verifies and installs the kernels linked into a native image; returns those in use.
+///
+/// # Errors
+/// [`RunError::NoLinkedKernel`] when none is for this model, [`RunError::LinkedKernelsRefused`] when none of those can be used.
 pub fn install_linked(
     platform: &mut dyn Platform,
     reporter: &mut Reporter,
     engine: &mut Engine<'_>,
     linked: &[LinkedKernel],
-) -> RunningKernels {
+) -> Result<RunningKernels, RunError> {
     let mut running = RunningKernels::none(engine.table().len());
-    for LinkedKernel { variant, kernel } in linked {
+    let (mut matching, mut first) = (0, None);
+    for LinkedKernel { variant, kernel, len_bytes } in linked {
         let key = kernel.key();
         let Some(slot) = engine.table().find(&key) else { continue };
-        match verify(platform, engine, slot, *kernel) {
+        matching += 1;
+        match verify(platform, engine, slot, *kernel, *len_bytes) {
             Ok(()) if engine.table_mut().install(slot, *kernel).is_ok() => running.set(slot, *variant),
             Ok(()) => {}
             Err(rejected) => {
                 let text = alloc::format!("linked kernel {key} {variant} {rejected}; not used");
-                reporter.note(platform, Level::Warning, text);
+                reporter.note(platform, Level::Warning, text.clone());
+                first.get_or_insert(text);
             }
         }
     }
-    running
+    match first {
+        _ if running.count() > 0 => Ok(running),
+        Some(first) => Err(RunError::LinkedKernelsRefused { matching, first }),
+        None => Err(RunError::NoLinkedKernel),
+    }
 }
 
 #[cfg(feature = "jit")]
@@ -196,7 +214,7 @@ pub fn restore(
         };
         let verified = match audited {
             Ok(()) => match platform.publish(record.key, &stored.code) {
-                Ok(kernel) => verify(platform, engine, slot, kernel).map(|()| kernel),
+                Ok(kernel) => verify(platform, engine, slot, kernel, stored.code.len()).map(|()| kernel),
                 Err(full) => {
                     reporter.note(platform, Level::Warning, alloc::format!("{}: not restored: {full}", record.key));
                     continue;

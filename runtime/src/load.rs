@@ -105,33 +105,35 @@ pub fn describe_source(source: &mut dyn ByteSource, tokenizer: Option<&[u8]>) ->
         source.read_at(0, &mut header)?;
         match read_header(&header, file_bytes, tokenizer) {
             // Headers grow in steps, so that a damaged length cannot make us read the whole file at once.
-            Err(ModelError::Truncated { need_bytes, .. }) if need_bytes <= file_bytes && have < file_bytes => {
+            Err(RunError::Model(ModelError::Truncated { need_bytes, .. }))
+                if need_bytes <= file_bytes && have < file_bytes =>
+            {
                 have = need_bytes.max(have.saturating_mul(2)).min(file_bytes);
             }
             // A raw disk is whole sectors: the last one holds up to 511 bytes that are not the file's.
-            Err(ModelError::TrailingBytes { expected_bytes, .. })
+            Err(RunError::Model(ModelError::TrailingBytes { expected_bytes, .. }))
                 if expected_bytes < file_bytes
                     && expected_bytes.next_multiple_of(SECTOR_BYTES as u64) == file_bytes =>
             {
                 file_bytes = expected_bytes;
                 have = have.min(file_bytes);
             }
-            other => return Ok(other?),
+            other => return other,
         }
     }
 }
 
-fn read_header(header: &[u8], file_bytes: u64, tokenizer: Option<&[u8]>) -> Result<ModelDescription, ModelError> {
-    match formats::sniff(header, file_bytes)? {
-        FileFormat::Gguf => gguf::read(header, file_bytes),
-        FileFormat::Llama2c => llama2c::read(header, file_bytes, tokenizer.unwrap_or_default()),
-    }
+fn read_header(header: &[u8], file_bytes: u64, tokenizer: Option<&[u8]>) -> Result<ModelDescription, RunError> {
+    Ok(match formats::sniff(header, file_bytes)? {
+        FileFormat::Gguf => gguf::read(header, file_bytes)?,
+        FileFormat::Llama2c => llama2c::read(header, file_bytes, tokenizer.ok_or(RunError::NoTokenizer)?)?,
+    })
 }
 
 /// A file of the boot volume, whole; `None` when there is no boot volume or no such file.
 ///
 /// # Errors
-/// Storage errors other than a missing file.
+/// Storage errors other than a missing file; [`RunError::FileTooLong`] for one of more than `max_bytes`.
 pub fn boot_file(platform: &mut dyn Platform, name: &str, max_bytes: u64) -> Result<Option<Vec<u8>>, RunError> {
     let Some(disk) = platform.boot_disk() else { return Ok(None) };
     let volume = FatVolume::open(disk)?;
@@ -140,7 +142,10 @@ pub fn boot_file(platform: &mut dyn Platform, name: &str, max_bytes: u64) -> Res
         Err(StorageError::NotFound { .. }) => return Ok(None),
         Err(error) => return Err(error.into()),
     };
-    let mut bytes = vec![0; usize::try_from(file.len_bytes.min(max_bytes)).unwrap_or(0)];
+    if file.len_bytes > max_bytes {
+        return Err(RunError::FileTooLong { name: name.into(), len_bytes: file.len_bytes, max_bytes });
+    }
+    let mut bytes = vec![0; file.len_bytes as usize];
     FileSource::new(disk, &file).read_at(0, &mut bytes)?;
     Ok(Some(bytes))
 }

@@ -171,7 +171,7 @@ impl<'a> Tuner<'a> {
                         self.end_tsc = 0;
                         return;
                     }
-                    Ok(kernel) => match verify(platform, engine, slot, kernel) {
+                    Ok(kernel) => match verify(platform, engine, slot, kernel, compiled.code.len()) {
                         Err(rejected) => {
                             let text = format!("{} {variant}: {rejected}; quarantined", record.key);
                             reporter.note(platform, Level::Warning, text);
