@@ -519,4 +519,15 @@ fn a_tool_opens_the_newest_snapshot_whosever_it_is() {
         (identity, opened.generation, opened.code, opened.snapshot),
         (other, 2, CodeUse::Full, snapshot(2, 100))
     );
+
+    // With the newer one damaged, the older one is still there, though of another model.
+    let at = slot_at(opened.slot) + HEADER_BYTES + 5;
+    disk.bytes_mut()[at] ^= 1;
+    let (opened, identity) = open_any(&mut slots(&mut disk)).expect("the older one");
+    assert_eq!((identity, opened.generation, opened.snapshot), (ME, 1, snapshot(1, 100)));
+    assert!(
+        matches!(opened.passed_over, Some(SlotReason::OtherModel { generation: 2, .. })),
+        "{:?}",
+        opened.passed_over
+    );
 }
