@@ -101,8 +101,8 @@ pub enum Message {
     Test {
         /// Test name.
         name: String,
-        /// `None` when it passed, else what went wrong.
-        failure: Option<String>,
+        /// How it ended.
+        outcome: TestOutcome,
     },
     /// The boot's report.
     Report(BootReport),
@@ -115,6 +115,18 @@ pub enum Message {
         /// Messages sent before this one, so that a host sees loss.
         messages: u32,
     },
+}
+
+/// How a self-test ended.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TestOutcome {
+    /// It ran, and all was as it should be.
+    Passed,
+    /// What went wrong.
+    Failed(String),
+    /// It did not run: what the machine or the settings lack.
+    Skipped(String),
 }
 
 /// A stage of the boot with its duration.

@@ -54,7 +54,7 @@ fn run(workspace: &Path, command: Command) -> Result<()> {
         Command::Bench(args) => bench::run(workspace, &args),
         Command::Test => test::run(workspace),
         Command::Scenarios => {
-            packages::ensure(&[&packages::QEMU])?;
+            packages::ensure(&packages::SCENARIOS)?;
             let kernel = kernel_build::jit_image(workspace)?;
             let library = kernel_build::native_library(workspace)?;
             let passed = scenarios::run(&kernel, &library, workspace, &workspace.join("out/scenarios"))?;
