@@ -2,16 +2,13 @@
 
 use anyhow::{Context, Result, bail};
 use indicatif::{ProgressBar, ProgressDrawTarget};
-use model::ModelError;
 use model::TensorType;
 use model::convert::{ConvertError, Target, convert};
+use model::formats::HeaderBytes;
 use std::fs::{File, Permissions};
 use std::io::{BufWriter, IntoInnerError, IsTerminal, Write};
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::Path;
-
-/// First guess at the header's size; it grows as the reader asks.
-const HEADER_GUESS_BYTES: u64 = 2 << 20;
 
 /// Writes `input` to `output` with matrices of type `matrices`, and the embedding and head of type `embedding`
 /// (`None`: the same).
@@ -31,9 +28,9 @@ pub fn run(input: &Path, output: &Path, matrices: &str, embedding: Option<&str>)
     } else {
         ProgressBar::hidden()
     };
-    let mut have = HEADER_GUESS_BYTES.min(file_bytes);
+    let mut len = HeaderBytes::of(file_bytes);
     let summary = loop {
-        let mut header = vec![0; usize::try_from(have)?];
+        let mut header = vec![0; len.len()];
         file.read_exact_at(&mut header, 0).with_context(|| format!("reading {}", input.display()))?;
         let part = tempfile::Builder::new().permissions(Permissions::from_mode(0o666)).tempfile_in(dir);
         let mut out = BufWriter::new(part.with_context(|| format!("creating a file in {}", dir.display()))?);
@@ -54,9 +51,7 @@ pub fn run(input: &Path, output: &Path, matrices: &str, embedding: Option<&str>)
                 part.persist(output).map_err(|failed| failed.error).with_context(writing)?;
                 break summary;
             }
-            Err(ConvertError::Model(ModelError::Truncated { need_bytes, .. })) if have < file_bytes => {
-                have = need_bytes.max(have * 2).min(file_bytes);
-            }
+            Err(ConvertError::Model(error)) if len.grow(&error) => {}
             Err(error) => bail!("{}: {error}", input.display()),
         }
     };

@@ -13,12 +13,11 @@ use model::kernel::{KernelKey, Variant};
 use profiler::HotKey;
 use profiler::trial::{Order, Trial, TrialConfig};
 use runtime::Options;
+use runtime::tune::MIN_SHARE;
 use serde_json::{Value, json};
 use std::io::IsTerminal;
 use std::path::Path;
 
-/// Keys below this share of kernel cycles are not looked at; the tuner leaves them alone, too.
-const MIN_SHARE: f64 = 0.001;
 /// Calls of the reference: a hundred times slower than the rest and needed only for its order of magnitude.
 const REFERENCE_ROUNDS: usize = 3;
 /// Rounds after which variants far behind the best are dropped, and how far behind that is.

@@ -7,13 +7,11 @@ use crate::platform::Platform;
 use alloc::string::{String, ToString};
 use alloc::vec;
 use alloc::vec::Vec;
-use model::formats::{self, FileFormat};
+use model::formats::{self, FileFormat, HeaderBytes};
 use model::{ModelDescription, ModelError, gguf, llama2c};
 use sha2::{Digest, Sha256};
 use storage::{ByteSource, FatFile, FatVolume, FileSource, RawDisk, SECTOR_BYTES, StorageError};
 
-/// First guess at the header's size; a larger header is read again with the size it asks for.
-const HEADER_GUESS_BYTES: u64 = 2 << 20;
 /// Weights are streamed in pieces of this size, so that progress can be printed between them.
 const PIECE_BYTES: u64 = 64 << 20;
 /// One sample of [`SAMPLE_BYTES`] goes into the fingerprint from each stretch of this length.
@@ -99,24 +97,19 @@ pub fn describe(
 /// As [`describe`].
 pub fn describe_source(source: &mut dyn ByteSource, tokenizer: Option<&[u8]>) -> Result<ModelDescription, RunError> {
     let mut file_bytes = source.len_bytes();
-    let mut have = HEADER_GUESS_BYTES.min(file_bytes);
+    let mut len = HeaderBytes::of(file_bytes);
     loop {
-        let mut header = vec![0; usize::try_from(have).unwrap_or(usize::MAX)];
+        let mut header = vec![0; len.len()];
         source.read_at(0, &mut header)?;
         match read_header(&header, file_bytes, tokenizer) {
-            // Headers grow in steps, so that a damaged length cannot make us read the whole file at once.
-            Err(RunError::Model(ModelError::Truncated { need_bytes, .. }))
-                if need_bytes <= file_bytes && have < file_bytes =>
-            {
-                have = need_bytes.max(have.saturating_mul(2)).min(file_bytes);
-            }
+            Err(RunError::Model(error)) if len.grow(&error) => {}
             // A raw disk is whole sectors: the last one holds up to 511 bytes that are not the file's.
             Err(RunError::Model(ModelError::TrailingBytes { expected_bytes, .. }))
                 if expected_bytes < file_bytes
                     && expected_bytes.next_multiple_of(SECTOR_BYTES as u64) == file_bytes =>
             {
                 file_bytes = expected_bytes;
-                have = have.min(file_bytes);
+                len = HeaderBytes::of(file_bytes);
             }
             other => return other,
         }

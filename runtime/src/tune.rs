@@ -21,8 +21,8 @@ use profiler::trial::{Order, Trial as PairedTrial, TrialConfig, Verdict};
 use report::{Level, TrialOutcome as Shown, TrialRow};
 use snapshot_format::{KeyRecord, Snapshot, StoredKernel, Trial, TrialOutcome};
 
-/// Keys below this share of the boot's kernel cycles are left alone while hotter ones are open.
-const MIN_SHARE: f64 = 0.001;
+/// Keys below this share of the boot's kernel cycles are left alone.
+pub const MIN_SHARE: f64 = 0.001;
 
 /// Variants of one key tried before the next key's turn: enough to share the reference output they are checked with,
 /// few enough that every key gets its best guesses early.

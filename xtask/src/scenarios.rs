@@ -49,7 +49,7 @@ const SCENARIOS: &[Scenario] = &[
     ("another model does not use this model's snapshot", other_model),
     ("a read-only boot volume is said, and the run goes on", read_only_volume),
     ("every architecture gives the same tokens with compiled kernels as without", architectures),
-    ("a setting in BAREFLOW.CFG that cannot be read", bad_config),
+    ("a setting in BAREFLOW.CFG that cannot be read, and a file that is too long", bad_config),
     ("a file that is no model", not_a_model),
     ("an empty model file", empty_model),
     ("a truncated model", truncated_model),
@@ -396,7 +396,7 @@ fn bad_kernels(bench: &mut Bench) -> Result<()> {
     })?;
     ensure!(replaced.len() == 3, "there are {} kernels on the disk to replace, expected at least 3", replaced.len());
     let transcript = bench.boot(&bench.machine(""))?;
-    let words = ["refused by the audit", "differs from the reference", "exception 14"];
+    let words = ["refused by the audit", "differs from the reference", "exception 14 at byte 0 of its code"];
     for ((key, _), word) in replaced.iter().zip(words) {
         let key = key.to_string();
         let said = |text: &str| text.contains(&key) && text.contains(word) && text.contains("quarantined");
@@ -468,12 +468,17 @@ fn architectures(bench: &mut Bench) -> Result<()> {
 }
 
 fn bad_config(bench: &mut Bench) -> Result<()> {
-    let spec = ImageSpec { config: "max_tokens=many\n".into(), overwrite: true, ..ImageSpec::new(&bench.kernel) };
     let disk = bench.dir.join("bad-config.img");
-    bootimage::build(&spec, &disk)?;
-    let mut machine = bench.machine("");
-    machine.drives[0].path = disk;
-    bench.refused(&machine, &["max_tokens", "many"])
+    let refused = |config: String, words: &[&str]| -> Result<()> {
+        let spec = ImageSpec { config, overwrite: true, ..ImageSpec::new(&bench.kernel) };
+        bootimage::build(&spec, &disk)?;
+        let mut machine = bench.machine("");
+        machine.drives[0].path = disk.clone();
+        bench.refused(&machine, words)
+    };
+    refused("max_tokens=many\n".into(), &["max_tokens", "many"])?;
+    // A file that is too long is not read up to some byte and then run with what was in that.
+    refused(format!("#{}\nmax_tokens=1\n", " ".repeat(65 << 10)), &["BAREFLOW.CFG", "65536"])
 }
 
 fn empty_model(bench: &mut Bench) -> Result<()> {
