@@ -55,10 +55,18 @@ pub(crate) fn make() -> Result<Grub, ImageError> {
     Ok(Grub { boot, core, efi: mkimage(EFI.0, &efi, &[])? })
 }
 
+/// GRUB's modules for `platform` (`i386-pc` or `x86_64-efi`) are installed.
+pub fn has_grub_modules(platform: &str) -> bool {
+    find_library(platform).is_some()
+}
+
+fn find_library(platform: &str) -> Option<PathBuf> {
+    LIBRARIES.iter().map(|root| Path::new(root).join(platform)).find(|path| path.join("kernel.img").exists())
+}
+
 fn library((platform, package): (&'static str, &'static str)) -> Result<PathBuf, ImageError> {
-    let path = |root: &str| Path::new(root).join(platform);
-    let found = LIBRARIES.iter().map(|root| path(root)).find(|p| p.join("kernel.img").exists());
-    found.ok_or_else(|| ImageError::GrubFilesMissing { platform, path: path(LIBRARIES[0]), package })
+    let path = Path::new(LIBRARIES[0]).join(platform);
+    find_library(platform).ok_or(ImageError::GrubFilesMissing { platform, path, package })
 }
 
 fn mkimage(platform: &'static str, library: &Path, extra: &[&str]) -> Result<Vec<u8>, ImageError> {

@@ -29,6 +29,7 @@ mod names;
 mod window;
 
 pub use error::ImageError;
+pub use grub::has_grub_modules;
 pub use names::{short_name, split_name};
 
 use fatfs::{Date, DateTime, FatType, FileSystem, FormatVolumeOptions, FsOptions, Time, TimeProvider};

@@ -82,6 +82,11 @@ impl<'w> Engine<'w> {
         })
     }
 
+    /// Takes the memory of the rotary angles of `positions`, which are made as the context fills.
+    pub fn reserve_angles(&mut self, positions: usize) {
+        self.ropes.iter_mut().for_each(|rope| rope.reserve(positions));
+    }
+
     /// Hyperparameters.
     pub fn config(&self) -> &Config {
         &self.plan.config

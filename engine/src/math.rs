@@ -237,6 +237,12 @@ impl RopeTable {
         2 * self.frequencies.len()
     }
 
+    /// Takes the memory of the rows of positions `..positions`.
+    pub fn reserve(&mut self, positions: usize) {
+        let len = positions.saturating_mul(self.rope_dim());
+        self.cos_sin.reserve_exact(len.saturating_sub(self.cos_sin.len()));
+    }
+
     /// Makes the rows of positions `..positions` that are not there yet.
     pub fn extend_to(&mut self, positions: usize) {
         if self.frequencies.is_empty() {

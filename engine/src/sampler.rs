@@ -66,6 +66,8 @@ pub struct Sampler {
     rng: SplitMix64,
     /// Logits after bans and penalties.
     logits: Vec<f32>,
+    /// One bit for each token: its penalty was paid.
+    said: Vec<u64>,
     /// Tokens still in the draw.
     candidates: Vec<u32>,
     /// Their probabilities before division by the sum, padded.
@@ -76,7 +78,15 @@ impl Sampler {
     /// A sampler at the start of its seed's sequence.
     pub fn new(level: Level, settings: Sampling) -> Self {
         let rng = SplitMix64::new(settings.seed);
-        Self { level, settings, rng, logits: Vec::new(), candidates: Vec::new(), numerators: Vec::new() }
+        Self {
+            level,
+            settings,
+            rng,
+            logits: Vec::new(),
+            said: Vec::new(),
+            candidates: Vec::new(),
+            numerators: Vec::new(),
+        }
     }
 
     /// The next token after `history` (prompt included).
@@ -106,11 +116,16 @@ impl Sampler {
             0 => history,
             window => &history[history.len().saturating_sub(window)..],
         };
-        for (i, &token) in seen.iter().enumerate() {
+        self.said.clear();
+        self.said.resize(self.logits.len().div_ceil(64), 0);
+        for &token in seen {
+            let (word, bit) = (token as usize / 64, 1u64 << (token % 64));
+            let (Some(logit), Some(said)) = (self.logits.get_mut(token as usize), self.said.get_mut(word)) else {
+                continue;
+            };
             // Once a token, however often it occurred.
-            if !seen[..i].contains(&token)
-                && let Some(logit) = self.logits.get_mut(token as usize)
-            {
+            if *said & bit == 0 {
+                *said |= bit;
                 *logit = if *logit > 0.0 { *logit / penalty } else { *logit * penalty };
             }
         }
@@ -192,7 +207,11 @@ impl Sampler {
     fn weigh(&mut self, temperature: f32) -> f64 {
         let len = self.candidates.len();
         self.numerators.clear();
-        self.numerators.extend(self.candidates.iter().map(|&token| self.logits[token as usize] / temperature));
+        let logit = |token: &u32| self.logits[*token as usize];
+        let max = self.candidates.iter().map(logit).fold(f32::NEG_INFINITY, f32::max);
+        // Differences first: a logit over a tiny temperature would be infinite, and infinities have no difference.
+        let below = |token: &u32| if max.is_finite() { logit(token) - max } else { logit(token) };
+        self.numerators.extend(self.candidates.iter().map(|token| below(token) / temperature));
         self.numerators.resize(len.next_multiple_of(REDUCE_LANES), 0.0);
         softmax_numerators(self.level, &mut self.numerators, len);
         // Clamped exponentials of banned tokens are small, not zero.
@@ -288,6 +307,15 @@ mod tests {
         }
         seen.sort_unstable();
         seen
+    }
+
+    #[test]
+    fn a_tiny_temperature_is_nearly_greedy() {
+        let logits = [-7.0, 12.5, 12.25, f32::NEG_INFINITY, 3.0, -0.5, 11.0];
+        for temperature in [1e-3, 1e-30, 1e-38, 1e-44] {
+            assert_eq!(support(warm(temperature, 3), &logits, &[]), [1], "{temperature:e}");
+            assert_eq!(support(Sampling { top_k: 3, ..warm(temperature, 3) }, &logits, &[]), [1], "{temperature:e}");
+        }
     }
 
     #[test]

@@ -231,8 +231,17 @@ impl Plan {
             return Err(EngineError::Threads { threads, max: MAX_PARTS });
         }
         let config = model.config.clone();
-        let mut planner =
-            Planner { model, threads, matrices: Vec::new(), tensors: Vec::new(), ropes: Vec::new(), at: 0, vectors: 0 };
+        let by_role = sorted_by_key(&model.tensors, |tensor| (tensor.role, tensor.layer));
+        let mut planner = Planner {
+            by_role,
+            config: &model.config,
+            threads,
+            matrices: Vec::new(),
+            tensors: Vec::new(),
+            ropes: Vec::new(),
+            at: 0,
+            vectors: 0,
+        };
         let mut layers = Vec::with_capacity(config.n_layers as usize);
         for layer in 0..config.n_layers {
             layers.push(planner.layer(layer)?);
@@ -268,6 +277,12 @@ impl Plan {
         self.arena_len + WEIGHT_ALIGN
     }
 
+    /// Bytes of the tables of rotary angles for `context` positions.
+    pub fn angle_bytes(&self, context: usize) -> usize {
+        let row_bytes = self.ropes.len() * self.config.rope_dim as usize * size_of::<f32>();
+        context.saturating_mul(row_bytes)
+    }
+
     /// Bytes of packed weights that one decoded token reads: all matrices once, embedding rows excepted.
     pub fn token_bytes(&self) -> usize {
         self.matrices.iter().map(Matrix::len_bytes).sum()
@@ -300,7 +315,9 @@ impl Plan {
 const SCALE_BYTES: u64 = 4;
 
 struct Planner<'a> {
-    model: &'a ModelDescription,
+    /// The model's tensors by role and layer: a file names them in any order, and as many as it likes.
+    by_role: Vec<Tensor>,
+    config: &'a Config,
     threads: usize,
     matrices: Vec<Matrix>,
     tensors: Vec<PlannedTensor>,
@@ -312,9 +329,14 @@ struct Planner<'a> {
 }
 
 impl Planner<'_> {
+    fn find(&self, role: Role, layer: Option<u32>) -> Option<Tensor> {
+        let at = self.by_role.binary_search_by_key(&(role, layer), |tensor| (tensor.role, tensor.layer));
+        at.ok().map(|at| self.by_role[at])
+    }
+
     fn tensor(&self, role: Role, layer: Option<u32>) -> Result<Tensor, EngineError> {
         let missing = || EngineError::MissingTensor { name: role.tensor_name(layer) };
-        self.model.tensor(role, layer).copied().ok_or_else(missing)
+        self.find(role, layer).ok_or_else(missing)
     }
 
     /// Bytes of one file row, checked against the tensor's length.
@@ -406,7 +428,7 @@ impl Planner<'_> {
 
     fn layer(&mut self, number: u32) -> Result<LayerWeights, EngineError> {
         let layer = Some(number);
-        let config = &self.model.config;
+        let config = self.config;
         let blueprint = config.architecture.blueprint();
         let window = config.layer_window(number).map_or(usize::MAX, |window| window as usize);
         let (base, scale) = config.layer_rope(number);
@@ -496,7 +518,7 @@ impl Planner<'_> {
     }
 
     fn optional_vector(&mut self, layer: Option<u32>, role: Role) -> Result<Option<Vector>, EngineError> {
-        match self.model.tensor(role, layer).copied() {
+        match self.find(role, layer) {
             Some(tensor) => self.vector(tensor).map(Some),
             None => Ok(None),
         }

@@ -76,11 +76,20 @@ pub fn export(spec: &ExportSpec) -> Result<Exported> {
             spec.disk.display()
         );
     }
-    if !spec.allow_unconverged && snapshot.boots.last().is_none_or(|b| b.kernels_changed > 0) {
+    if !spec.allow_unconverged && snapshot.boots.last().is_none_or(|boot| !boot.converged) {
         bail!(
-            "the snapshot on {} has not settled: kernels changed in its last boot; boot again, or pass --allow-unconverged",
+            "the snapshot on {} has not converged: the report of its last boot says why; boot again, or pass --allow-unconverged",
             spec.disk.display()
         );
+    }
+    for Exportable { key, kernel, .. } in &kernels {
+        jit::audit::audit(&kernel.code, kernel.variant.width).with_context(|| {
+            format!(
+                "{key} {} on {}: not a kernel this project makes; boot the JIT image, which will drop it",
+                kernel.variant,
+                spec.disk.display()
+            )
+        })?;
     }
     let model = match &spec.embed_model {
         Some(path) => Some(std::fs::read(path).with_context(|| format!("reading {}", path.display()))?),

@@ -39,7 +39,7 @@ enum Command {
         /// Also write OUT.debug with symbols.
         #[arg(long)]
         keep_debug: bool,
-        /// Export although kernels changed in the snapshot's last boot.
+        /// Export although the snapshot's last boot had not converged.
         #[arg(long)]
         allow_unconverged: bool,
         /// Print the result as JSON.

@@ -2,16 +2,13 @@
 
 use anyhow::{Context, Result, bail};
 use indicatif::{ProgressBar, ProgressDrawTarget};
-use model::ModelError;
 use model::TensorType;
 use model::convert::{ConvertError, Target, convert};
-use std::fs::File;
-use std::io::{BufWriter, IsTerminal, Write};
-use std::os::unix::fs::FileExt;
+use model::formats::HeaderBytes;
+use std::fs::{File, Permissions};
+use std::io::{BufWriter, IntoInnerError, IsTerminal, Write};
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::Path;
-
-/// First guess at the header's size; it grows as the reader asks.
-const HEADER_GUESS_BYTES: u64 = 2 << 20;
 
 /// Writes `input` to `output` with matrices of type `matrices`, and the embedding and head of type `embedding`
 /// (`None`: the same).
@@ -23,17 +20,20 @@ pub fn run(input: &Path, output: &Path, matrices: &str, embedding: Option<&str>)
     let target = Target { matrices: tensor_type(matrices)?, embedding: tensor_type(embedding.unwrap_or(matrices))? };
     let file = File::open(input).with_context(|| format!("opening {}", input.display()))?;
     let file_bytes = file.metadata()?.len();
-    let part = output.with_extension("part");
+    // A file of its own beside the output, whatever lies there; gone again unless it becomes the output.
+    let dir = output.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let writing = || format!("writing {}", output.display());
     let bar = if std::io::stderr().is_terminal() {
         ProgressBar::with_draw_target(Some(file_bytes), ProgressDrawTarget::stderr())
     } else {
         ProgressBar::hidden()
     };
-    let mut have = HEADER_GUESS_BYTES.min(file_bytes);
+    let mut len = HeaderBytes::of(file_bytes);
     let summary = loop {
-        let mut header = vec![0; usize::try_from(have)?];
+        let mut header = vec![0; len.len()];
         file.read_exact_at(&mut header, 0).with_context(|| format!("reading {}", input.display()))?;
-        let mut out = BufWriter::new(File::create(&part).with_context(|| format!("creating {}", part.display()))?);
+        let part = tempfile::Builder::new().permissions(Permissions::from_mode(0o666)).tempfile_in(dir);
+        let mut out = BufWriter::new(part.with_context(|| format!("creating a file in {}", dir.display()))?);
         let result = convert::<std::io::Error>(
             &header,
             file_bytes,
@@ -46,19 +46,15 @@ pub fn run(input: &Path, output: &Path, matrices: &str, embedding: Option<&str>)
         );
         match result {
             Ok(summary) => {
-                out.flush().with_context(|| format!("writing {}", part.display()))?;
+                let part = out.into_inner().map_err(IntoInnerError::into_error).with_context(writing)?;
+                part.as_file().sync_all().with_context(writing)?;
+                part.persist(output).map_err(|failed| failed.error).with_context(writing)?;
                 break summary;
             }
-            Err(ConvertError::Model(ModelError::Truncated { need_bytes, .. })) if have < file_bytes => {
-                have = need_bytes.max(have * 2).min(file_bytes);
-            }
-            Err(error) => {
-                let _ = std::fs::remove_file(&part);
-                bail!("{}: {error}", input.display());
-            }
+            Err(ConvertError::Model(error)) if len.grow(&error) => {}
+            Err(error) => bail!("{}: {error}", input.display()),
         }
     };
-    std::fs::rename(&part, output).with_context(|| format!("writing {}", output.display()))?;
     bar.finish_and_clear();
     println!(
         "{}: {} bytes, {} tensors converted, {} copied",

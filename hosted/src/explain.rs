@@ -31,7 +31,8 @@ pub fn print(key: &str, image: Option<&Path>, isa: IsaLimit) -> Result<()> {
         let known: Vec<String> = snapshot.entries.iter().map(|r| format!("  {}", r.key)).collect();
         bail!("the snapshot on {} has never met {key}; it knows:\n{}", image.display(), known.join("\n"));
     };
-    print_record(record);
+    let tried_all = isa.avx2 && runtime::tune::untried(record, &runtime::Options::default(), compiler.isa()).is_none();
+    print_record(record, tried_all);
     let threads = snapshot.boots.last().map_or(1, |line| line.threads as usize);
     if let Some(cycles) = record.last_median_cycles {
         let memory = process.arena("limits", LIMIT_MEMORY_BYTES)?;
@@ -80,7 +81,7 @@ fn print_space(key: &KernelKey, mut compiler: Compiler) -> Result<()> {
     Ok(())
 }
 
-fn print_record(record: &KeyRecord) {
+fn print_record(record: &KeyRecord, tried_all: bool) {
     let or_dash = |value: Option<String>| value.unwrap_or_else(|| "-".into());
     let runs = record.incumbent.as_ref().map_or_else(|| "the hand-written op".to_owned(), |k| k.variant.to_string());
     println!("  runs {runs}, since boot {}", record.changed_at_boot);
@@ -88,11 +89,7 @@ fn print_record(record: &KeyRecord) {
         "  hand-written op: {} cycles a call, median",
         or_dash(record.baseline_median_cycles.map(|c| c.to_string()))
     );
-    println!(
-        "  {} variants tried{}",
-        record.trials.len(),
-        if record.space_exhausted { ": all worth trying" } else { "" }
-    );
+    println!("  {} variants tried{}", record.trials.len(), if tried_all { ": all worth trying" } else { "" });
     println!(
         "\n  {:<4} {:<28} {:<28} {:>6} {:<8} {:>8} {:>6}",
         "boot", "variant", "against", "ratio", "outcome", "compile", "bytes"

@@ -1,13 +1,15 @@
 //! `bareflow info`: what a model file is.
 
 use crate::platform::FileDisk;
+use crate::read_file;
 use anyhow::{Context, Result};
 use engine::attention::KvType;
 use engine::{Plan, Session};
 use model::architecture::{Activation, Norm, Positions};
 use model::chat::ChatTemplate;
+use model::formats::HeaderBytes;
 use model::gguf::Header;
-use model::{Config, ModelDescription, ModelError};
+use model::{Config, ModelDescription};
 use runtime::load::describe_source;
 use serde_json::{Map, Value, json};
 use std::fs::File;
@@ -176,15 +178,13 @@ fn pass(config: &Config) -> String {
 fn header_facts(file: &Path) -> Result<Option<Facts>> {
     let source = File::open(file).with_context(|| format!("opening {}", file.display()))?;
     let file_bytes = source.metadata()?.len();
-    let mut have = (2 << 20).min(file_bytes);
+    let mut len = HeaderBytes::of(file_bytes);
     let bytes = loop {
-        let mut bytes = vec![0; usize::try_from(have)?];
+        let mut bytes = vec![0; len.len()];
         source.read_exact_at(&mut bytes, 0).with_context(|| format!("reading {}", file.display()))?;
         match Header::parse(&bytes, file_bytes) {
             Ok(_) => break bytes,
-            Err(ModelError::Truncated { need_bytes, .. }) if have < file_bytes => {
-                have = need_bytes.max(have * 2).min(file_bytes);
-            }
+            Err(error) if len.grow(&error) => {}
             Err(_) => return Ok(None),
         }
     };
@@ -209,9 +209,6 @@ fn header_facts(file: &Path) -> Result<Option<Facts>> {
 
 fn describe(file: &Path, tokenizer: Option<&Path>) -> Result<ModelDescription> {
     let mut disk = FileDisk::open(file, false).with_context(|| format!("opening {}", file.display()))?;
-    let tokenizer = match tokenizer {
-        Some(path) => Some(std::fs::read(path).with_context(|| format!("reading {}", path.display()))?),
-        None => None,
-    };
+    let tokenizer = read_file(tokenizer)?;
     Ok(describe_source(&mut RawDisk::new(&mut disk), tokenizer.as_deref())?)
 }

@@ -13,7 +13,7 @@ mod platform;
 mod tune;
 mod workbench;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use bootimage::ImageSpec;
 use clap::{Args, Parser, Subcommand};
 use platform::{FileDisk, Process};
@@ -70,7 +70,7 @@ enum Command {
         #[arg(long, default_value = "")]
         keys: String,
         /// Calls of each candidate.
-        #[arg(long, default_value_t = 11)]
+        #[arg(long, default_value_t = 11, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..))]
         rounds: usize,
     },
     /// Show what was tried for a kernel key, what won, how close to the limit it is, and its machine code.
@@ -306,11 +306,10 @@ fn run_once(args: &GenerateArgs, entry_tsc: u64) -> Result<BootReport> {
         Some(path) => Some(open_snapshot(path)?),
         None => None,
     };
-    let read = |path: &Option<PathBuf>| match path {
-        Some(path) => std::fs::read(path).map(Some).with_context(|| format!("reading {}", path.display())),
-        None => Ok(None),
+    let companions = Companions {
+        tokenizer: read_file(args.tokenizer.as_deref())?,
+        signature: read_file(args.signature.as_deref())?,
     };
-    let companions = Companions { tokenizer: read(&args.tokenizer)?, signature: read(&args.signature)? };
     let quiet = args.json;
     let mut process = Process::start(entry_tsc, options.threads as usize, Some(model), snapshot, quiet)?;
     let request =
@@ -321,6 +320,11 @@ fn run_once(args: &GenerateArgs, entry_tsc: u64) -> Result<BootReport> {
         (_, _, Some(error)) => Err(error.into()),
         (status, ..) => anyhow::bail!("the run ended as {status:?} without a report"),
     }
+}
+
+/// Content of a file, where one is named.
+fn read_file(path: Option<&Path>) -> Result<Option<Vec<u8>>> {
+    path.map(|path| std::fs::read(path).with_context(|| format!("reading {}", path.display()))).transpose()
 }
 
 /// Opens the image at `path`, making an empty one first if there is none.
@@ -365,8 +369,12 @@ fn generate(args: &GenerateArgs, entry_tsc: u64) -> Result<()> {
 }
 
 fn tune(args: &GenerateArgs, exhaustive: bool, keys: &str, rounds: usize) -> Result<()> {
+    ensure!(!args.report, "--report: tune boots nothing that could be reported; leave it out");
+    ensure!(args.tune_ms == 0, "--tune-ms: tune judges kernels and keeps none; use generate to search for better ones");
+    let tokenizer = read_file(args.tokenizer.as_deref())?;
     let request = tune::Request {
         model: &args.model,
+        tokenizer,
         snapshot: args.snapshot.as_deref(),
         exhaustive,
         filter: keys,

@@ -6,9 +6,9 @@
 //! negative log-likelihood; its error is that mean's standard error times the perplexity.
 
 use crate::platform::{FileDisk, Process};
+use crate::read_file;
 use anyhow::{Context, Result, ensure};
-use engine::Session;
-use engine::attention::KvType;
+use runtime::boot::Shape;
 use runtime::load::Companions;
 use runtime::platform::Platform;
 use runtime::{Options, boot, load};
@@ -70,11 +70,7 @@ impl Score {
 pub fn run(request: &Request<'_>, options: &Options) -> Result<()> {
     let disk = FileDisk::open(request.model, false).with_context(|| format!("opening {}", request.model.display()))?;
     let text = std::fs::read(request.text).with_context(|| format!("reading {}", request.text.display()))?;
-    let tokenizer = match request.tokenizer {
-        Some(path) => Some(std::fs::read(path).with_context(|| format!("reading {}", path.display()))?),
-        None => None,
-    };
-    let companions = Companions { tokenizer, signature: None };
+    let companions = Companions { tokenizer: read_file(request.tokenizer)?, signature: None };
     let mut process = Process::start(engine::cycles(), options.threads as usize, Some(disk), None, true)?;
     let isa = boot::limited(process.cpu().isa, options.isa);
     let location = load::locate(&mut process, options)?;
@@ -91,10 +87,8 @@ pub fn run(request: &Request<'_>, options: &Options) -> Result<()> {
     ensure!(windows > 0, "the text is {} tokens, less than one window of {context}; see --context", tokens.len());
 
     let threads = boot::threads(options, process.workers());
-    let (mut engine, _) = boot::load_engine(&mut process, &location, &description, options, isa, threads)?;
-    let kv = options.kv.unwrap_or_else(|| KvType::for_model(&description));
-    let memory = process.arena("session", Session::memory_bytes(&description.config, context, threads, kv))?;
-    let mut session = Session::new(&engine, context, kv, memory)?;
+    let shape = Shape { isa, threads, context };
+    let (mut engine, mut session, _) = boot::load_session(&mut process, &location, &description, options, shape)?;
     let mut score = Score::default();
     for (index, window) in tokens.chunks_exact_mut(context).take(windows).enumerate() {
         if let Some(bos) = bos {
@@ -118,7 +112,7 @@ pub fn run(request: &Request<'_>, options: &Options) -> Result<()> {
             "scored_tokens": score.tokens,
             "windows": windows,
             "context": context,
-            "kv_cache": kv.name(),
+            "kv_cache": boot::kv_type(options, &description).name(),
         });
         println!("{}", serde_json::to_string_pretty(&value)?);
     } else {

@@ -13,12 +13,11 @@ use model::kernel::{KernelKey, Variant};
 use profiler::HotKey;
 use profiler::trial::{Order, Trial, TrialConfig};
 use runtime::Options;
+use runtime::tune::MIN_SHARE;
 use serde_json::{Value, json};
 use std::io::IsTerminal;
 use std::path::Path;
 
-/// Keys below this share of kernel cycles are not looked at; the tuner leaves them alone, too.
-const MIN_SHARE: f64 = 0.001;
 /// Calls of the reference: a hundred times slower than the rest and needed only for its order of magnitude.
 const REFERENCE_ROUNDS: usize = 3;
 /// Rounds after which variants far behind the best are dropped, and how far behind that is.
@@ -29,13 +28,15 @@ const CUT_RATIO: f64 = 1.2;
 pub struct Request<'a> {
     /// Model file.
     pub model: &'a Path,
+    /// Content of a llama2.c model's tokenizer file.
+    pub tokenizer: Option<Vec<u8>>,
     /// Snapshot image whose choices are judged.
     pub snapshot: Option<&'a Path>,
     /// Try every variant of the space.
     pub exhaustive: bool,
     /// Only keys whose name contains this.
     pub filter: &'a str,
-    /// Calls of each candidate.
+    /// Calls of each candidate; at least one.
     pub rounds: usize,
     /// Print JSON.
     pub json: bool,
@@ -46,7 +47,7 @@ pub struct Request<'a> {
 /// # Errors
 /// What stops a boot; a snapshot that is not this model's or this CPU's.
 pub fn run(request: &Request<'_>, options: &Options) -> Result<()> {
-    let mut bench = Workbench::open(request.model, request.snapshot, options)?;
+    let mut bench = Workbench::open(request.model, request.tokenizer.clone(), request.snapshot, options)?;
     let mut compiler = Compiler::new(runtime::tune::target(bench.isa))?;
     let hot: Vec<HotKey> = bench.hot(MIN_SHARE);
     let hot: Vec<HotKey> = hot.into_iter().filter(|h| h.key.to_string().contains(request.filter)).collect();

@@ -5,13 +5,13 @@
 
 use crate::platform::{FileDisk, Process};
 use anyhow::{Context, Result, bail};
-use engine::attention::KvType;
 use engine::simd::limits::{self, Limits};
-use engine::{Engine, EngineError, Isa, Runs, Session};
+use engine::{Engine, EngineError, Isa, Runs};
 use jit::Compiler;
 use model::kernel::{KernelKey, Variant};
 use profiler::HotKey;
 use report::ImageKind;
+use runtime::boot::Shape;
 use runtime::kernels::{RunningKernels, restore};
 use runtime::load::Companions;
 use runtime::options::Tier;
@@ -41,11 +41,11 @@ pub struct Workbench {
 }
 
 impl Workbench {
-    /// Loads `model` as `options` say and takes the kernels of the snapshot on the image `snapshot`.
+    /// Loads `model` (a llama2.c one with the content of its `tokenizer` file) as `options` say and takes the kernels of the snapshot on the image `snapshot`.
     ///
     /// # Errors
     /// What stops a boot; a snapshot of another model or CPU.
-    pub fn open(model: &Path, snapshot: Option<&Path>, options: &Options) -> Result<Self> {
+    pub fn open(model: &Path, tokenizer: Option<Vec<u8>>, snapshot: Option<&Path>, options: &Options) -> Result<Self> {
         let disk = FileDisk::open(model, false).with_context(|| format!("opening {}", model.display()))?;
         let image = match snapshot {
             Some(path) => Some(FileDisk::open(path, false).with_context(|| format!("opening {}", path.display()))?),
@@ -54,15 +54,15 @@ impl Workbench {
         let mut process = Process::start(engine::cycles(), options.threads as usize, Some(disk), image, true)?;
         let isa = boot::limited(process.cpu().isa, options.isa);
         let location = load::locate(&mut process, options)?;
-        let companions = Companions::default().or_from_volume(&mut process, options)?;
+        let given = Companions { tokenizer, signature: None };
+        let companions = given.or_from_volume(&mut process, options)?;
         let description = load::describe(&mut process, &location, options, &companions)?;
         let context = boot::context(options, &description);
         let prompt = prompt::encode(&description, options, context)?;
         let threads = boot::threads(options, process.workers());
-        let (mut engine, loaded) = boot::load_engine(&mut process, &location, &description, options, isa, threads)?;
-        let kv = options.kv.unwrap_or_else(|| KvType::for_model(&description));
-        let memory = process.arena("session", Session::memory_bytes(&description.config, context, threads, kv))?;
-        let mut session = Session::new(&engine, context, kv, memory)?;
+        let shape = Shape { isa, threads, context };
+        let (mut engine, mut session, loaded) =
+            boot::load_session(&mut process, &location, &description, options, shape)?;
 
         let mut reporter = Reporter::start(&mut process, ImageKind::Hosted);
         let identity = identity::identity(process.cpu(), loaded.fingerprint);
@@ -85,7 +85,7 @@ impl Workbench {
                 let compiled = compiler.compile(key, variant).map_err(|error| error.to_string())?;
                 Ok(StoredKernel::new(*variant, compiled.code))
             };
-            running = restore(&mut process, &mut reporter, &mut engine, &mut learnt, &mut rebuild);
+            running = restore(&mut process, &mut reporter, &mut engine, &mut learnt, isa, &mut rebuild).running;
         }
         generate::generate(&mut process, &mut reporter, &mut engine, &mut session, &description, options, &prompt)?;
         let limits = limits::measure(engine.weights(), engine.table().level(), isa, process.workers(), threads);
@@ -111,7 +111,8 @@ impl Workbench {
         let key = self.engine.table().key(slot).context("no such slot")?;
         let compiled = compiler.compile(&key, variant)?;
         let kernel = self.process.publish(key, &compiled.code)?;
-        match runtime::kernels::verify(&mut self.process, &mut self.engine, slot, kernel) {
+        let len_bytes = compiled.code.len();
+        match runtime::kernels::verify(&mut self.process, &mut self.engine, slot, kernel, len_bytes) {
             Ok(()) => Ok(Runs::Compiled(kernel)),
             Err(rejected) => bail!("{rejected}"),
         }

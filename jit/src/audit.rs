@@ -7,8 +7,9 @@
 //! and no code but its own.
 //!
 //! Not checked here: offsets from the arguments (a kernel's shape decides them; the tests run kernels between unmapped
-//! pages) and the arithmetic
-//! (the caller compares results with the reference).
+//! pages), offsets of frame addresses that are kept in a register or have an index (loops move them; stores through `rsp` and
+//! `rbp` are bounded, and what they overwrite counts as lost), and the arithmetic (the caller compares results with the
+//! reference).
 //!
 //! Method: forward data flow over basic blocks with one [`Origin`] per integer register and saved stack slot.
 
@@ -170,9 +171,13 @@ impl State {
         self.slots.iter().find(|(offset, _)| *offset == at).map_or(Origin::Unset, |(_, origin)| *origin)
     }
 
+    /// Forgets the slots that `len_bytes` bytes written at `at` overlap.
+    fn lose_slots(&mut self, at: i64, len_bytes: i64) {
+        self.slots.retain(|(offset, _)| offset + 8 <= at || at + len_bytes <= *offset);
+    }
+
     fn set_slot(&mut self, at: i64, origin: Origin) {
-        // Slots are 8 bytes; one that overlaps loses what it held.
-        self.slots.retain(|(offset, _)| (offset - at).abs() >= 8);
+        self.lose_slots(at, 8);
         self.slots.push((at, origin));
         self.slots.sort_unstable_by_key(|(offset, _)| *offset);
     }
@@ -368,10 +373,15 @@ fn step(state: &mut State, i: &Instruction) -> Result<(), AuditError> {
         if writes && !matches!(origin, Origin::Y | Origin::Frame) {
             return Err(AuditError::Store { offset, origin });
         }
-        if let Some(at) = stack
-            && (at < state.rsp || at >= 0)
-        {
-            return Err(AuditError::OutsideFrame { offset });
+        if let Some(at) = stack {
+            let len_bytes = i.memory_size().size() as i64;
+            // The return address lies at 0.
+            if at < state.rsp || at + len_bytes > 0 {
+                return Err(AuditError::OutsideFrame { offset });
+            }
+            if writes {
+                state.lose_slots(at, len_bytes);
+            }
         }
     }
     let immediate = || i.immediate(i.op_count() - 1) as i64;
@@ -583,6 +593,22 @@ mod tests {
         assert_eq!(body(|a| a.push(rax)), Err(AuditError::StackPointer { offset: 4 }));
         assert_eq!(body(|a| a.sub(rsp, 0x10_0000)), Err(AuditError::StackPointer { offset: 0 }));
         assert_eq!(body(|a| a.mov(rsp, rdi)), Err(AuditError::StackPointer { offset: 0 }));
+        // A vector store over a saved register, over the return address, a constant over half a saved register.
+        let saved = |store: &dyn Fn(&mut CodeAssembler) -> Result<(), iced_x86::IcedError>| {
+            body(|a| {
+                a.push(rbx)?;
+                a.sub(rsp, 32)?;
+                store(a)?;
+                a.add(rsp, 32)?;
+                a.pop(rbx)
+            })
+        };
+        assert!(saved(&|a| a.vmovups(ymmword_ptr(rsp), ymm0)).is_ok());
+        assert!(saved(&|a| a.mov(dword_ptr(rsp + 28), 7)).is_ok());
+        let lost = |got| matches!(got, Err(AuditError::NotRestored { register: Register::RBX, .. }));
+        assert!(lost(saved(&|a| a.vmovups(ymmword_ptr(rsp + 8), ymm0))));
+        assert!(lost(saved(&|a| a.mov(dword_ptr(rsp + 36), 7))));
+        assert!(matches!(saved(&|a| a.vmovups(ymmword_ptr(rsp + 16), ymm0)), Err(AuditError::OutsideFrame { .. })));
         assert_eq!(body(|a| a.mov(rbx, rdi)), Err(AuditError::NotRestored { offset: 6, register: Register::RBX }));
     }
 }

@@ -4,7 +4,7 @@ use crate::boot::early::{BootFacts, mark};
 use crate::boot::gates;
 use crate::boot::info::{Loader, Range};
 use crate::boot::paging::LARGE_PAGE_BYTES;
-use crate::platform::code::{self, CodeArena};
+use crate::platform::code::CodeArena;
 use crate::platform::cores::Cores;
 use crate::platform::embedded::EmbeddedModel;
 use crate::platform::virtio::VirtioDisk;
@@ -192,14 +192,16 @@ impl Platform for Machine {
         if let Some(owned) = owned {
             let end = (start + weights.len() as u64).next_multiple_of(LARGE_PAGE_BYTES);
             let range = Range { start, end: end.min(owned.range.end) };
-            self.cores.run(&|core| {
-                // The first core changes the tables all share; the others drop what they remember of them.
-                let range = if core == 0 { range } else { Range { start: 0, end: 0 } };
+            let freeze = |range: Range| {
                 // SAFETY: the only `&mut` to these pages came in as the argument and is a shared reference now; the
                 // rest of the last page belongs to the same arena and was never handed out.
                 let frozen = unsafe { gates::freeze(range) };
                 assert_eq!(frozen, Ok(()), "an arena is whole 2 MiB pages of RAM");
-            });
+            };
+            freeze(range);
+            // Only once the tables all share have changed do the cores drop what they remember of them: one that did so
+            // earlier could read the old entries again.
+            self.cores.run(&|_| freeze(Range { start: 0, end: 0 }));
         }
         weights
     }
@@ -216,10 +218,9 @@ impl Platform for Machine {
     }
 
     fn call_guarded(&mut self, kernel: Kernel, args: KernelArgs<'_>) -> Result<(), KernelFault> {
-        guard::call(kernel, args).map_err(|fault| {
-            let offset = fault.rip.checked_sub(kernel.entry_address() as u64).and_then(|o| u32::try_from(o).ok());
-            // A fault address outside the arena has no meaning as an offset into the kernel.
-            KernelFault { vector: fault.vector, offset: offset.filter(|_| code::offset_of(fault.rip).is_some()) }
+        guard::call(kernel, args).map_err(|fault| KernelFault {
+            vector: fault.vector,
+            offset: fault.rip.checked_sub(kernel.entry_address() as u64).and_then(|o| u32::try_from(o).ok()),
         })
     }
 

@@ -52,7 +52,12 @@ fn bareflow_main(machine: Machine) -> ! {
                 let entry = (&raw const bareflow_kernels_text).add(kernel.offset as usize);
                 Kernel::from_entry(kernel.key, entry)
             };
-            LinkedKernel { variant: kernel.variant, kernel: kernel_code, answer_sha256: kernel.answer_sha256 }
+            LinkedKernel {
+                variant: kernel.variant,
+                kernel: kernel_code,
+                len_bytes: kernel.len_bytes as usize,
+                answer_sha256: kernel.answer_sha256,
+            }
         })
         .collect();
     let machine = if model.is_empty() { machine } else { machine.with_embedded_model(model) };

@@ -16,63 +16,100 @@ use alloc::string::{String, ToString};
 use alloc::vec;
 use alloc::vec::Vec;
 use core::sync::atomic::{AtomicUsize, Ordering};
-use report::{ExitStatus, Message};
+use report::{ExitStatus, Message, TestOutcome};
 use runtime::platform::Platform;
 use storage::{BlockDevice, DeviceError, SECTOR_BYTES};
 
 /// What went wrong.
 type Failure = String;
 
-/// A test: its name and what it does.
-type Test = (&'static str, fn(&mut Machine) -> Result<(), Failure>);
+/// A test: its name, what it does, and what it needs.
+type Test = (&'static str, fn(&mut Machine) -> Result<(), Failure>, Needs);
+
+/// What a machine must have for a test to say anything.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Needs {
+    /// Nothing but itself.
+    Nothing,
+    /// More than one core at work.
+    Cores,
+    /// A disk.
+    Disk,
+    /// A disk that cannot be written.
+    ReadOnlyDisk,
+    /// A boot disk that may be written, and `kernel.scratch_lba`.
+    Scratch,
+}
+
+impl Needs {
+    /// What is missing, for people.
+    fn missing(self, machine: &mut Machine) -> Option<&'static str> {
+        let (there, missing) = match self {
+            Needs::Nothing => (true, ""),
+            Needs::Cores => (machine.workers().count() > 1, "one core is at work"),
+            Needs::Disk => (!machine.disks().is_empty(), "no disk"),
+            Needs::ReadOnlyDisk => (machine.disks().iter().any(|d| d.device.read_only()), "no read-only disk"),
+            Needs::Scratch => (machine.boot_facts().options.scratch_lba.is_some(), "kernel.scratch_lba is not set"),
+        };
+        (!there).then_some(missing)
+    }
+}
 
 /// Every test, in the order they run.
 pub const TESTS: &[Test] = &[
-    ("null_page_is_unmapped", null_page_is_unmapped),
-    ("text_cannot_be_written", text_cannot_be_written),
-    ("constants_cannot_be_written", constants_cannot_be_written),
-    ("data_and_stack_cannot_be_executed", data_and_stack_cannot_be_executed),
-    ("stack_guards_are_unmapped", stack_guards_are_unmapped),
-    ("page_tables_are_out_of_reach", page_tables_are_out_of_reach),
-    ("ring_0_is_out_of_reach", ring_0_is_out_of_reach),
-    ("the_seal_stays_closed", the_seal_stays_closed),
-    ("ports_off_the_list_fault", ports_off_the_list_fault),
-    ("privileged_instructions_fault", privileged_instructions_fault),
-    ("undefined_instruction_is_survived", undefined_instruction_is_survived),
+    ("null_page_is_unmapped", null_page_is_unmapped, Needs::Nothing),
+    ("text_cannot_be_written", text_cannot_be_written, Needs::Nothing),
+    ("constants_cannot_be_written", constants_cannot_be_written, Needs::Nothing),
+    ("data_and_stack_cannot_be_executed", data_and_stack_cannot_be_executed, Needs::Nothing),
+    ("stack_guards_are_unmapped", stack_guards_are_unmapped, Needs::Nothing),
+    ("page_tables_are_out_of_reach", page_tables_are_out_of_reach, Needs::Nothing),
+    ("ring_0_is_out_of_reach", ring_0_is_out_of_reach, Needs::Nothing),
+    ("the_seal_stays_closed", the_seal_stays_closed, Needs::Nothing),
+    ("ports_off_the_list_fault", ports_off_the_list_fault, Needs::Nothing),
+    ("privileged_instructions_fault", privileged_instructions_fault, Needs::Nothing),
+    ("undefined_instruction_is_survived", undefined_instruction_is_survived, Needs::Nothing),
     #[cfg(feature = "jit")]
-    ("code_arena_is_write_xor_execute", code_arena_is_write_xor_execute),
+    ("code_arena_is_write_xor_execute", code_arena_is_write_xor_execute, Needs::Nothing),
     #[cfg(feature = "jit")]
-    ("published_code_runs_on_every_core", published_code_runs_on_every_core),
+    ("published_code_runs_on_every_core", published_code_runs_on_every_core, Needs::Cores),
     #[cfg(feature = "jit")]
-    ("a_faulting_kernel_is_survived", a_faulting_kernel_is_survived),
-    ("a_frozen_arena_cannot_be_written", a_frozen_arena_cannot_be_written),
-    ("arena_exhaustion_is_an_error", arena_exhaustion_is_an_error),
-    ("heap_survives_fragmentation", heap_survives_fragmentation),
-    ("memory_functions_agree_with_loops", memory_functions_agree_with_loops),
-    ("workers_run_every_job_once", workers_run_every_job_once),
-    ("parked_workers_wake_up", parked_workers_wake_up),
-    ("tsc_agrees_with_the_wall_clock", tsc_agrees_with_the_wall_clock),
-    ("disk_reads_agree", disk_reads_agree),
-    ("disk_range_is_checked", disk_range_is_checked),
-    ("read_only_disk_refuses_writes", read_only_disk_refuses_writes),
-    ("scratch_sectors_read_back", scratch_sectors_read_back),
+    ("a_faulting_kernel_is_survived", a_faulting_kernel_is_survived, Needs::Nothing),
+    ("a_frozen_arena_cannot_be_written", a_frozen_arena_cannot_be_written, Needs::Nothing),
+    ("arena_exhaustion_is_an_error", arena_exhaustion_is_an_error, Needs::Nothing),
+    ("heap_survives_fragmentation", heap_survives_fragmentation, Needs::Nothing),
+    ("memory_functions_agree_with_loops", memory_functions_agree_with_loops, Needs::Nothing),
+    ("workers_run_every_job_once", workers_run_every_job_once, Needs::Cores),
+    ("parked_workers_wake_up", parked_workers_wake_up, Needs::Cores),
+    ("tsc_agrees_with_the_wall_clock", tsc_agrees_with_the_wall_clock, Needs::Nothing),
+    ("disk_reads_agree", disk_reads_agree, Needs::Disk),
+    ("disk_range_is_checked", disk_range_is_checked, Needs::Disk),
+    ("read_only_disk_refuses_writes", read_only_disk_refuses_writes, Needs::ReadOnlyDisk),
+    ("scratch_sectors_read_back", scratch_sectors_read_back, Needs::Scratch),
 ];
 
 /// Runs the table.
 pub fn run(machine: &mut Machine) -> ExitStatus {
-    let mut failed = 0;
-    for (name, test) in TESTS {
-        let failure = test(machine).err();
-        match &failure {
-            None => crate::println!("ok      {name}"),
-            Some(why) => {
+    let (mut failed, mut skipped) = (0, 0);
+    for (name, test, needs) in TESTS {
+        let outcome = match needs.missing(machine) {
+            Some(missing) => TestOutcome::Skipped(missing.to_string()),
+            None => test(machine).map_or_else(TestOutcome::Failed, |()| TestOutcome::Passed),
+        };
+        match &outcome {
+            TestOutcome::Passed => crate::println!("ok      {name}"),
+            TestOutcome::Failed(why) => {
                 failed += 1;
                 crate::println!("FAILED  {name}: {why}");
             }
+            TestOutcome::Skipped(why) => {
+                skipped += 1;
+                crate::println!("skipped {name}: {why}");
+            }
         }
-        power::send(&Message::Test { name: (*name).to_string(), failure });
+        power::send(&Message::Test { name: (*name).to_string(), outcome });
     }
-    crate::println!("{} of {} self-tests passed", TESTS.len() - failed, TESTS.len());
+    let passed = TESTS.len() - failed - skipped;
+    crate::println!("{passed} of {} self-tests passed, {skipped} skipped", TESTS.len());
     if failed == 0 { ExitStatus::Pass } else { ExitStatus::TestFailed }
 }
 
@@ -481,7 +518,7 @@ fn read_only_disk_refuses_writes(machine: &mut Machine) -> Result<(), Failure> {
 /// Writes, reads back and restores sectors of the boot disk, only where `kernel.scratch_lba` allows it.
 fn scratch_sectors_read_back(machine: &mut Machine) -> Result<(), Failure> {
     const SECTORS: usize = 2 * 2048 + 3; // over 2 MiB: three requests, the last one short
-    let Some(lba) = machine.boot_facts().options.scratch_lba else { return Ok(()) };
+    let lba = machine.boot_facts().options.scratch_lba.ok_or("kernel.scratch_lba is not set")?;
     let index = machine.boot_disk_index().ok_or("no boot disk")?;
     let disk = &mut machine.disks()[index].device;
     let mut original = vec![0u8; SECTORS * SECTOR_BYTES];

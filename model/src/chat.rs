@@ -293,15 +293,20 @@ impl ChatTemplate {
 }
 
 /// The literal that a ChatML template writes when the first message is not the system's: the text between
-/// `<|im_start|>system\n` and `<|im_end|>`, where that is plain text and the template asks about the first role.
+/// `<|im_start|>system\n` and `<|im_end|>`, at the first place where that is plain text, in a template that asks about the
+/// first role (`!=` before it, or `==` with the literal in the other branch).
 fn chatml_default_system(template: &str) -> Option<String> {
-    if !template.contains("!= 'system'") && !template.contains("!= \"system\"") {
+    let asks =
+        ["!= 'system'", "!= \"system\"", "== 'system'", "== \"system\""].iter().any(|ask| template.contains(ask));
+    if !asks {
         return None;
     }
-    let (_, after) = template.split_once("<|im_start|>system")?;
-    // Inside a Jinja string the line break may be written out or escaped.
-    let after = after.strip_prefix('\n').or_else(|| after.strip_prefix("\\n"))?;
-    let (system, _) = after.split_once(IM_END)?;
-    let is_plain = !system.is_empty() && !system.contains(['\'', '"', '{', '}', '\\', '\n']);
-    is_plain.then(|| system.to_string())
+    let system_after = |after: &str| {
+        // Inside a Jinja string the line break may be written out or escaped.
+        let after = after.strip_prefix('\n').or_else(|| after.strip_prefix("\\n"))?;
+        let (system, _) = after.split_once(IM_END)?;
+        let is_plain = !system.is_empty() && !system.contains(['\'', '"', '{', '}', '\\', '\n']);
+        is_plain.then(|| system.to_string())
+    };
+    template.split("<|im_start|>system").skip(1).find_map(system_after)
 }

@@ -29,6 +29,47 @@ pub fn sniff(header: &[u8], file_bytes: u64) -> Result<FileFormat, ModelError> {
     llama2c::Header::parse(header, file_bytes).map(|_| FileFormat::Llama2c)
 }
 
+/// How much of a file to read for its header: a guess first, and more as the reader asks.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct HeaderBytes {
+    file_bytes: u64,
+    have: u64,
+}
+
+impl HeaderBytes {
+    /// Enough for nearly every model.
+    const GUESS: u64 = 2 << 20;
+
+    /// The first guess for a file of `file_bytes`.
+    pub fn of(file_bytes: u64) -> Self {
+        Self { file_bytes, have: Self::GUESS.min(file_bytes) }
+    }
+
+    /// Bytes to read from the start of the file.
+    pub fn len(self) -> usize {
+        usize::try_from(self.have).unwrap_or(usize::MAX)
+    }
+
+    /// True for an empty file.
+    pub fn is_empty(self) -> bool {
+        self.have == 0
+    }
+
+    /// After `error` from a reader that was given [`HeaderBytes::len`] bytes: true when it is to be tried again with more of them.
+    /// Headers grow in steps, so that a damaged length cannot make anyone read the whole file at once.
+    pub fn grow(&mut self, error: &ModelError) -> bool {
+        match *error {
+            ModelError::Truncated { need_bytes, .. }
+                if need_bytes <= self.file_bytes && self.have < self.file_bytes =>
+            {
+                self.have = need_bytes.max(self.have.saturating_mul(2)).min(self.file_bytes);
+                true
+            }
+            _ => false,
+        }
+    }
+}
+
 /// The error for bytes of no known format.
 pub(crate) fn unknown(bytes: &[u8]) -> ModelError {
     let mut first_bytes = [0; 8];
@@ -36,4 +77,24 @@ pub(crate) fn unknown(bytes: &[u8]) -> ModelError {
         *to = *from;
     }
     ModelError::UnknownFormat { first_bytes }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn headers_grow_as_the_reader_asks_and_end_with_the_file() {
+        let short = |need_bytes| ModelError::Truncated { need_bytes, have_bytes: 0, at_byte: 0 };
+        let mut header = HeaderBytes::of(100);
+        assert!(header.len() == 100 && !header.grow(&short(50)), "the whole file was read");
+        let mut header = HeaderBytes::of(20 << 20);
+        assert_eq!(header.len(), 2 << 20);
+        assert!(!header.grow(&short(21 << 20)), "beyond the end of the file");
+        assert!(!header.grow(&ModelError::Empty));
+        assert!(header.grow(&short((2 << 20) + 1)) && header.len() == 4 << 20);
+        assert!(header.grow(&short(15 << 20)) && header.len() == 15 << 20);
+        assert!(header.grow(&short(16 << 20)) && header.len() == 20 << 20);
+        assert!(!header.grow(&short(20 << 20)));
+    }
 }

@@ -227,6 +227,14 @@ fn chatml_is_recognised_and_users_cannot_forge_markers() {
     assert_eq!(plain, ChatTemplate::ChatMl { default_system: None });
     let computed = "{% if x != 'system' %}{{ '<|im_start|>system\\n' + default + '<|im_end|>' }}";
     assert_eq!(ChatTemplate::recognise(computed), ChatTemplate::ChatMl { default_system: None });
+    // As Qwen 2.5 has it: the first system turn of the template belongs to tools, and the default is in an `else` branch.
+    let branches = "{%- if tools %}{{- '<|im_start|>system\\n' }}{{- messages[0]['content'] }}{{- '<|im_end|>\\n' }}{%- else %}\
+        {%- if messages[0]['role'] == 'system' %}{{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}\
+        {%- else %}{{- '<|im_start|>system\\nYou help.<|im_end|>\\n' }}{%- endif %}{%- endif %}";
+    assert_eq!(ChatTemplate::recognise(branches), ChatTemplate::ChatMl { default_system: Some("You help.".into()) });
+    // As Qwen 3 has it: no default in the other branch.
+    let without = "{%- if messages[0].role == 'system' %}{{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}{%- endif %}";
+    assert_eq!(ChatTemplate::recognise(without), ChatTemplate::ChatMl { default_system: None });
     let other = ChatTemplate::recognise("[INST] {{ message }} [/INST]");
     assert_eq!(other.render(tokenizer, &user, true), Err(chat::ChatError::Unrecognised));
     let spm = synthetic_tokenizer(TokenizerKind::SentencePiece);

@@ -2,11 +2,14 @@
 //!
 //! Converged means: the keys that cover nearly all kernel cycles are settled, no kernel changed for a window of boots, and
 //! the token time stopped moving over that window. The last is required only where the clock can be trusted, and only down to
-//! the noise floor of the machine: how much equal work varies in those boots, whatever the kernels.
+//! the noise floor of the machine: how much equal work varies in those boots, whatever the kernels, up to a cap.
 
 use alloc::format;
 use alloc::string::String;
 use alloc::vec::Vec;
+
+/// Most that the machine's noise raises the limit to: tokens that vary by more tell nothing about the kernels.
+pub const MAX_RAISED_VARIATION: f64 = 0.05;
 
 /// Limits of the decision.
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -63,6 +66,9 @@ pub struct Convergence {
     pub machine_variation: Option<f64>,
     /// Largest spread allowed on a quiet machine.
     pub max_variation: f64,
+    /// Largest spread allowed in this window: `max_variation`, or the noise floor where that is higher, but for that at most
+    /// [`MAX_RAISED_VARIATION`].
+    pub allowed_variation: f64,
     /// The spread is required.
     pub variation_required: bool,
     /// One line for people.
@@ -82,8 +88,9 @@ pub fn decide(config: &ConvergenceConfig, boots: &[BootEvidence]) -> Convergence
     let settled = settled_share >= config.settled_share;
     let unchanged = unchanged_boots >= window;
     // Boots cannot be asked to be steadier than equal tokens inside one of them, or than a fixed piece of work in them.
-    let allowed = machine_variation.map_or(config.max_variation, |machine| machine.max(config.max_variation));
-    let steady = token_time_variation.is_some_and(|variation| variation <= allowed);
+    let floor = machine_variation.unwrap_or(0.0).min(MAX_RAISED_VARIATION);
+    let allowed_variation = floor.max(config.max_variation);
+    let steady = token_time_variation.is_some_and(|variation| variation <= allowed_variation);
     let converged = settled && unchanged && (steady || !config.variation_required);
 
     let percent = |share: f64| format!("{:.2} %", 100.0 * share);
@@ -97,8 +104,16 @@ pub fn decide(config: &ConvergenceConfig, boots: &[BootEvidence]) -> Convergence
     let spread = match token_time_variation {
         Some(variation) => {
             let machine = match machine_variation {
-                Some(machine) if machine > config.max_variation => {
-                    format!(", raised to the {} by which equal work varies on this machine", percent(machine))
+                Some(machine) if allowed_variation > config.max_variation => {
+                    let varies = percent(machine);
+                    if machine > allowed_variation {
+                        let raised = percent(allowed_variation);
+                        format!(
+                            ", raised to {raised}, the most it can be: equal work varies by {varies} on this machine"
+                        )
+                    } else {
+                        format!(", raised to the {varies} by which equal work varies on this machine")
+                    }
                 }
                 _ => String::new(),
             };
@@ -122,6 +137,7 @@ pub fn decide(config: &ConvergenceConfig, boots: &[BootEvidence]) -> Convergence
         relative_to_reference,
         machine_variation,
         max_variation: config.max_variation,
+        allowed_variation,
         variation_required: config.variation_required,
         reason,
     }
@@ -303,6 +319,15 @@ mod tests {
         let decision = decide(&config, &boots([50.0, 51.5, 52.0], [8.0, 9.5, 8.2]));
         assert!(decision.converged && !decision.relative_to_reference, "{}", decision.reason);
         assert!(decision.reason.contains("raised to"), "{}", decision.reason);
+        assert_eq!((decision.max_variation, decision.allowed_variation), (0.01, MAX_RAISED_VARIATION));
+        // Tokens vary by 8 % and fixed work by 12 %: the limit is not raised that far.
+        let decision = decide(&config, &boots([50.0, 57.0, 52.0], [8.0, 8.2, 9.5]));
+        assert!(!decision.converged && decision.machine_variation.unwrap() > 0.1, "{}", decision.reason);
+        assert!(decision.reason.contains("raised to 5.00 %, the most it can be"), "{}", decision.reason);
+        // A limit that was set higher stays.
+        let loose = ConvergenceConfig { max_variation: 0.2, ..config };
+        let decision = decide(&loose, &boots([50.0, 57.0, 52.0], [8.0, 8.2, 9.5]));
+        assert!(decision.converged && decision.allowed_variation == 0.2, "{}", decision.reason);
         // Tokens vary by 20 %, fixed work by 12 %: something else moves.
         let decision = decide(&config, &boots([50.0, 70.0, 52.0], [8.0, 8.2, 9.5]));
         assert!(!decision.converged, "{}", decision.reason);

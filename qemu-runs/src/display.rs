@@ -62,6 +62,13 @@ impl Display {
     }
 }
 
+/// However a run ends, what it prints then starts on a line of its own.
+impl Drop for Display {
+    fn drop(&mut self) {
+        self.finish();
+    }
+}
+
 fn name(phase: Phase) -> String {
     match phase {
         Phase::Converge(n) => format!("boot {n}"),

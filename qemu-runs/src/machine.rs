@@ -48,6 +48,16 @@ pub enum Firmware {
     Ovmf,
 }
 
+impl Firmware {
+    /// QEMU has it, or it is where distributions put it.
+    pub fn is_there(self) -> bool {
+        match self {
+            Firmware::Bios => true,
+            Firmware::Ovmf => ovmf().is_ok(),
+        }
+    }
+}
+
 /// Where the guest comes from.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum BootFrom {

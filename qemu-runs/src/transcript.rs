@@ -1,7 +1,7 @@
 //! What one boot said, and whether that and QEMU's exit code make a pass. Pure: no processes, no clocks.
 
 use report::wire::WireError;
-use report::{BootReport, ExitStatus, Fault, ImageKind, Level, Message, PROTOCOL, Stage};
+use report::{BootReport, ExitStatus, Fault, ImageKind, Level, Message, PROTOCOL, Stage, TestOutcome};
 use std::time::Duration;
 
 /// Everything a guest sent, in order of kind.
@@ -17,8 +17,8 @@ pub struct Transcript {
     pub token_ids: Vec<u32>,
     /// Bytes of the tokens, joined.
     pub text: Vec<u8>,
-    /// Self-tests and their failures.
-    pub tests: Vec<(String, Option<String>)>,
+    /// Self-tests and how they ended.
+    pub tests: Vec<(String, TestOutcome)>,
     /// The report.
     pub report: Option<BootReport>,
     /// An unrecovered CPU fault.
@@ -187,7 +187,7 @@ impl Transcript {
                 self.token_ids.push(id);
                 self.text.extend(bytes);
             }
-            Message::Test { name, failure } => self.tests.push((name, failure)),
+            Message::Test { name, outcome } => self.tests.push((name, outcome)),
             Message::Report(report) => self.report = Some(report),
             Message::Fault(fault) => self.fault = Some(fault),
             Message::End { status, messages } => self.end = Some((status, messages)),
@@ -247,8 +247,8 @@ impl Transcript {
     /// The guest's own reason for a failure, from what it sent.
     fn why(&self) -> String {
         let mut reasons = Vec::new();
-        for (name, failure) in &self.tests {
-            if let Some(failure) = failure {
+        for (name, outcome) in &self.tests {
+            if let TestOutcome::Failed(failure) = outcome {
                 reasons.push(format!("test {name}: {failure}"));
             }
         }
@@ -314,8 +314,10 @@ mod tests {
     #[test]
     fn failures_carry_the_guests_own_reason() {
         use ExitStatus::{Fatal, Panic, TestFailed};
-        let test =
-            |name: &str, failure: Option<&str>| Message::Test { name: name.into(), failure: failure.map(Into::into) };
+        let test = |name: &str, failure: Option<&str>| {
+            let outcome = failure.map_or(TestOutcome::Passed, |why| TestOutcome::Failed(why.into()));
+            Message::Test { name: name.into(), outcome }
+        };
         let failed = verdict(vec![hello(), test("a", None), test("b", Some("1 != 2")), end(TestFailed, 3)], 35);
         assert_eq!(failed, Err(BootFailure::Guest { status: TestFailed, why: "test b: 1 != 2".into() }));
         let failed =

@@ -5,7 +5,7 @@ use alloc::vec::Vec;
 use serde::{Deserialize, Serialize};
 
 /// Version of the serial protocol; a host refuses any other.
-pub const PROTOCOL: u32 = 2;
+pub const PROTOCOL: u32 = 3;
 
 /// Which image is talking.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -101,8 +101,8 @@ pub enum Message {
     Test {
         /// Test name.
         name: String,
-        /// `None` when it passed, else what went wrong.
-        failure: Option<String>,
+        /// How it ended.
+        outcome: TestOutcome,
     },
     /// The boot's report.
     Report(BootReport),
@@ -115,6 +115,18 @@ pub enum Message {
         /// Messages sent before this one, so that a host sees loss.
         messages: u32,
     },
+}
+
+/// How a self-test ended.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TestOutcome {
+    /// It ran, and all was as it should be.
+    Passed,
+    /// What went wrong.
+    Failed(String),
+    /// It did not run: what the machine or the settings lack.
+    Skipped(String),
 }
 
 /// A stage of the boot with its duration.
@@ -273,12 +285,32 @@ pub struct Convergence {
     pub token_time_variation: Option<f64>,
     /// Spread of a fixed piece of work over the same boots: the noise floor of the machine.
     pub machine_variation: Option<f64>,
-    /// Largest spread allowed on a quiet machine; it is raised to the noise floor where that is higher.
+    /// Largest spread allowed on a quiet machine.
     pub max_variation: f64,
+    /// Largest spread allowed in this window: `max_variation`, or the noise floor where that is higher, up to a cap.
+    pub allowed_variation: f64,
     /// The spread is required; false where the clock cannot be trusted (TCG).
     pub variation_required: bool,
     /// One line for people.
     pub reason: String,
+}
+
+impl Convergence {
+    /// Of a boot that has no say in it, and why: its `window` is 0.
+    pub fn undecided(settled_share: f64, reason: String) -> Self {
+        Self {
+            converged: false,
+            settled_share,
+            unchanged_boots: 0,
+            window: 0,
+            token_time_variation: None,
+            machine_variation: None,
+            max_variation: 0.0,
+            allowed_variation: 0.0,
+            variation_required: false,
+            reason,
+        }
+    }
 }
 
 /// Everything one boot measured.

@@ -19,6 +19,7 @@ use alloc::string::{String, ToString};
 use alloc::vec;
 use alloc::vec::Vec;
 use engine::attention::KvType;
+use engine::dispatch::MAX_PARTS;
 use engine::simd::limits;
 use engine::workers::Workers;
 use engine::{Engine, Isa, Loader, Plan, Session};
@@ -109,13 +110,11 @@ fn work(platform: &mut dyn Platform, reporter: &mut Reporter, request: Request<'
     reporter.stage(platform, "model_header");
 
     let threads = threads(&options, platform.workers());
-    let (mut engine, loaded) = load_engine(platform, &location, &description, &options, isa, threads)?;
+    let shape = Shape { isa, threads, context };
+    let (mut engine, mut session, loaded) = load_session(platform, &location, &description, &options, shape)?;
     reporter.note(platform, Level::Info, loaded.sha256.to_string());
-    let kv = options.kv.unwrap_or_else(|| KvType::for_model(&description));
-    let session_bytes = Session::memory_bytes(&description.config, context, threads, kv);
-    let mut session = Session::new(&engine, context, kv, platform.arena("session", session_bytes)?)?;
     reporter.stage(platform, "load_model");
-    if !engine::ops::HAS_BASELINE && kv == KvType::F32 {
+    if !engine::ops::HAS_BASELINE && kv_type(&options, &description) == KvType::F32 {
         let text = "attention over an f32 cache takes its plainest form in this image; kv=f16 is faster";
         reporter.note(platform, Level::Warning, text);
     }
@@ -259,10 +258,10 @@ pub fn limited(isa: Isa, limit: IsaLimit) -> Isa {
     }
 }
 
-/// Cores to compute on, of those there are.
+/// Cores to compute on, of those there are; at most [`MAX_PARTS`] unless more are asked for, which the plan then refuses.
 pub fn threads(options: &Options, workers: &dyn Workers) -> usize {
     match options.threads as usize {
-        0 => workers.count(),
+        0 => workers.count().min(MAX_PARTS),
         n => n.min(workers.count()),
     }
 }
@@ -276,21 +275,45 @@ pub fn context(options: &Options, description: &ModelDescription) -> usize {
     }
 }
 
-/// Plans the model, streams it into the weights arena, and freezes the arena.
+/// Type of the KV cache: what was asked for, or what suits the model.
+pub fn kv_type(options: &Options, description: &ModelDescription) -> KvType {
+    options.kv.unwrap_or_else(|| KvType::for_model(description))
+}
+
+/// What a model is loaded for.
+#[derive(Clone, Copy)]
+pub struct Shape {
+    /// Instruction sets that may be used.
+    pub isa: Isa,
+    /// Cores to compute on.
+    pub threads: usize,
+    /// Positions of the context.
+    pub context: usize,
+}
+
+/// Sets aside all memory the run needs, streams the model into the weights arena, freezes that, and opens an empty session.
 ///
 /// # Errors
-/// A model that cannot be planned, does not fit, or cannot be read.
-pub fn load_engine(
+/// A model that cannot be planned, does not fit, or cannot be read. That it does not fit is found before it is read.
+pub fn load_session(
     platform: &mut dyn Platform,
     location: &Location,
     description: &ModelDescription,
     options: &Options,
-    isa: Isa,
-    threads: usize,
-) -> Result<(Engine<'static>, Loaded), RunError> {
+    shape: Shape,
+) -> Result<(Engine<'static>, Session<'static>, Loaded), RunError> {
+    let Shape { isa, threads, context } = shape;
     let tier = if options.tier == Tier::Reference { engine::Tier::Reference } else { engine::Tier::Baseline };
     let plan = Plan::new(description, threads)?;
+    let kv = kv_type(options, description);
+    let session_bytes = Session::memory_bytes(&description.config, context, threads, kv);
+    let session = platform.arena("session", session_bytes)?;
     let arena = platform.arena("weights", plan.arena_bytes())?;
+    // The angles go to the heap as the context fills: their room is held until the engine takes it.
+    let need_bytes = plan.angle_bytes(context);
+    let no_room = RunError::NoRoomForAngles { context, need_bytes };
+    let mut room: Vec<u8> = Vec::new();
+    room.try_reserve_exact(need_bytes).map_err(|_| no_room)?;
     let mut loader = Loader::new(plan, engine::simd::Level::new(isa), arena)?;
     let mut failure = None;
     let loaded = load::stream(platform, location, description, options, &mut |offset, bytes| {
@@ -303,7 +326,11 @@ pub fn load_engine(
     }
     let model = loader.finish()?;
     let weights = platform.freeze(arena);
-    Ok((Engine::new(model, weights, isa, tier)?, loaded))
+    let mut engine = Engine::new(model, weights, isa, tier)?;
+    drop(room);
+    engine.reserve_angles(context);
+    let session = Session::new(&engine, context, kv, session)?;
+    Ok((engine, session, loaded))
 }
 
 /// Load rate beside the raw rate of the same device; `None` when the device cannot be read again.
@@ -368,5 +395,33 @@ fn write_report(platform: &mut dyn Platform, text: &str) {
     let mut bytes = vec![b' '; len];
     let taken = text.len().min(len);
     bytes[..taken].copy_from_slice(&text.as_bytes()[..taken]);
-    let _ = write_in_place(disk, &file, 0, &bytes);
+    if write_in_place(disk, &file, 0, &bytes).is_ok() {
+        let _ = disk.flush();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Many(usize);
+
+    impl Workers for Many {
+        fn count(&self) -> usize {
+            self.0
+        }
+
+        fn run(&self, job: &(dyn Fn(usize) + Sync)) {
+            (0..self.0).for_each(job);
+        }
+    }
+
+    #[test]
+    fn all_cores_means_as_many_as_a_plan_takes() {
+        let asked = |n| Options { threads: n, ..Options::default() };
+        assert_eq!(threads(&asked(0), &Many(8)), 8);
+        assert_eq!(threads(&asked(0), &Many(MAX_PARTS + 1)), MAX_PARTS);
+        assert_eq!(threads(&asked(3), &Many(8)), 3);
+        assert_eq!(threads(&asked(9), &Many(8)), 8);
+    }
 }

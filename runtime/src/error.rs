@@ -81,6 +81,39 @@ pub enum RunError {
     /// Memory is too small.
     #[error(transparent)]
     Memory(#[from] OutOfMemory),
+    /// The rotary angles of a long context do not fit the heap.
+    #[error(
+        "not enough memory for the rotary angles of {context} positions: {need_bytes} bytes needed; give the machine more memory or ask for a smaller context="
+    )]
+    NoRoomForAngles {
+        /// Positions of the context.
+        context: usize,
+        /// Bytes they take.
+        need_bytes: usize,
+    },
+    /// A file on the boot volume is larger than what it is for allows.
+    #[error("{name} has {len_bytes} bytes, expected at most {max_bytes}; it is not read")]
+    FileTooLong {
+        /// Its name.
+        name: String,
+        /// Its length.
+        len_bytes: u64,
+        /// Most that is read.
+        max_bytes: u64,
+    },
+    /// `tokenizer=` without a volume.
+    #[error(
+        "tokenizer={name}: there is no boot volume to look for it on; attach one, or give the file with --tokenizer"
+    )]
+    NoVolumeForTokenizer {
+        /// The name asked for.
+        name: String,
+    },
+    /// A model file without a tokenizer in it, and none named.
+    #[error(
+        "a llama2.c model has no tokenizer in its file; name one with tokenizer=FILE on the boot volume, or with --tokenizer FILE"
+    )]
+    NoTokenizer,
     /// Nothing to feed the model.
     #[error(
         "the prompt is empty and the model has no begin-of-text token to start from; give a prompt with at least one character"
@@ -121,6 +154,16 @@ pub enum RunError {
         "this native image holds no kernel for this model; it was exported for another model, thread count or batch: export again or boot the JIT image"
     )]
     NoLinkedKernel,
+    /// An image without a compiler whose linked kernels are for this model but cannot be used.
+    #[error(
+        "none of the {matching} kernels this native image holds for the model can be used; the first, {first}; export again from a snapshot that was tuned on this CPU, or boot the JIT image"
+    )]
+    LinkedKernelsRefused {
+        /// Kernels for this model.
+        matching: usize,
+        /// Which was the first, and what was wrong with it.
+        first: String,
+    },
 }
 
 fn no_model(looked_for: &str, found: &[String]) -> String {

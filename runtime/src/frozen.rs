@@ -40,7 +40,7 @@ impl<'a> Kernels<'a> {
     /// Installs the kernels of the image, each after its check against the reference.
     ///
     /// # Errors
-    /// [`RunError::NoLinkedKernel`] when none is for this model.
+    /// [`RunError::NoLinkedKernel`] and [`RunError::LinkedKernelsRefused`].
     pub fn install(
         &mut self,
         platform: &mut dyn Platform,
@@ -49,10 +49,7 @@ impl<'a> Kernels<'a> {
     ) -> Result<(), RunError> {
         self.running = RunningKernels::none(engine.table().len());
         if self.options.tier == Tier::Compiled && self.isa.avx2 {
-            self.running = install_linked(platform, reporter, engine, self.linked);
-            if self.running.count() == 0 {
-                return Err(RunError::NoLinkedKernel);
-            }
+            self.running = install_linked(platform, reporter, engine, self.linked)?;
             self.note_gaps(platform, reporter, engine);
         }
         Ok(())
@@ -120,17 +117,8 @@ impl<'a> Kernels<'a> {
         _reporter: &mut Reporter,
         figures: &BootFigures<'_>,
     ) -> (Convergence, SnapshotStatus) {
-        let convergence = Convergence {
-            converged: false,
-            settled_share: figures.settled_share,
-            unchanged_boots: 0,
-            window: 0,
-            token_time_variation: None,
-            machine_variation: None,
-            max_variation: 0.0,
-            variation_required: false,
-            reason: "a native image does not tune: its kernels are part of it".into(),
-        };
+        let reason = "a native image does not tune: its kernels are part of it".into();
+        let convergence = Convergence::undecided(figures.settled_share, reason);
         let mut status = SnapshotStatus::disabled();
         status.reason = Some("a native image learns nothing".into());
         status.kernels_restored = self.restored();

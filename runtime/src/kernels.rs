@@ -1,16 +1,24 @@
 //! Machine code that is already there: from the snapshot, or linked into a native image. Before its first use in this boot
 //! all of it has to give the reference's answers.
 
+#[cfg(not(feature = "jit"))]
+use crate::error::RunError;
 use crate::platform::{KernelFault, Platform};
 use crate::reporter::Reporter;
+#[cfg(feature = "jit")]
+use crate::tune::target;
 #[cfg(feature = "jit")]
 use alloc::string::String;
 use alloc::vec;
 use alloc::vec::Vec;
 use core::fmt;
+#[cfg(feature = "jit")]
+use engine::Isa;
 use engine::dispatch::Kernel;
 use engine::verify::{Mismatch, VerifyError};
 use engine::{Engine, EngineError};
+#[cfg(feature = "jit")]
+use jit::audit::AuditError;
 #[cfg(feature = "jit")]
 use model::kernel::KernelKey;
 use model::kernel::Variant;
@@ -27,6 +35,8 @@ pub struct LinkedKernel {
     pub variant: Variant,
     /// The code.
     pub kernel: Kernel,
+    /// Bytes of the code.
+    pub len_bytes: usize,
     /// SHA-256 of the answer it has to give, see [`check`].
     pub answer_sha256: Option<[u8; 32]>,
 }
@@ -68,6 +78,9 @@ pub enum Rejected {
     Wrong(Mismatch),
     /// It is not for this model.
     Unusable(EngineError),
+    /// Its machine code does what no kernel may do; it was not run.
+    #[cfg(feature = "jit")]
+    Unsafe(AuditError),
 }
 
 #[cfg(feature = "jit")]
@@ -76,7 +89,7 @@ impl Rejected {
     pub fn outcome(&self) -> TrialOutcome {
         match self {
             Rejected::Faulted(_) => TrialOutcome::Faulted,
-            Rejected::Wrong(_) | Rejected::Unusable(_) => TrialOutcome::Wrong,
+            Rejected::Wrong(_) | Rejected::Unusable(_) | Rejected::Unsafe(_) => TrialOutcome::Wrong,
         }
     }
 }
@@ -92,21 +105,25 @@ impl fmt::Display for Rejected {
             }
             Rejected::Wrong(mismatch) => write!(f, "differs from the reference: {mismatch}"),
             Rejected::Unusable(error) => write!(f, "{error}"),
+            #[cfg(feature = "jit")]
+            Rejected::Unsafe(error) => write!(f, "refused by the audit before it ran: {error}"),
         }
     }
 }
 
-impl From<VerifyError<KernelFault>> for Rejected {
-    fn from(error: VerifyError<KernelFault>) -> Self {
-        match error {
-            VerifyError::Wrong(mismatch) => Rejected::Wrong(mismatch),
-            VerifyError::Faulted(fault) => Rejected::Faulted(fault),
-            VerifyError::Engine(error) => Rejected::Unusable(error),
+/// `error` of a kernel whose code has `len_bytes` bytes.
+fn rejected(error: VerifyError<KernelFault>, len_bytes: usize) -> Rejected {
+    match error {
+        VerifyError::Wrong(mismatch) => Rejected::Wrong(mismatch),
+        // The platform knows where the code starts, not where it ends.
+        VerifyError::Faulted(KernelFault { vector, offset }) => {
+            Rejected::Faulted(KernelFault { vector, offset: offset.filter(|&at| (at as usize) < len_bytes) })
         }
+        VerifyError::Engine(error) => Rejected::Unusable(error),
     }
 }
 
-/// Checks `kernel` bit for bit against the reference on random and on captured input.
+/// Checks `kernel`, whose code has `len_bytes` bytes, bit for bit against the reference on random and on captured input.
 ///
 /// # Errors
 /// [`Rejected`].
@@ -115,8 +132,11 @@ pub fn verify(
     engine: &mut Engine<'_>,
     slot: usize,
     kernel: Kernel,
+    len_bytes: usize,
 ) -> Result<(), Rejected> {
-    Ok(engine.verify(slot, kernel, &mut |kernel, args| platform.call_guarded(kernel, args))?)
+    engine
+        .verify(slot, kernel, &mut |kernel, args| platform.call_guarded(kernel, args))
+        .map_err(|error| rejected(error, len_bytes))
 }
 
 /// Checks a kernel that was verified before it was stored: it has to give the reference's answer of then, whose SHA-256 is
@@ -130,15 +150,18 @@ fn check(
     engine: &mut Engine<'_>,
     slot: usize,
     kernel: Kernel,
+    len_bytes: usize,
     answer_sha256: Option<[u8; 32]>,
 ) -> Result<(), Rejected> {
     if let Some(expected) = answer_sha256 {
-        let answer = engine.kernel_answer(slot, kernel, &mut |kernel, args| platform.call_guarded(kernel, args))?;
+        let answer = engine
+            .kernel_answer(slot, kernel, &mut |kernel, args| platform.call_guarded(kernel, args))
+            .map_err(|error| rejected(error, len_bytes))?;
         if digest(&answer) == expected {
             return Ok(());
         }
     }
-    verify(platform, engine, slot, kernel)
+    verify(platform, engine, slot, kernel, len_bytes)
 }
 
 /// SHA-256 of the reference's answer for `slot`; `None` when there is no such slot.
@@ -153,44 +176,77 @@ fn digest(output: &[f32]) -> [u8; 32] {
 
 #[cfg(not(feature = "jit"))]
 /// Verifies and installs the kernels linked into a native image; returns those in use.
+///
+/// # Errors
+/// [`RunError::NoLinkedKernel`] when none is for this model, [`RunError::LinkedKernelsRefused`] when none of those can be used.
 pub fn install_linked(
     platform: &mut dyn Platform,
     reporter: &mut Reporter,
     engine: &mut Engine<'_>,
     linked: &[LinkedKernel],
-) -> RunningKernels {
+) -> Result<RunningKernels, RunError> {
     let mut running = RunningKernels::none(engine.table().len());
-    for LinkedKernel { variant, kernel, answer_sha256 } in linked {
+    let (mut matching, mut first) = (0, None);
+    for LinkedKernel { variant, kernel, len_bytes, answer_sha256 } in linked {
         let key = kernel.key();
         let Some(slot) = engine.table().find(&key) else { continue };
-        match check(platform, engine, slot, *kernel, *answer_sha256) {
+        matching += 1;
+        match check(platform, engine, slot, *kernel, *len_bytes, *answer_sha256) {
             Ok(()) if engine.table_mut().install(slot, *kernel).is_ok() => running.set(slot, *variant),
             Ok(()) => {}
             Err(rejected) => {
                 let text = alloc::format!("linked kernel {key} {variant} {rejected}; not used");
-                reporter.note(platform, Level::Warning, text);
+                reporter.note(platform, Level::Warning, text.clone());
+                first.get_or_insert(text);
             }
         }
     }
-    running
+    match first {
+        _ if running.count() > 0 => Ok(running),
+        Some(first) => Err(RunError::LinkedKernelsRefused { matching, first }),
+        None => Err(RunError::NoLinkedKernel),
+    }
 }
 
 #[cfg(feature = "jit")]
-/// Publishes, verifies and installs the snapshot's kernels; returns those in use. `rebuild` compiles a kernel again whose
-/// code belongs to another build or CPU. A kernel that is refused here is quarantined.
+/// What became of a snapshot's kernels.
+pub struct Restored {
+    /// Those in use.
+    pub running: RunningKernels,
+    /// Kernels that were left out, and stay in the snapshot, because the CPU has what they need but this boot may not use it.
+    pub left_out: usize,
+}
+
+#[cfg(feature = "jit")]
+/// Audits, publishes, verifies and installs the snapshot's kernels that may run with `allowed` (of what the CPU has).
+/// `rebuild` compiles a kernel again whose code belongs to another build or CPU. A kernel that is refused here is
+/// quarantined.
 pub fn restore(
     platform: &mut dyn Platform,
     reporter: &mut Reporter,
     engine: &mut Engine<'_>,
     snapshot: &mut Snapshot,
+    allowed: Isa,
     rebuild: &mut dyn FnMut(&KernelKey, &Variant) -> Result<StoredKernel, String>,
-) -> RunningKernels {
-    let mut running = RunningKernels::none(engine.table().len());
+) -> Restored {
+    let (allowed, cpu) = (target(allowed), target(platform.cpu().isa));
+    let mut restored = Restored { running: RunningKernels::none(engine.table().len()), left_out: 0 };
+    let mut lacks = None;
     for record in &mut snapshot.entries {
         let Some(slot) = engine.table().find(&record.key) else { continue };
         let Some(mut stored) = record.incumbent.clone() else { continue };
+        if let Some(needs) = allowed.missing(&stored.variant)
+            && cpu.missing(&stored.variant).is_none()
+        {
+            restored.left_out += 1;
+            lacks = Some(needs);
+            continue;
+        }
         let rebuilt = !stored.is_intact();
-        if rebuilt {
+        let audited = if !rebuilt {
+            // Its hash proves nothing: whoever can write the disk can hash.
+            jit::audit::audit(&stored.code, stored.variant.width).map(|_| ()).map_err(Rejected::Unsafe)
+        } else {
             match rebuild(&record.key, &stored.variant) {
                 Ok(kernel) => stored = kernel,
                 Err(why) => {
@@ -200,24 +256,31 @@ pub fn restore(
                     continue;
                 }
             }
-        }
-        let kernel = match platform.publish(record.key, &stored.code) {
-            Ok(kernel) => kernel,
-            Err(full) => {
-                reporter.note(platform, Level::Warning, alloc::format!("{}: not restored: {full}", record.key));
-                continue;
-            }
+            // The compiler audits what it makes.
+            Ok(())
         };
-        match check(platform, engine, slot, kernel, record.answer_sha256) {
-            Ok(()) if engine.table_mut().install(slot, kernel).is_ok() => {
-                running.set(slot, stored.variant);
+        let verified = match audited {
+            Ok(()) => match platform.publish(record.key, &stored.code) {
+                Ok(kernel) => {
+                    check(platform, engine, slot, kernel, stored.code.len(), record.answer_sha256).map(|()| kernel)
+                }
+                Err(full) => {
+                    reporter.note(platform, Level::Warning, alloc::format!("{}: not restored: {full}", record.key));
+                    continue;
+                }
+            },
+            Err(rejected) => Err(rejected),
+        };
+        match verified {
+            Ok(kernel) if engine.table_mut().install(slot, kernel).is_ok() => {
+                restored.running.set(slot, stored.variant);
                 record.incumbent = Some(stored);
                 // Answers of another build's numerics are not ours.
                 if rebuilt || record.answer_sha256.is_none() {
                     record.answer_sha256 = reference_answer(engine, slot);
                 }
             }
-            Ok(()) => {}
+            Ok(_) => {}
             Err(rejected) => {
                 let text = alloc::format!("{} {}: {rejected}; quarantined", record.key, stored.variant);
                 reporter.note(platform, Level::Warning, text);
@@ -226,5 +289,12 @@ pub fn restore(
             }
         }
     }
-    running
+    if let Some(needs) = lacks {
+        let text = alloc::format!(
+            "{} kernels of the snapshot are left out: they need {needs}, which isa= rules out; this boot changes nothing in the snapshot (use one of its own to tune with this limit)",
+            restored.left_out
+        );
+        reporter.note(platform, Level::Warning, text);
+    }
+    restored
 }

@@ -9,7 +9,7 @@ use crate::options::{Options, Tier};
 use crate::platform::{Clock, Platform};
 use crate::reporter::Reporter;
 use crate::rows::limit_fraction;
-use crate::tune::{Tuner, space_len, target};
+use crate::tune::{Tuner, space_len, target, untried};
 use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
@@ -24,6 +24,9 @@ use snapshot_format::{BootLine, CodeUse, DiskMedium, Identity, SlotReason, Snaps
 /// Standard deviation of normal noise, in median absolute deviations.
 const MAD_TO_DEVIATION: f64 = 1.4826;
 
+/// [`engine::table::KernelTable::own_name`] of the hand-written ops.
+const HAND_WRITTEN: &str = "avx2";
+
 /// The kernels of one boot.
 pub struct Kernels<'a> {
     options: &'a Options,
@@ -34,6 +37,8 @@ pub struct Kernels<'a> {
     writable: bool,
     tuner: Option<Tuner<'a>>,
     running: RunningKernels,
+    /// Why this boot teaches nothing and leaves the snapshot as it is: what it measures is not what the search is about.
+    no_lesson: Option<String>,
 }
 
 impl<'a> Kernels<'a> {
@@ -55,10 +60,11 @@ impl<'a> Kernels<'a> {
             writable: false,
             tuner: None,
             running: RunningKernels::none(0),
+            no_lesson: no_lesson(options.tier, isa),
         };
         kernels.open(platform, reporter);
         kernels.snapshot.boot_count = kernels.snapshot.boot_count.saturating_add(1);
-        if options.tier == Tier::Compiled {
+        if kernels.no_lesson.is_none() {
             kernels.tuner = Tuner::start(platform, reporter, options, kernels.snapshot.boot_count, isa);
         }
         kernels
@@ -75,13 +81,17 @@ impl<'a> Kernels<'a> {
         engine: &mut Engine<'_>,
     ) -> Result<(), RunError> {
         self.running = RunningKernels::none(engine.table().len());
-        if self.options.tier == Tier::Compiled && self.isa.avx2 {
+        if self.no_lesson.is_none() {
             let tuner = &mut self.tuner;
             let mut rebuild = |key: &KernelKey, variant: &model::kernel::Variant| match tuner {
                 Some(tuner) => tuner.rebuild(key, variant),
                 None => Err("there is no compiler for this CPU".into()),
             };
-            self.running = restore(platform, reporter, engine, &mut self.snapshot, &mut rebuild);
+            let restored = restore(platform, reporter, engine, &mut self.snapshot, self.isa, &mut rebuild);
+            self.running = restored.running;
+            if restored.left_out > 0 {
+                self.no_lesson = Some(format!("isa= leaves out {} of the snapshot's kernels", restored.left_out));
+            }
         }
         self.status.kernels_restored = self.running.count() as u32;
         Ok(())
@@ -105,12 +115,14 @@ impl<'a> Kernels<'a> {
     /// What is known of `key`.
     pub fn remembered(&self, key: &KernelKey) -> Remembered {
         let record = self.snapshot.record(key);
-        let available = space::variants(key, target(self.isa)).len();
+        let isa = target(self.isa);
+        let available = space::variants(key, isa).len();
         Remembered {
             baseline_cycles: record.and_then(|record| record.baseline_median_cycles),
             tried: record.map_or(0, |record| record.trials.len() as u32),
             variants: space_len(self.options, available) as u32,
-            exhausted: record.is_some_and(|record| record.space_exhausted),
+            // Without AVX2 there is no space at all, and nothing was searched.
+            exhausted: isa.avx2 && record.is_some_and(|record| untried(record, self.options, isa).is_none()),
         }
     }
 
@@ -122,6 +134,9 @@ impl<'a> Kernels<'a> {
         engine: &mut Engine<'_>,
         limits: &Limits,
     ) -> TuningWork {
+        if self.no_lesson.is_some() {
+            return TuningWork::default();
+        }
         self.record_profile(engine);
         let Some(tuner) = self.tuner.take().filter(|_| self.options.tune_budget_ms > 0) else {
             return TuningWork::default();
@@ -143,10 +158,21 @@ impl<'a> Kernels<'a> {
         reporter: &mut Reporter,
         figures: &BootFigures<'_>,
     ) -> (Convergence, SnapshotStatus) {
+        if let Some(why) = &self.no_lesson {
+            if self.writable {
+                let before = self.status.reason.take().map_or_else(String::new, |reason| reason + "; ");
+                self.status.reason = Some(format!("{before}left as it is: {why}"));
+            }
+            let reason = format!("does not count for convergence: {why}");
+            return (Convergence::undecided(figures.settled_share, reason), self.status.clone());
+        }
         let clock = platform.clock();
         let line = self.boot_line(&clock, figures, platform.unix_time());
         self.snapshot.push_boot(line);
         let convergence = self.convergence(&clock);
+        if let Some(line) = self.snapshot.boots.last_mut() {
+            line.converged = convergence.converged;
+        }
         self.save(platform, reporter);
         (convergence, self.status.clone())
     }
@@ -228,7 +254,8 @@ impl<'a> Kernels<'a> {
             let median = profile.stats(hot.slot).median_cycles();
             let record = self.snapshot.record_mut(hot.key);
             record.last_median_cycles = median;
-            if self.running.variant(hot.slot).is_none() && record.baseline_median_cycles.is_none() {
+            let hand_written = self.running.variant(hot.slot).is_none() && engine.table().own_name() == HAND_WRITTEN;
+            if hand_written && record.baseline_median_cycles.is_none() {
                 record.baseline_median_cycles = median;
             }
         }
@@ -253,6 +280,8 @@ impl<'a> Kernels<'a> {
             generation: self.status.generation_loaded.unwrap_or(0),
             threads: figures.threads as u32,
             clock_trusted: clock.trusted,
+            // Decided from this line and those before it.
+            converged: false,
         }
     }
 
@@ -285,8 +314,19 @@ impl<'a> Kernels<'a> {
             token_time_variation: decided.token_time_variation,
             machine_variation: decided.machine_variation,
             max_variation: decided.max_variation,
+            allowed_variation: decided.allowed_variation,
             variation_required: decided.variation_required,
             reason: decided.reason,
         }
+    }
+}
+
+/// Why a boot of `tier` on `isa` teaches nothing.
+fn no_lesson(tier: Tier, isa: Isa) -> Option<String> {
+    match tier {
+        Tier::Compiled if isa.avx2 => None,
+        Tier::Compiled => Some("without AVX2 (CPU or isa=) no kernels are compiled".into()),
+        Tier::Baseline => Some("tier=baseline runs no compiled kernels".into()),
+        Tier::Reference => Some("tier=reference runs no compiled kernels".into()),
     }
 }

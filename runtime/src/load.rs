@@ -10,14 +10,12 @@ use alloc::vec;
 use alloc::vec::Vec;
 use core::fmt;
 use engine::workers::Workers;
-use model::formats::{self, FileFormat};
+use model::formats::{self, FileFormat, HeaderBytes};
 use model::{Format, ModelDescription, ModelError, gguf, llama2c};
 use sha2::{Digest, Sha256};
 use spin::Mutex;
 use storage::{ByteSource, FatFile, FatVolume, FileSource, RawDisk, SECTOR_BYTES, StorageError};
 
-/// First guess at the header's size; a larger header is read again with the size it asks for.
-const HEADER_GUESS_BYTES: u64 = 2 << 20;
 /// Weights are streamed in pieces of this size, so that progress can be printed between them.
 const PIECE_BYTES: u64 = 64 << 20;
 /// One sample of [`SAMPLE_BYTES`] goes into the fingerprint from each stretch of this length.
@@ -116,10 +114,15 @@ impl Companions {
     /// These, and from the boot volume what is missing and `options` name.
     ///
     /// # Errors
-    /// Storage errors other than a missing file.
+    /// Storage errors; a tokenizer that is named has to be there.
     pub fn or_from_volume(mut self, platform: &mut dyn Platform, options: &Options) -> Result<Self, RunError> {
         if self.tokenizer.is_none() && !options.tokenizer.is_empty() {
-            self.tokenizer = boot_file(platform, &options.tokenizer, MAX_TOKENIZER_BYTES)?;
+            let name = &options.tokenizer;
+            if platform.boot_disk().is_none() {
+                return Err(RunError::NoVolumeForTokenizer { name: name.clone() });
+            }
+            let missing = || StorageError::NotFound { path: name.clone() };
+            self.tokenizer = Some(boot_file(platform, name, MAX_TOKENIZER_BYTES)?.ok_or_else(missing)?);
         }
         if self.signature.is_none() && options.model_public_key.is_some() {
             self.signature = boot_file(platform, &options.model_signature, MAX_SIGNATURE_BYTES)?;
@@ -189,39 +192,36 @@ fn pieces(platform: &mut dyn Platform, what: &str, len_bytes: u64, work: &mut Pi
 /// As [`describe`].
 pub fn describe_source(source: &mut dyn ByteSource, tokenizer: Option<&[u8]>) -> Result<ModelDescription, RunError> {
     let mut file_bytes = source.len_bytes();
-    let mut have = HEADER_GUESS_BYTES.min(file_bytes);
+    let mut len = HeaderBytes::of(file_bytes);
     loop {
-        let mut header = vec![0; usize::try_from(have).unwrap_or(usize::MAX)];
+        let mut header = vec![0; len.len()];
         source.read_at(0, &mut header)?;
         match read_header(&header, file_bytes, tokenizer) {
-            // Headers grow in steps, so that a damaged length cannot make us read the whole file at once.
-            Err(ModelError::Truncated { need_bytes, .. }) if need_bytes <= file_bytes && have < file_bytes => {
-                have = need_bytes.max(have.saturating_mul(2)).min(file_bytes);
-            }
+            Err(RunError::Model(error)) if len.grow(&error) => {}
             // A raw disk is whole sectors: the last one holds up to 511 bytes that are not the file's.
-            Err(ModelError::TrailingBytes { expected_bytes, .. })
+            Err(RunError::Model(ModelError::TrailingBytes { expected_bytes, .. }))
                 if expected_bytes < file_bytes
                     && expected_bytes.next_multiple_of(SECTOR_BYTES as u64) == file_bytes =>
             {
                 file_bytes = expected_bytes;
-                have = have.min(file_bytes);
+                len = HeaderBytes::of(file_bytes);
             }
-            other => return Ok(other?),
+            other => return other,
         }
     }
 }
 
-fn read_header(header: &[u8], file_bytes: u64, tokenizer: Option<&[u8]>) -> Result<ModelDescription, ModelError> {
-    match formats::sniff(header, file_bytes)? {
-        FileFormat::Gguf => gguf::read(header, file_bytes),
-        FileFormat::Llama2c => llama2c::read(header, file_bytes, tokenizer.unwrap_or_default()),
-    }
+fn read_header(header: &[u8], file_bytes: u64, tokenizer: Option<&[u8]>) -> Result<ModelDescription, RunError> {
+    Ok(match formats::sniff(header, file_bytes)? {
+        FileFormat::Gguf => gguf::read(header, file_bytes)?,
+        FileFormat::Llama2c => llama2c::read(header, file_bytes, tokenizer.ok_or(RunError::NoTokenizer)?)?,
+    })
 }
 
 /// A file of the boot volume, whole; `None` when there is no boot volume or no such file.
 ///
 /// # Errors
-/// Storage errors other than a missing file.
+/// Storage errors other than a missing file; [`RunError::FileTooLong`] for one of more than `max_bytes`.
 pub fn boot_file(platform: &mut dyn Platform, name: &str, max_bytes: u64) -> Result<Option<Vec<u8>>, RunError> {
     let Some(disk) = platform.boot_disk() else { return Ok(None) };
     let volume = FatVolume::open(disk)?;
@@ -230,7 +230,10 @@ pub fn boot_file(platform: &mut dyn Platform, name: &str, max_bytes: u64) -> Res
         Err(StorageError::NotFound { .. }) => return Ok(None),
         Err(error) => return Err(error.into()),
     };
-    let mut bytes = vec![0; usize::try_from(file.len_bytes.min(max_bytes)).unwrap_or(0)];
+    if file.len_bytes > max_bytes {
+        return Err(RunError::FileTooLong { name: name.into(), len_bytes: file.len_bytes, max_bytes });
+    }
+    let mut bytes = vec![0; file.len_bytes as usize];
     FileSource::new(disk, &file).read_at(0, &mut bytes)?;
     Ok(Some(bytes))
 }
@@ -359,7 +362,7 @@ pub struct Loaded {
 fn no_hash(option: ModelHash, workers: &dyn Workers) -> Option<&'static str> {
     match option {
         ModelHash::Show | ModelHash::Is(_) => None,
-        ModelHash::Off => Some("model.sha256=off"),
+        ModelHash::Off => Some("not asked for (model.sha256=show computes it)"),
         ModelHash::Auto if !engine::Isa::has_sha_extensions() => {
             Some("this CPU has no instructions for it (model.sha256=show computes it)")
         }

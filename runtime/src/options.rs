@@ -105,7 +105,7 @@ pub struct Options {
     pub tune_pairs: u32,
     /// Variants of one key tried at most, in all boots; 0 is the whole space (`tune.max_variants=0`).
     pub tune_max_variants: u32,
-    /// Boots without a changed kernel that convergence needs (`converge.window=3`).
+    /// Boots without a changed kernel that convergence needs, at least 2 (`converge.window=3`).
     pub converge_window: u32,
     /// Largest relative variation of token time over the window (`converge.max_variance=0.01`).
     pub converge_max_variance: f64,
@@ -145,7 +145,7 @@ impl Default for Options {
             threads: 0,
             model: String::new(),
             tokenizer: String::new(),
-            model_sha256: ModelHash::Auto,
+            model_sha256: ModelHash::Off,
             model_public_key: None,
             model_signature: DEFAULT_SIGNATURE.to_owned(),
             tier: Tier::Compiled,
@@ -245,8 +245,11 @@ fn fraction(value: &str) -> Result<f64, &'static str> {
     decimal_in(0.0..=1.0, value, "a decimal number from 0 to 1")
 }
 
-/// 32 bytes in hexadecimal: a SHA-256 or an Ed25519 public key.
-pub(crate) fn hex_32(value: &str) -> Result<[u8; 32], &'static str> {
+/// 32 bytes as 64 hexadecimal digits: a SHA-256 or an Ed25519 public key.
+///
+/// # Errors
+/// What was expected.
+pub fn hex_32(value: &str) -> Result<[u8; 32], &'static str> {
     const EXPECTED: &str = "64 hexadecimal digits";
     let mut out = [0u8; 32];
     if value.len() != 64 || !value.is_ascii() {
@@ -373,7 +376,15 @@ const TABLE: &[(&str, Setter)] = &[
     ("tune.max_trials", |o, v| number(v, "a whole number").map(|x| o.tune_max_trials = x)),
     ("tune.pairs", |o, v| number(v, "a whole number of pairs").map(|x| o.tune_pairs = x)),
     ("tune.max_variants", |o, v| number(v, "a whole number of variants, 0 for all").map(|x| o.tune_max_variants = x)),
-    ("converge.window", |o, v| number(v, "a whole number of boots").map(|x| o.converge_window = x)),
+    ("converge.window", |o, v| {
+        const EXPECTED: &str = "a number of boots from 2 on: one shows no variation";
+        let x: u32 = number(v, EXPECTED)?;
+        if x < 2 {
+            return Err(EXPECTED);
+        }
+        o.converge_window = x;
+        Ok(())
+    }),
     ("converge.max_variance", |o, v| fraction(v).map(|x| o.converge_max_variance = x)),
     ("converge.coverage", |o, v| fraction(v).map(|x| o.converge_coverage = x)),
     ("report", |o, v| flag(v).map(|x| o.report = x)),
@@ -527,6 +538,15 @@ mod tests {
     }
 
     #[test]
+    fn every_setting_is_documented() {
+        let formats = include_str!("../../docs/FORMATS.md");
+        let (_, settings) = formats.split_once("### Settings").unwrap();
+        for (key, _) in TABLE {
+            assert!(settings.contains(&alloc::format!("`{key}`")), "{key} is not in docs/FORMATS.md");
+        }
+    }
+
+    #[test]
     fn bad_settings_say_what_was_expected() {
         let error = |text: &str| Options::default().apply(text).unwrap_err();
         assert!(
@@ -550,6 +570,8 @@ mod tests {
             "repeat_penalty=0.5",
             "loop_escape=1",
             "converge.coverage=1.5",
+            "converge.window=0",
+            "converge.window=1",
             "model.sha256=12",
             "model.public_key=12",
             "model.public_key=zz4017c3e843895a92b70aa74d1b7ebc9c982ccf2ec4968cc0cd55f12af4660c",

@@ -36,7 +36,8 @@ pub struct Clock {
 pub struct KernelFault {
     /// Exception vector (hosted: the one the signal stands for).
     pub vector: u8,
-    /// Offset of the faulting instruction from the kernel's first byte, if inside it.
+    /// Bytes from the kernel's first byte to the faulting instruction, unless that is before it. Whether it is inside is for
+    /// who knows the kernel's length.
     pub offset: Option<u32>,
 }
 

@@ -38,7 +38,8 @@ pub fn kernel_rows(
         let known = remembered(&hot.key);
         let median = stats.median_cycles().unwrap_or(0);
         let slices = engine.table().slices(hot.slot) as u64;
-        let fraction = limit_fraction(engine, limits, hot.slot);
+        // Cycles of an untrusted clock say nothing, and settle nothing.
+        let fraction = tsc_hz.and(limit_fraction(engine, limits, hot.slot));
         // Work per second: of all slices, since they run side by side.
         let rate = |work: u64| tsc_hz.map(|hz| (work * slices) as f64 * hz as f64 / median.max(1) as f64 / 1e9);
         KernelRow {
@@ -56,11 +57,63 @@ pub fn kernel_rows(
             bytes_per_call: hot.key.weight_bytes() * slices,
             gb_s: rate(hot.key.weight_bytes()),
             gflop_s: rate(hot.key.flops()),
-            limit_fraction: tsc_hz.and(fraction),
+            limit_fraction: fraction,
             variants_tried: known.tried,
             variants_total: known.variants,
             settled: Settled::of(known.exhausted, fraction).is_settled(),
         }
     };
     profile.hot_list().into_iter().map(row).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use alloc::boxed::Box;
+    use alloc::vec;
+    use engine::operands::AlignedBytes;
+    use engine::simd::Level;
+    use engine::workers::Workers;
+    use engine::{Isa, Loader, Plan, Session};
+    use model::{gguf, synthetic};
+
+    struct One;
+
+    impl Workers for One {
+        fn count(&self) -> usize {
+            1
+        }
+
+        fn run(&self, job: &(dyn Fn(usize) + Sync)) {
+            job(0);
+        }
+    }
+
+    #[test]
+    fn cycles_of_an_untrusted_clock_settle_no_kernel() {
+        let file = synthetic::gguf(&synthetic::Spec::default()).unwrap();
+        let model = gguf::read(&file, file.len() as u64).unwrap();
+        let plan = Plan::new(&model, 1).unwrap();
+        let arena = Box::leak(Box::new(AlignedBytes::zeroed(plan.arena_bytes())));
+        let mut loader = Loader::new(plan, Level::new(Isa::PORTABLE), arena).unwrap();
+        loader.feed(0, &file).unwrap();
+        let loaded = loader.finish().unwrap();
+        let mut engine = Engine::new(loaded, arena, Isa::PORTABLE, engine::Tier::Reference).unwrap();
+        let kv = engine::attention::KvType::F32;
+        let mut memory = vec![0; Session::memory_bytes(&model.config, 16, 1, kv)];
+        let mut session = Session::new(&engine, 16, kv, &mut memory).unwrap();
+        session.prefill(&mut engine, &One, &[5]).unwrap();
+
+        // A machine whose limit is what the hottest kernel took.
+        let hot = engine.table().profile().hot_list()[0];
+        let median = engine.table().profile().stats(hot.slot).median_cycles().unwrap();
+        let rate = hot.key.flops() as f64 / median as f64;
+        let limits = Limits { read_bytes_per_cycle: 1e30, fma_flops_per_cycle: rate, int8_ops_per_cycle: rate };
+        let running = RunningKernels::none(engine.table().len());
+        let rows = |hz| kernel_rows(&engine, &limits, &running, hz, &|_| Remembered::default());
+        let trusted = &rows(Some(1_000_000_000))[0];
+        assert!(trusted.settled && trusted.limit_fraction == Some(1.0), "{trusted:?}");
+        let untrusted = &rows(None)[0];
+        assert!(!untrusted.settled && untrusted.limit_fraction.is_none(), "{untrusted:?}");
+    }
 }

@@ -21,8 +21,8 @@ use profiler::trial::{Order, Trial as PairedTrial, TrialConfig, Verdict};
 use report::{Level, TrialOutcome as Shown, TrialRow};
 use snapshot_format::{KeyRecord, Snapshot, StoredKernel, Trial, TrialOutcome};
 
-/// Keys below this share of the boot's kernel cycles are left alone while hotter ones are open.
-const MIN_SHARE: f64 = 0.001;
+/// Keys below this share of the boot's kernel cycles are left alone.
+pub const MIN_SHARE: f64 = 0.001;
 
 /// Variants of one key tried before the next key's turn: enough to share the reference output they are checked with,
 /// few enough that every key gets its best guesses early.
@@ -112,13 +112,11 @@ impl<'a> Tuner<'a> {
                         return self.finish();
                     }
                     let record = snapshot.record_mut(key);
-                    if Settled::of(record.space_exhausted, limit_fraction(slot)).is_settled() {
+                    let untried = untried(record, self.options, self.compiler.isa());
+                    if Settled::of(untried.is_none(), limit_fraction(slot)).is_settled() {
                         break;
                     }
-                    let Some(variant) = self.next_variant(record) else {
-                        record.space_exhausted = true;
-                        break;
-                    };
+                    let Some(variant) = untried else { break };
                     self.try_variant(platform, reporter, engine, record, running, slot, variant);
                     progressed = true;
                 }
@@ -140,14 +138,6 @@ impl<'a> Tuner<'a> {
 
     fn us_since(&self, start: u64) -> f64 {
         engine::cycles().saturating_sub(start) as f64 * 1e6 / self.tsc_hz as f64
-    }
-
-    fn next_variant(&self, record: &KeyRecord) -> Option<Variant> {
-        let incumbent = record.incumbent.as_ref().map(|kernel| kernel.variant);
-        space::variants(&record.key, self.compiler.isa())
-            .into_iter()
-            .take(space_len(self.options, usize::MAX))
-            .find(|variant| Some(*variant) != incumbent && !record.knows(variant))
     }
 
     #[allow(clippy::too_many_arguments)]
@@ -181,7 +171,7 @@ impl<'a> Tuner<'a> {
                         self.end_tsc = 0;
                         return;
                     }
-                    Ok(kernel) => match verify(platform, engine, slot, kernel) {
+                    Ok(kernel) => match verify(platform, engine, slot, kernel, compiled.code.len()) {
                         Err(rejected) => {
                             let text = format!("{} {variant}: {rejected}; quarantined", record.key);
                             reporter.note(platform, Level::Warning, text);
@@ -266,6 +256,16 @@ pub fn target(isa: engine::Isa) -> TargetIsa {
     TargetIsa { avx2: isa.avx2, avx512: isa.avx512, avx512_vnni: isa.avx512_vnni }
 }
 
+/// The next variant of a key to try; `None` when all that are in the search with these options and `isa` were tried. Never
+/// stored: another boot may search with other instruction sets or limits.
+pub fn untried(record: &KeyRecord, options: &Options, isa: TargetIsa) -> Option<Variant> {
+    let incumbent = record.incumbent.as_ref().map(|kernel| kernel.variant);
+    space::variants(&record.key, isa)
+        .into_iter()
+        .take(space_len(options, usize::MAX))
+        .find(|variant| Some(*variant) != incumbent && !record.knows(variant))
+}
+
 /// Variants of a key that are in the search, of `available`.
 pub fn space_len(options: &Options, available: usize) -> usize {
     match options.tune_max_variants {
@@ -281,5 +281,41 @@ fn shown(outcome: TrialOutcome) -> Shown {
         TrialOutcome::Refused => Shown::Refused,
         TrialOutcome::Wrong => Shown::Wrong,
         TrialOutcome::Faulted => Shown::Faulted,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A record of a key of which every variant for `isa` was tried.
+    fn tried(isa: TargetIsa) -> KeyRecord {
+        let mut record = KeyRecord::new("matmul_q4_0_m1_n576_k576".parse().unwrap());
+        for variant in space::variants(&record.key, isa) {
+            record.trials.push(Trial {
+                variant,
+                incumbent: None,
+                ratio: Some(1.5),
+                outcome: TrialOutcome::Slower,
+                boot: 1,
+                compile_us: 1,
+                code_bytes: 1,
+            });
+        }
+        record
+    }
+
+    #[test]
+    fn a_space_is_exhausted_for_the_options_of_this_boot_only() {
+        let avx2 = TargetIsa { avx2: true, avx512: false, avx512_vnni: false };
+        let avx512 = TargetIsa { avx512: true, avx512_vnni: true, ..avx2 };
+        let (few, all) = (Options { tune_max_variants: 2, ..Options::default() }, Options::default());
+        let mut record = tried(avx2);
+        assert_eq!(untried(&record, &all, avx2), None);
+        let wider = untried(&record, &all, avx512).expect("AVX-512 has variants of its own");
+        assert!(avx2.missing(&wider).is_some() && avx512.missing(&wider).is_none());
+        record.trials.truncate(2);
+        assert_eq!(untried(&record, &few, avx2), None);
+        assert!(untried(&record, &all, avx2).is_some());
     }
 }

@@ -131,18 +131,26 @@ pub fn open(medium: &mut dyn Medium, identity: &Identity) -> Result<Opened, Cold
     Ok(Opened { snapshot, generation: header.generation, slot, code, passed_over })
 }
 
-/// Opens the newest snapshot of whatever build, CPU and model, with the identity it was saved under: for tools that look at
+/// Opens the newest whole snapshot of whatever build, CPU and model, with the identity it was saved under: for tools that look at
 /// snapshots and do not run them.
 ///
 /// # Errors
 /// [`ColdStart`] with each slot's reason when there is none.
 pub fn open_any(medium: &mut dyn Medium) -> Result<(Opened, Identity), ColdStart> {
-    let headers = Slot::ALL.into_iter().filter_map(|slot| examine(medium, slot).ok());
-    let newest = headers.max_by_key(|header| (header.committed, header.generation));
+    let [a, b] = Slot::ALL.map(|slot| examine(medium, slot).ok());
+    let rank = |header: &Option<Header>| header.as_ref().map(|header| (header.committed, header.generation));
+    let (newer, older) = if rank(&b) > rank(&a) { (b, a) } else { (a, b) };
     // No header: nothing has this identity, and opening it says what is wrong with each slot.
-    let identity =
-        newest.map_or(Identity { build_id: [0; 32], model_id: [0; 32], machine: [0; 32] }, |header| header.identity);
-    Ok((open(medium, &identity)?, identity))
+    let nobody = Identity { build_id: [0; 32], model_id: [0; 32], machine: [0; 32] };
+    let identity = newer.map_or(nobody, |header| header.identity);
+    match (open(medium, &identity), older) {
+        (Ok(opened), _) => Ok((opened, identity)),
+        // What is wrong with the newer one does not concern an older one of another model.
+        (Err(cold), Some(older)) if older.identity.model_id != identity.model_id => {
+            open(medium, &older.identity).map(|opened| (opened, older.identity)).map_err(|_| cold)
+        }
+        (Err(cold), _) => Err(cold),
+    }
 }
 
 /// Writes `snapshot` to the slot that is not *the* snapshot's (see the module docs) and makes it durable.

@@ -3,14 +3,14 @@
 //! ```text
 //! offset  bytes  field            meaning (integers little-endian)
 //!      0      4  magic            "SNAP"
-//!      4      4  version          format of the header's middle and of the payload; 1
+//!      4      4  version          format of the header's middle and of the payload; 2
 //!      8      8  generation       1 for the first save; each save has one more than any slot on the volume
 //!     16      4  state            "WRIT" while the payload is being written, "DONE" when it is durable
 //!     20      4  -                zero
 //!     24      8  payload_bytes    length of the payload, which starts at offset 512 of the slot
 //!     32     32  payload_sha256   SHA-256 of the payload
 //!     64     32  build_id         image that wrote it: machine code fits this build only
-//!     96     32  model_id         SHA-256 of the model file
+//!     96     32  model_id         fingerprint of the model file
 //!    128     32  machine          CPU fingerprint: machine code fits this CPU only
 //!    160    320  -                zero
 //!    480     32  header_sha256    SHA-256 of bytes 0..480
@@ -61,7 +61,7 @@ const HASH_AT: usize = HEADER_BYTES - 32;
 pub struct Identity {
     /// Hash of the build.
     pub build_id: [u8; 32],
-    /// SHA-256 of the model file.
+    /// Fingerprint of the model file: SHA-256 of its length and of samples spread over it.
     pub model_id: [u8; 32],
     /// Hash of the CPU's fingerprint: equal where the same machine code runs and performs alike.
     pub machine: [u8; 32],
@@ -232,7 +232,7 @@ mod tests {
     #[test]
     fn headers_of_foreign_writers_are_refused_by_cause() {
         assert_eq!(forged(0, b"SNAQ"), Err(SlotReason::BadMagic { found: *b"SNAQ" }));
-        for found in [0, 1, u32::MAX] {
+        for found in [0, 1, 3, u32::MAX] {
             let error = SlotReason::OtherFormat { found, supported: FORMAT_VERSION, generation: 7 };
             assert_eq!(forged(4, &found.to_le_bytes()), Err(error));
         }

@@ -5,8 +5,8 @@
 //!
 //! Architecture invariant: [`save`] never touches the slot [`open`] would pick, so a power cut at any sector write leaves
 //! the previous snapshot or the new one, whole.
-//! Architecture invariant: no bytes in a slot can make this crate panic or allocate more than [`MAX_PAYLOAD_BYTES`] for the
-//! bytes and what they decode to; what is not used is refused with a [`SlotReason`].
+//! Architecture invariant: no bytes in a slot can make this crate panic or read more than [`MAX_PAYLOAD_BYTES`]; what they
+//! decode to is a small multiple of that (a list never reserves more than its bytes can hold). What is not used is refused with a [`SlotReason`].
 //! Architecture invariant: machine code leaves this crate only when build, machine and model are those of the running image.
 //! It is not trusted even then: `runtime` verifies its results before use.
 #![no_std]

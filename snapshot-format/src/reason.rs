@@ -2,6 +2,7 @@
 //! found and what happens now.
 
 use crate::commit::Slot;
+use crate::header::FORMAT_VERSION;
 use alloc::boxed::Box;
 use core::fmt;
 use model::kernel::KernelKey;
@@ -119,7 +120,7 @@ pub enum SlotReason {
     },
     /// The payload is whole but is not a snapshot of this format.
     #[error(
-        "generation {generation}: {payload_bytes} whole bytes are not a snapshot of format 1: our bug, please report it; the slot is not used and a save will replace it"
+        "generation {generation}: {payload_bytes} whole bytes are not a snapshot of format {FORMAT_VERSION}: our bug, please report it; the slot is not used and a save will replace it"
     )]
     Schema {
         /// Generation in the header.

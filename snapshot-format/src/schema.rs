@@ -37,8 +37,6 @@ pub struct KeyRecord {
     pub trials: Vec<Trial>,
     /// Variants that faulted or gave a wrong result: never tried again.
     pub quarantined: Vec<Variant>,
-    /// Every variant worth trying was tried.
-    pub space_exhausted: bool,
     /// Boot in which the incumbent last changed; 0 is never.
     pub changed_at_boot: u32,
     /// SHA-256 of what the reference makes of fixed operands and this model's weights: what a kernel has to give. `None`
@@ -56,7 +54,6 @@ impl KeyRecord {
             last_median_cycles: None,
             trials: Vec::new(),
             quarantined: Vec::new(),
-            space_exhausted: false,
             changed_at_boot: 0,
             answer_sha256: None,
         }
@@ -154,6 +151,8 @@ pub struct BootLine {
     pub threads: u32,
     /// Times of this boot mean something (false under software emulation).
     pub clock_trusted: bool,
+    /// With this boot the search had converged: what an export asks for.
+    pub converged: bool,
 }
 
 impl Snapshot {
@@ -178,14 +177,12 @@ impl Snapshot {
         self.boots.drain(..extra);
     }
 
-    /// Drops machine code and keeps which variant it was. A key no longer counts as exhausted: another build may have
-    /// other variants to offer.
+    /// Drops machine code and keeps which variant it was.
     pub(crate) fn drop_code(&mut self) {
         for record in &mut self.entries {
             if let Some(kernel) = &mut record.incumbent {
                 kernel.code = Vec::new();
             }
-            record.space_exhausted = false;
         }
     }
 
@@ -195,7 +192,6 @@ impl Snapshot {
             record.baseline_median_cycles = None;
             record.last_median_cycles = None;
             record.trials = Vec::new();
-            record.space_exhausted = false;
         }
         self.boots = Vec::new();
     }

@@ -70,7 +70,7 @@ fn run(workspace: &Path, command: Command) -> Result<()> {
         Command::Test => test::run(workspace),
         Command::Fuzz { cases, seed, targets } => test::fuzz(workspace, cases, seed, &targets),
         Command::Scenarios { only } => {
-            packages::ensure(&[&packages::QEMU])?;
+            packages::ensure(&packages::SCENARIOS)?;
             let kernel = kernel_build::jit_image(workspace)?;
             let library = kernel_build::native_library(workspace)?;
             let passed = scenarios::run(&kernel, &library, workspace, &workspace.join("out/scenarios"), &only)?;

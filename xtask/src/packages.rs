@@ -1,31 +1,47 @@
 //! System packages: installs what is missing when run as root, else prints the exact command and stops.
 
 use anyhow::{Context, Result, bail};
+use qemu_runs::{Firmware, Qemu};
 use std::path::Path;
 use std::process::Command;
 
-/// A file whose presence shows that a Debian package is installed.
+/// A Debian package.
 pub struct Package {
-    /// Debian package name.
+    /// Its name.
     pub name: &'static str,
-    /// A file it brings.
-    pub file: &'static str,
+    /// What it brings is there, from wherever it came.
+    is_there: fn() -> bool,
 }
 
 /// The emulator.
-pub const QEMU: Package = Package { name: "qemu-system-x86", file: "/usr/bin/qemu-system-x86_64" };
+pub const QEMU: Package = Package { name: "qemu-system-x86", is_there: || Qemu::find().is_ok() };
 /// `pip`, for the demo model.
-pub const PIP: Package = Package { name: "python3-pip", file: "/usr/bin/pip3" };
-
+pub const PIP: Package = Package { name: "python3-pip", is_there: || on_path("pip3") };
 /// `taskset`, to pin benchmark runs to cores.
-pub const TASKSET: Package = Package { name: "util-linux", file: "/usr/bin/taskset" };
+pub const TASKSET: Package = Package { name: "util-linux", is_there: || on_path("taskset") };
+/// What makes a disk bootable for both firmwares: `grub-mkimage` and its modules.
+const GRUB: Package = Package { name: "grub-common", is_there: || on_path("grub-mkimage") || on_path("grub2-mkimage") };
+const GRUB_BIOS: Package = Package { name: "grub-pc-bin", is_there: || bootimage::has_grub_modules("i386-pc") };
+const GRUB_EFI: Package =
+    Package { name: "grub-efi-amd64-bin", is_there: || bootimage::has_grub_modules("x86_64-efi") };
+/// UEFI firmware for QEMU.
+const OVMF: Package = Package { name: "ovmf", is_there: || Firmware::Ovmf.is_there() };
+
+/// What the scenarios need.
+pub const SCENARIOS: [&Package; 5] = [&QEMU, &GRUB, &GRUB_BIOS, &GRUB_EFI, &OVMF];
+
+/// A program of that name is in a directory of `PATH`.
+fn on_path(program: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path).any(|dir| dir.join(program).is_file())
+}
 
 /// Makes sure every package is there.
 ///
 /// # Errors
 /// When a package is missing and cannot be installed; the message holds the command to run.
 pub fn ensure(packages: &[&Package]) -> Result<()> {
-    let missing: Vec<&str> = packages.iter().filter(|p| !Path::new(p.file).exists()).map(|p| p.name).collect();
+    let missing: Vec<&str> = packages.iter().filter(|p| !(p.is_there)()).map(|p| p.name).collect();
     if missing.is_empty() {
         return Ok(());
     }
@@ -49,4 +65,16 @@ pub fn ensure(packages: &[&Package]) -> Result<()> {
 
 fn is_root() -> bool {
     Command::new("id").arg("-u").output().is_ok_and(|o| o.stdout.trim_ascii() == b"0")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn programs_are_looked_for_where_they_would_be_started_from() {
+        assert!(on_path("sh") && !on_path("no-such-program-anywhere"));
+        // The same search as the one that starts it: never "missing" where it would run.
+        assert_eq!((QEMU.is_there)(), Qemu::find().is_ok());
+    }
 }

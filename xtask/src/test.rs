@@ -11,7 +11,7 @@ use std::time::Instant;
 /// # Errors
 /// The first step that failed.
 pub fn run(workspace: &Path) -> Result<()> {
-    packages::ensure(&[&packages::QEMU])?;
+    packages::ensure(&packages::SCENARIOS)?;
     let start = Instant::now();
     let mut steps = Steps { done: Vec::new() };
     steps.command("format", cargo(workspace, &["fmt", "--all", "--check"]))?;

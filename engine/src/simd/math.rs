@@ -216,10 +216,7 @@ fn quantise_block(x: [__m256; 4], out: &mut [u8]) {
     out[XBLOCK_SUM_LOW..].copy_from_slice(&sum_low.to_le_bytes());
 }
 
-/// `math::quantise_activations`.
-///
-/// # Panics
-/// When the lengths are not those of whole blocks.
+/// `math::quantise_activations`, which has checked that the lengths are those of whole blocks.
 pub(crate) fn quantise(_: Avx2, x: &[f32], out: &mut [u8]) {
     #[target_feature(enable = "avx2")]
     fn quantise(x: &[f32], out: &mut [u8]) {

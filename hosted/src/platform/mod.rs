@@ -11,6 +11,8 @@ use engine::dispatch::{Kernel, KernelArgs, guard};
 use engine::workers::Workers;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use model::kernel::KernelKey;
+use report::wire::Decoder;
+use report::{Level, Message};
 use runtime::platform::{Clock, CpuFacts, KernelFault, MemoryUse, OutOfMemory, Platform, WhichDisk};
 use std::io::IsTerminal;
 use std::time::{Duration, Instant, SystemTime};
@@ -118,7 +120,17 @@ impl Platform for Process {
         }
     }
 
-    fn send(&mut self, _frame: &[u8]) {}
+    /// Nobody listens to frames here, but a warning is for people even where text is left out.
+    fn send(&mut self, frame: &[u8]) {
+        if !self.quiet {
+            return;
+        }
+        for message in Decoder::default().push(frame) {
+            if let Ok(Message::Note { level: Level::Warning, text }) = message {
+                eprintln!("warning: {text}");
+            }
+        }
+    }
 
     fn disk(&mut self, which: WhichDisk) -> (Option<&mut dyn BlockDevice>, &dyn Workers) {
         let disk = match which {

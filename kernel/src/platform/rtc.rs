@@ -49,7 +49,7 @@ fn to_unix(raw: [u8; 6], status_b: u8) -> Option<u64> {
     }
     // The century register is at different places on different machines; this code is younger than 2000.
     let year = 2000 + number(year);
-    // Days since 1970-03-01, with years that start in March so that the leap day comes last.
+    // Days since 1970-01-01, counted in years that start in March so that the leap day comes last.
     let (y, m) = if month > 2 { (year, month - 3) } else { (year - 1, month + 9) };
     let days = 365 * y + y / 4 - y / 100 + y / 400 + (153 * m + 2) / 5 + day - 1 - 719_468;
     Some(days * 86_400 + hours * 3_600 + minute * 60 + second)

@@ -279,6 +279,7 @@ impl BlockDevice for VirtioDisk {
         self.transfer(lba, NonNull::from(buf).cast(), buf.len(), true)
     }
 
+    /// Not bounded in time: the driver crate sends a flush only by waiting for it, and has no form that could be given up.
     fn flush(&mut self) -> Result<(), DeviceError> {
         let device = self.device.as_mut().ok_or(timeout(0, 0))?;
         device.flush().map_err(|error| failed(0, 0, error))

@@ -142,6 +142,7 @@ pub fn made_up_boot(boot: u32) -> BootReport {
             token_time_variation: (boot > 2).then_some(0.0062),
             machine_variation: None,
             max_variation: 0.01,
+            allowed_variation: 0.01,
             variation_required: true,
             reason: if boot >= 8 { String::new() } else { "kernels are still being tuned".into() },
         },

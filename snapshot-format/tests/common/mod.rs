@@ -34,7 +34,6 @@ pub fn snapshot(seed: u32, code_bytes: usize) -> Snapshot {
     entry.last_median_cycles = Some(750_000 + u64::from(seed));
     entry.trials = vec![trial, refused];
     entry.quarantined = vec![variant(8)];
-    entry.space_exhausted = true;
     entry.changed_at_boot = seed;
     let mut snapshot = Snapshot { boot_count: seed, entries: vec![entry, KeyRecord::new(key(32))], boots: Vec::new() };
     snapshot.push_boot(BootLine {
@@ -50,6 +49,7 @@ pub fn snapshot(seed: u32, code_bytes: usize) -> Snapshot {
         generation: 3,
         threads: 2,
         clock_trusted: true,
+        converged: true,
     });
     snapshot
 }

@@ -2,7 +2,8 @@
 
 use crate::demo_model;
 use anyhow::{Context, Result, bail};
-use model::{ModelDescription, ModelError, Role, gguf};
+use model::formats::HeaderBytes;
+use model::{ModelDescription, Role, gguf};
 use serde::Serialize;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -11,8 +12,6 @@ use std::process::Command;
 
 /// Type of the demo model as it is downloaded.
 const ORIGINAL: &str = "Q4_1";
-/// First guess at the header's size; it grows as the reader asks.
-const HEADER_GUESS_BYTES: u64 = 2 << 20;
 
 /// One file.
 #[derive(Clone, Debug, Serialize)]
@@ -69,14 +68,12 @@ pub fn obtain(cache: &Path, bareflow: &Path, dtype: &str) -> Result<ModelFile> {
 fn describe(path: &Path) -> Result<ModelDescription> {
     let file = File::open(path).with_context(|| format!("opening {}", path.display()))?;
     let file_bytes = file.metadata()?.len();
-    let mut have = HEADER_GUESS_BYTES.min(file_bytes);
+    let mut len = HeaderBytes::of(file_bytes);
     loop {
-        let mut header = vec![0; usize::try_from(have)?];
+        let mut header = vec![0; len.len()];
         file.read_exact_at(&mut header, 0).with_context(|| format!("reading {}", path.display()))?;
         match gguf::read(&header, file_bytes) {
-            Err(ModelError::Truncated { need_bytes, .. }) if have < file_bytes => {
-                have = need_bytes.max(have * 2).min(file_bytes);
-            }
+            Err(error) if len.grow(&error) => {}
             read => return read.with_context(|| format!("{} is damaged; delete it", path.display())),
         }
     }

@@ -3,6 +3,7 @@
 use crate::bench::machine::pinned;
 use anyhow::{Context, Result, bail};
 use report::BootReport;
+use runtime::identity::hex;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -146,14 +147,12 @@ pub struct Tuning {
     pub trials: usize,
 }
 
-/// Boots `form` on a new snapshot until it converges or `max_boots` is reached.
+/// Boots `form` on `snapshot`, which is made when missing, until it converges or `max_boots` is reached; not at all if this
+/// build left it converged.
 ///
 /// # Errors
 /// When a boot fails.
 pub fn tune(job: &Job<'_>, form: Form, dtype: &str, snapshot: &Path, limits: TuneLimits) -> Result<Tuning> {
-    if snapshot.exists() {
-        std::fs::remove_file(snapshot).with_context(|| format!("removing {}", snapshot.display()))?;
-    }
     let mut tuning = Tuning {
         engine: form.engine(),
         dtype: dtype.to_owned(),
@@ -163,6 +162,10 @@ pub fn tune(job: &Job<'_>, form: Form, dtype: &str, snapshot: &Path, limits: Tun
         reason: "no boot".into(),
         trials: 0,
     };
+    if is_converged(snapshot) {
+        tuning.converged = true;
+        tuning.reason = "kept as an earlier run left it converged".into();
+    }
     while tuning.boots < limits.max_boots && !tuning.converged {
         let report = job.run(form, Some(snapshot), limits.budget_ms)?;
         tuning.boots += 1;
@@ -173,6 +176,13 @@ pub fn tune(job: &Job<'_>, form: Form, dtype: &str, snapshot: &Path, limits: Tun
     Ok(tuning)
 }
 
+/// The file holds a snapshot of this build whose last boot had converged.
+fn is_converged(snapshot: &Path) -> bool {
+    let Ok(on_disk) = export_tool::read_snapshot(snapshot) else { return false };
+    hex(&on_disk.identity.build_id) == runtime::BUILD_ID
+        && on_disk.snapshot.boots.last().is_some_and(|boot| boot.converged)
+}
+
 /// What tuning may cost.
 #[derive(Clone, Copy)]
 pub struct TuneLimits {
@@ -180,4 +190,64 @@ pub struct TuneLimits {
     pub max_boots: u32,
     /// Trials of one boot, ms.
     pub budget_ms: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use runtime::options::hex_32;
+    use snapshot_format::{BootLine, DiskMedium, Identity, Snapshot};
+    use storage::MemoryDisk;
+
+    /// Leaves an image at `path` with a snapshot of the build `build_id`.
+    fn leave(path: &Path, build_id: [u8; 32], converged: bool) {
+        let spec = bootimage::ImageSpec { overwrite: true, ..bootimage::ImageSpec::without_kernel() };
+        bootimage::build(&spec, path).unwrap();
+        let mut snapshot = Snapshot::default();
+        snapshot.push_boot(BootLine {
+            boot: 1,
+            unix_time: None,
+            token_us_median: 1.0,
+            token_us_mad: 0.0,
+            reference_us: None,
+            decode_tok_s: 1.0,
+            ttft_ms: 1.0,
+            kernels_changed: 0,
+            settled_share: 1.0,
+            generation: 0,
+            threads: 1,
+            clock_trusted: true,
+            converged,
+        });
+        let mut disk = MemoryDisk::new(std::fs::read(path).unwrap());
+        let identity = Identity { build_id, model_id: [1; 32], machine: [2; 32] };
+        snapshot_format::save(&mut DiskMedium::open(&mut disk).unwrap(), &identity, &snapshot).unwrap();
+        std::fs::write(path, disk.into_bytes()).unwrap();
+    }
+
+    #[test]
+    fn a_kept_snapshot_is_not_tuned_again_and_never_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("kernels.img");
+        // A program that fails: every boot is an error.
+        let job = Job {
+            bareflow: Path::new("/bin/false"),
+            cores: &[0],
+            model: Path::new("none.gguf"),
+            prompt: "",
+            threads: 1,
+            tokens: 1,
+            context: 1,
+        };
+        let limits = TuneLimits { max_boots: 2, budget_ms: 1 };
+        let mine = hex_32(runtime::BUILD_ID).unwrap();
+        leave(&path, mine, true);
+        let tuning = tune(&job, Form::Avx2, "F32", &path, limits).unwrap();
+        assert_eq!((tuning.boots, tuning.converged), (0, true));
+        for (build_id, converged) in [(mine, false), ([7; 32], true)] {
+            leave(&path, build_id, converged);
+            tune(&job, Form::Avx2, "F32", &path, limits).unwrap_err();
+            assert!(path.exists());
+        }
+    }
 }
