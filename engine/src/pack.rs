@@ -301,27 +301,13 @@ fn pack_block(format: RowFormat, block: &[u8], lane: usize, step: &mut [u8]) {
     }
 }
 
-/// Packs 32 rows into a whole panel, writing it front to back.
+/// Packs 32 rows into a whole panel, writing it front to back: on CPUs without AVX2, and what has no code there.
 fn pack_panel(format: RowFormat, rows: &[u8], row_bytes: usize, panel: &mut [u8]) {
-    // One copy of the loop per format, so that the block size is a constant in it.
-    match format {
-        RowFormat::F32 => pack_panel_of::<4>(RowFormat::F32, rows, row_bytes, panel),
-        RowFormat::F16 => pack_panel_of::<2>(RowFormat::F16, rows, row_bytes, panel),
-        RowFormat::Bf16 => pack_panel_of::<2>(RowFormat::Bf16, rows, row_bytes, panel),
-        RowFormat::Int8 => pack_panel_of::<1>(RowFormat::Int8, rows, row_bytes, panel),
-        RowFormat::Q8_0 => pack_panel_of::<34>(RowFormat::Q8_0, rows, row_bytes, panel),
-        RowFormat::Q4_0 => pack_panel_of::<18>(RowFormat::Q4_0, rows, row_bytes, panel),
-        RowFormat::Q4_1 => pack_panel_of::<20>(RowFormat::Q4_1, rows, row_bytes, panel),
-        _ => unreachable!("{format:?} is packed by pack_lanes"),
-    }
-}
-
-#[inline(always)]
-fn pack_panel_of<const BLOCK_BYTES: usize>(format: RowFormat, rows: &[u8], row_bytes: usize, panel: &mut [u8]) {
+    let (block_bytes, _) = format.block();
     let steps = panel.chunks_exact_mut(step_bytes(format.dtype()));
-    for (step, at) in steps.zip((0..row_bytes).step_by(BLOCK_BYTES)) {
+    for (step, at) in steps.zip((0..row_bytes).step_by(block_bytes)) {
         for lane in 0..PANEL {
-            pack_block(format, &rows[lane * row_bytes + at..][..BLOCK_BYTES], lane, step);
+            pack_block(format, &rows[lane * row_bytes + at..][..block_bytes], lane, step);
         }
     }
 }
@@ -415,11 +401,7 @@ fn write_parts<F: BlockFormat<LEN, BYTES>, const LEN: usize, const BYTES: usize>
 }
 
 /// What [`write_parts`] put into `lane`.
-fn read_parts<F: BlockFormat<LEN, BYTES>, const LEN: usize, const BYTES: usize>(
-    lane: usize,
-    group: &[u8],
-) -> Parts<LEN> {
-    let layout = const { BlockLayout::of(F::DTYPE).unwrap() };
+fn read_parts<const LEN: usize>(layout: &BlockLayout, lane: usize, group: &[u8]) -> Parts<LEN> {
     let mut parts = Parts::ZERO;
     let (header, steps) = group.split_at(layout.header_bytes());
     if layout.super_blocks {
@@ -477,8 +459,9 @@ fn unpack_lane<F: BlockFormat<LEN, BYTES>, const LEN: usize, const BYTES: usize>
     panel: &[u8],
     row: &mut [u8],
 ) {
+    let layout = const { BlockLayout::of(F::DTYPE).unwrap() };
     for (group, block) in panel.chunks_exact(group_bytes(F::DTYPE)).zip(row.as_chunks_mut().0) {
-        *block = F::put_together(&read_parts::<F, LEN, BYTES>(lane, group));
+        *block = F::put_together(&read_parts(&layout, lane, group));
     }
 }
 
@@ -504,18 +487,26 @@ pub fn dequantise_column(dtype: DType, column: usize, packed: &[u8], out: &mut [
                 *x = f16::from_le_bytes(field(step, 2 * lane)).to_f32_const();
             }
         }
-        _ => with_block_format!(dtype, dequantise_lane(lane, panel, out)),
+        _ => {
+            let Some(layout) = BlockLayout::of(dtype) else { return };
+            let groups = panel.chunks_exact(group_bytes(dtype));
+            if layout.super_blocks {
+                dequantise_lane::<{ SUPER * BLOCK }>(&layout, lane, groups, out);
+            } else {
+                dequantise_lane::<BLOCK>(&layout, lane, groups, out);
+            }
+        }
     }
 }
 
-fn dequantise_lane<F: BlockFormat<LEN, BYTES>, const LEN: usize, const BYTES: usize>(
+fn dequantise_lane<const LEN: usize>(
+    layout: &BlockLayout,
     lane: usize,
-    panel: &[u8],
+    groups: core::slice::ChunksExact<'_, u8>,
     out: &mut [f32],
 ) {
-    let layout = const { BlockLayout::of(F::DTYPE).unwrap() };
-    for (group, out) in panel.chunks_exact(group_bytes(F::DTYPE)).zip(out.as_chunks_mut().0) {
-        *out = read_parts::<F, LEN, BYTES>(lane, group).values(&layout);
+    for (group, out) in groups.zip(out.as_chunks_mut().0) {
+        *out = read_parts::<LEN>(layout, lane, group).values(layout);
     }
 }
 

@@ -35,7 +35,9 @@ pub(crate) fn link(spec: &ExportSpec, object: &[u8]) -> Result<Linked> {
     let run = |strip: bool| -> Result<Vec<u8>> {
         let out = dir.path().join(if strip { "stripped" } else { "unstripped" });
         let mut command = Command::new(&linker);
-        command.args(["-flavor", "gnu", "-static", "--gc-sections", "--build-id=none", "-zmax-page-size=4096"]);
+        command.args(["-flavor", "gnu", "-static", "--gc-sections", "--build-id=none"]);
+        // Pages are laid out by the script. Loaders copy segments, so in the file they need not start at pages.
+        command.args(["-zmax-page-size=64", "-zcommon-page-size=64"]);
         // Every member stays a candidate: the entry point is reached only through the linker script.
         command.arg("-T").arg(&spec.linker_script).arg("--whole-archive").arg(&spec.kernel_library);
         command.arg("--no-whole-archive").arg(&object_path).arg("-o").arg(&out);

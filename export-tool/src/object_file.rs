@@ -50,7 +50,8 @@ pub fn build(kernels: &[Exportable], model: Option<&[u8]>) -> Result<Vec<u8>> {
         });
     }
     blob(&mut object, "bareflow_kernels_table", &frozen::encode(&table), 8);
-    blob(&mut object, "bareflow_model", model.unwrap_or_default(), 4096);
+    let model = model.unwrap_or_default();
+    blob(&mut object, "bareflow_model", model, if model.is_empty() { 1 } else { 4096 });
     object.write().context("writing the kernel object file")
 }
 

@@ -112,7 +112,6 @@ fn work(platform: &mut dyn Platform, reporter: &mut Reporter, request: Request<'
     let threads = threads(&options, platform.workers());
     let shape = Shape { isa, threads, context };
     let (mut engine, mut session, loaded) = load_session(platform, &location, &description, &options, shape)?;
-    reporter.note(platform, Level::Info, loaded.sha256.to_string());
     reporter.stage(platform, "load_model");
     if !engine::ops::HAS_BASELINE && kv_type(&options, &description) == KvType::F32 {
         let text = "attention over an f32 cache takes its plainest form in this image; kv=f16 is faster";
@@ -125,6 +124,8 @@ fn work(platform: &mut dyn Platform, reporter: &mut Reporter, request: Request<'
     reporter.stage(platform, "restore_kernels");
 
     let out = generate(platform, reporter, &mut engine, &mut session, &description, &options, &prompt_tokens)?;
+    // Lines cost time, and until here somebody waits for an answer.
+    reporter.note(platform, Level::Info, loaded.sha256.to_string());
 
     let limits = limits::measure(engine.weights(), engine.table().level(), isa, platform.workers(), threads);
     reporter.stage(platform, "measure_limits");

@@ -22,6 +22,8 @@ pub struct Kernels<'a> {
     isa: Isa,
     linked: &'a [LinkedKernel],
     running: RunningKernels,
+    /// Rows of the largest batches that have all their kernels.
+    largest_batch: u32,
 }
 
 impl<'a> Kernels<'a> {
@@ -34,7 +36,7 @@ impl<'a> Kernels<'a> {
         _identity: Identity,
         linked: &'a [LinkedKernel],
     ) -> Self {
-        Self { options, isa, linked, running: RunningKernels::none(0) }
+        Self { options, isa, linked, running: RunningKernels::none(0), largest_batch: M_BUCKETS[M_BUCKETS.len() - 1] }
     }
 
     /// Installs the kernels of the image, each after its check against the reference.
@@ -51,6 +53,8 @@ impl<'a> Kernels<'a> {
         if self.options.tier == Tier::Compiled && self.isa.avx2 {
             self.running = install_linked(platform, reporter, engine, self.linked)?;
             self.note_gaps(platform, reporter, engine);
+            let sizes = M_BUCKETS.iter().zip(engine.batch_sizes());
+            self.largest_batch = sizes.rev().find(|&(_, has)| has).map_or(1, |(m, _)| *m);
         }
         Ok(())
     }
@@ -69,13 +73,6 @@ impl<'a> Kernels<'a> {
             };
             let text = format!("no linked kernel for {}: {instead}; {REMEDY}", names.join(", "));
             reporter.note(platform, Level::Warning, text);
-        }
-        let largest = M_BUCKETS.iter().zip(sizes).rev().find(|&(_, has)| has).map_or(1, |(m, _)| *m);
-        if largest < M_BUCKETS[M_BUCKETS.len() - 1] {
-            let text = format!(
-                "this image has kernels for prompts in batches of up to {largest}: for faster long prompts, let the JIT image run one and export again"
-            );
-            reporter.note(platform, Level::Info, text);
         }
     }
 
@@ -113,10 +110,17 @@ impl<'a> Kernels<'a> {
     /// Nothing is decided and nothing saved.
     pub fn conclude(
         &mut self,
-        _platform: &mut dyn Platform,
-        _reporter: &mut Reporter,
+        platform: &mut dyn Platform,
+        reporter: &mut Reporter,
         figures: &BootFigures<'_>,
     ) -> (Convergence, SnapshotStatus) {
+        if self.largest_batch < M_BUCKETS[M_BUCKETS.len() - 1] {
+            let text = format!(
+                "this image has kernels for prompts in batches of up to {}: for faster long prompts, let the JIT image run one and export again",
+                self.largest_batch
+            );
+            reporter.note(platform, Level::Info, text);
+        }
         let reason = "a native image does not tune: its kernels are part of it".into();
         let convergence = Convergence::undecided(figures.settled_share, reason);
         let mut status = SnapshotStatus::disabled();

@@ -18,6 +18,8 @@ use storage::{ByteSource, FatFile, FatVolume, FileSource, RawDisk, SECTOR_BYTES,
 
 /// Weights are streamed in pieces of this size, so that progress can be printed between them.
 const PIECE_BYTES: u64 = 64 << 20;
+/// Models up to this length load in a fraction of a second: a line of progress would only delay the answer.
+const PROGRESS_FROM_BYTES: u64 = 512 << 20;
 /// One sample of [`SAMPLE_BYTES`] goes into the fingerprint from each stretch of this length.
 const SAMPLE_EVERY_BYTES: u64 = 1 << 20;
 const SAMPLE_BYTES: u64 = 4 << 10;
@@ -181,7 +183,9 @@ fn pieces(platform: &mut dyn Platform, what: &str, len_bytes: u64, work: &mut Pi
         let piece = PIECE_BYTES.min(len_bytes - offset);
         work(platform, offset, piece)?;
         offset += piece;
-        platform.progress(what, offset, len_bytes);
+        if len_bytes > PROGRESS_FROM_BYTES {
+            platform.progress(what, offset, len_bytes);
+        }
     }
     Ok(())
 }

@@ -27,9 +27,11 @@ fn the_hash_is_shown_by_rule_and_says_of_how_many_bytes() {
         let (sha256, printed) = boot(workers, "model.sha256=show");
         assert_eq!(sha256, Some(hash(&file)));
         assert!(printed.contains(&shown), "{printed}");
-        let (sha256, printed) = boot(workers, "model.sha256=off");
-        assert!(sha256.is_none() && printed.contains("not computed: model.sha256=off"), "{printed}");
-        let (sha256, printed) = boot(workers, "");
+        for option in ["", "model.sha256=off"] {
+            let (sha256, printed) = boot(workers, option);
+            assert!(sha256.is_none() && printed.contains("not computed: not asked for"), "{printed}");
+        }
+        let (sha256, printed) = boot(workers, "model.sha256=auto");
         assert_eq!(sha256.is_some(), workers > 1 && Isa::has_sha_extensions());
         assert_eq!(printed.contains("not computed"), sha256.is_none());
         assert_eq!(sha256.unwrap_or(hash(&file)), hash(&file));

@@ -439,7 +439,7 @@ boot_pd: .skip 4 * 4096                 # all but the image's entries: boot/earl
 ring0_idt: .skip 4096                   # filled by boot/early.rs
 
     .section .ring0.data,"aw",@progbits
-    .balign 4096
+    .balign 16
     .globl ring0_gdt
 ring0_gdt:
     .quad 0
