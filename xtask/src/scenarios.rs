@@ -333,12 +333,18 @@ fn torn_save(bench: &mut Bench) -> Result<()> {
     let before = bench.report(&bench.machine(""))?;
     let generation = before.snapshot.generation_saved.context("nothing saved")?;
     // The newest slot as a power cut between its payload and its last header leaves it.
-    let offset = bench.slot_offset(if generation % 2 == 1 { "SNAPA.BIN" } else { "SNAPB.BIN" })?;
     let mut image = std::fs::read(bench.disk())?;
-    let sector = &mut image[offset..offset + HEADER_BYTES];
-    let header = Header::decode(sector.as_ref().try_into()?)?;
-    ensure!(header.generation == generation && header.committed, "{header:?}");
-    sector.copy_from_slice(&Header { committed: false, ..header }.encode());
+    let mut torn = 0;
+    for name in bootimage::SLOT_NAMES {
+        let offset = bench.slot_offset(name)?;
+        let sector = &mut image[offset..offset + HEADER_BYTES];
+        let header = Header::decode(sector.as_ref().try_into()?)?;
+        if header.generation == generation {
+            sector.copy_from_slice(&Header { committed: false, ..header }.encode());
+            torn += 1;
+        }
+    }
+    ensure!(torn == 1, "{torn} slots hold generation {generation}");
     std::fs::write(bench.disk(), image)?;
     let after = bench.report(&bench.machine(""))?;
     ensure!(after.snapshot.outcome == SnapshotOutcome::Loaded, "{:?}", after.snapshot);
