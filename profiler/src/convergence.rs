@@ -9,7 +9,7 @@ use alloc::string::String;
 use alloc::vec::Vec;
 
 /// Most that the machine's noise raises the limit to: tokens that vary by more tell nothing about the kernels.
-pub const MAX_RAISED_VARIATION: f64 = 0.05;
+pub const MAX_RAISED_VARIATION: f64 = 0.15;
 
 /// Limits of the decision.
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -315,15 +315,15 @@ mod tests {
             tokens.into_iter().zip(references).map(boot).collect()
         };
         let config = ConvergenceConfig::default();
-        // Tokens vary by 3 %, fixed work by 12 %: the kernels are not to blame.
-        let decision = decide(&config, &boots([50.0, 51.5, 52.0], [8.0, 9.5, 8.2]));
+        // Tokens vary by 3 %, fixed work by 25 %: the kernels are not to blame.
+        let decision = decide(&config, &boots([50.0, 51.5, 52.0], [8.0, 11.5, 8.2]));
         assert!(decision.converged && !decision.relative_to_reference, "{}", decision.reason);
         assert!(decision.reason.contains("raised to"), "{}", decision.reason);
         assert_eq!((decision.max_variation, decision.allowed_variation), (0.01, MAX_RAISED_VARIATION));
-        // Tokens vary by 8 % and fixed work by 12 %: the limit is not raised that far.
-        let decision = decide(&config, &boots([50.0, 57.0, 52.0], [8.0, 8.2, 9.5]));
-        assert!(!decision.converged && decision.machine_variation.unwrap() > 0.1, "{}", decision.reason);
-        assert!(decision.reason.contains("raised to 5.00 %, the most it can be"), "{}", decision.reason);
+        // Tokens vary by 20 % and fixed work by 25 %: the limit is not raised that far.
+        let decision = decide(&config, &boots([50.0, 70.0, 52.0], [8.0, 8.2, 11.5]));
+        assert!(!decision.converged && decision.machine_variation.unwrap() > 0.2, "{}", decision.reason);
+        assert!(decision.reason.contains("raised to 15.00 %, the most it can be"), "{}", decision.reason);
         // A limit that was set higher stays.
         let loose = ConvergenceConfig { max_variation: 0.2, ..config };
         let decision = decide(&loose, &boots([50.0, 57.0, 52.0], [8.0, 8.2, 9.5]));
