@@ -604,4 +604,12 @@ mod tests {
             assert_eq!(decimal(bad), None, "{bad}");
         }
     }
+
+    #[test]
+    fn every_option_is_in_the_documented_table() {
+        let document = include_str!("../../docs/FORMATS.md");
+        for (key, _) in TABLE {
+            assert!(document.contains(&alloc::format!("| `{key}` |")), "docs/FORMATS.md has no row for {key}");
+        }
+    }
 }
