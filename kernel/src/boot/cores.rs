@@ -12,6 +12,8 @@ use super::gates::*;
 use super::plan::Plan;
 use crate::platform::{clock, cores};
 
+/// Offset of the local APIC's own id, in the upper byte.
+const ID: u64 = 0x20;
 /// Offset of the local APIC's spurious-interrupt register.
 const SPURIOUS: u64 = 0xf0;
 /// Offset of the interrupt command register, low half; the high half is 16 bytes on.
@@ -38,7 +40,11 @@ pub(super) unsafe fn start(acpi: &AcpiFacts, plan: &Plan, wanted: usize) -> usiz
     if wanted == 1 {
         return 1;
     }
+    // Not CPUID's: where the host runs ring 3 directly and cannot trap CPUID, that is the host core's.
+    // SAFETY: as above.
+    let own = unsafe { (register(ID).read_volatile() >> 24) as u8 };
     cores::set_areas(plan.areas.start);
+    cores::set_boot_apic_id(own);
     // SAFETY: the trampoline page is unused RAM below 1 MiB (checked by the caller) and holds the whole copy; the ring-0
     // variables are read only by cores that are not started yet.
     unsafe {
@@ -51,7 +57,6 @@ pub(super) unsafe fn start(acpi: &AcpiFacts, plan: &Plan, wanted: usize) -> usiz
         (&raw mut ring0_core_areas).write_volatile(plan.areas.start);
         (&raw mut ring0_core_count).write_volatile((1 + plan.areas.len_bytes() / AREA_BYTES).min(wanted as u64) as u32);
     }
-    let own = (core::arch::x86_64::__cpuid(1).ebx >> 24) as u8;
     let send = |id: u8, command: u32| {
         // SAFETY: as above; the command starts a core in the trampoline, which touches only its own area.
         unsafe {

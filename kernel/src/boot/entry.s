@@ -237,6 +237,8 @@ ap_start64:
     mov cr4, rax
     mov rax, qword ptr [ring0_apic]
     mov dword ptr [rax + 0xf0], 0x1ff   # accept interrupts: gate_wake sends one
+    mov r14d, dword ptr [rax + 0x20]    # this core's APIC id, the argument
+    shr r14d, 24
     mov r12d, offset core_main
     jmp enter_ring3
 7:  hlt                                 # a core nobody has an area for
@@ -308,13 +310,18 @@ fault:
 ring0_ignore:
     iretq
 
-# Vector {WAKE_VECTOR}: ends the hlt of gate_park.
+# Vector {WAKE_VECTOR}: ends the hlt of gate_park. Hosts that emulate ring 0 may let it in between sti and hlt, which real
+# CPUs never do: then the hlt must not happen any more, or nobody would end it.
     .globl ring0_woken
 ring0_woken:
     push rax
     mov rax, qword ptr [ring0_apic]
     mov dword ptr [rax + 0xb0], 0       # end of interrupt
-    pop rax
+    lea rax, [park_hlt]
+    cmp qword ptr [rsp + 8], rax
+    jne 7f
+    inc qword ptr [rsp + 8]             # over the one byte of hlt
+7:  pop rax
     iretq
 
 # A fault inside ring 0 is a bug in this file. [rsp] = vector, error code, rip.
@@ -406,6 +413,7 @@ gate_freeze:
 # A wake-up that came just before is still pending and ends the hlt at once: sti takes effect after it.
 gate_park:
     sti
+park_hlt:
     hlt
     cli
     xor eax, eax

@@ -10,7 +10,7 @@ use super::clock;
 use crate::boot::area::MAX_CPUS;
 use crate::boot::gates;
 use core::cell::UnsafeCell;
-use core::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, AtomicUsize, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU64, AtomicUsize, Ordering};
 use engine::workers::Workers;
 
 /// TSC ticks without a job before a core parks: about a millisecond, longer than any gap inside a forward pass.
@@ -39,6 +39,8 @@ struct Board {
     arrived: AtomicUsize,
     busy: AtomicBool,
     areas: AtomicU64,
+    /// APIC id of the boot CPU.
+    boot_apic_id: AtomicU8,
     /// TSC ticks the boot CPU spins before it parks.
     patience: AtomicU64,
     /// For each worker [`AWAKE`], or [`PARKED`] with its APIC id.
@@ -59,6 +61,7 @@ static BOARD: Board = Board {
     arrived: AtomicUsize::new(0),
     busy: AtomicBool::new(false),
     areas: AtomicU64::new(0),
+    boot_apic_id: AtomicU8::new(0),
     patience: AtomicU64::new(WAIT_CYCLES),
     parked: [const { AtomicU16::new(AWAKE) }; MAX_CPUS],
 };
@@ -66,6 +69,11 @@ static BOARD: Board = Board {
 /// Notes where the other cores' areas start.
 pub fn set_areas(address: u64) {
     BOARD.areas.store(address, Ordering::Release);
+}
+
+/// Notes the boot CPU's APIC id, by which the other cores wake it.
+pub fn set_boot_apic_id(id: u8) {
+    BOARD.boot_apic_id.store(id, Ordering::Release);
 }
 
 /// Where the other cores' areas start, if any were started.
@@ -86,9 +94,9 @@ pub fn close() {
     BOARD.arrived.fetch_or(CLOSED, Ordering::AcqRel);
 }
 
-/// Entry of ring 3 on every core but the first.
+/// Entry of ring 3 on every core but the first, with the core's APIC id.
 #[unsafe(no_mangle)]
-extern "sysv64" fn core_main() -> ! {
+extern "sysv64" fn core_main(apic_id: u32) -> ! {
     // SAFETY: sets the floating-point state of this core to its defaults.
     unsafe { core::arch::asm!("fninit", "ldmxcsr [{}]", in(reg) &0x1f80u32, options(nostack)) };
     let mut seen = BOARD.round.0.load(Ordering::Acquire);
@@ -100,7 +108,7 @@ extern "sysv64" fn core_main() -> ! {
         }
     };
     let index = before + 1;
-    let parked = parked_state();
+    let parked = parked_state(apic_id as u8);
     let mut idle_since = clock::tsc();
     let mut spin_cycles = SPIN_CYCLES;
     let mut was_parked = false;
@@ -131,9 +139,9 @@ extern "sysv64" fn core_main() -> ! {
     }
 }
 
-/// What [`Board::parked`] holds while the calling core is parked.
-fn parked_state() -> u16 {
-    PARKED | (core::arch::x86_64::__cpuid(1).ebx >> 24) as u16
+/// What [`Board::parked`] holds while the core with this APIC id is parked.
+fn parked_state(apic_id: u8) -> u16 {
+    PARKED | u16::from(apic_id)
 }
 
 /// Parks the calling core, announced in `place` as `state`, unless `idle` has become false. The announcement precedes the
@@ -170,7 +178,7 @@ pub struct Cores {
 impl Cores {
     /// `count` cores, the calling one included.
     pub(crate) fn new(count: usize) -> Self {
-        Self { count: count.clamp(1, 1 + arrived()), parked: parked_state() }
+        Self { count: count.clamp(1, 1 + arrived()), parked: parked_state(BOARD.boot_apic_id.load(Ordering::Acquire)) }
     }
 }
 

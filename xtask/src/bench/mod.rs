@@ -422,18 +422,26 @@ impl Bench {
             Err(error) => return skipped(format!("{error:#}")),
         };
         let form = if self.forms.contains(&Form::Unrestricted) { Form::Unrestricted } else { Form::Avx2 };
-        let mut runs = Vec::new();
+        let (mut runs, mut failed) = (Vec::new(), Vec::new());
         for &threads in &args.threads {
             println!("guest and hosted in turn, {} with {threads} threads", model.dtype);
             let (boots, tune_ms, rounds) = (args.boots, args.tune_ms, self.rounds);
             let plan = guest::Plan { dtype: &model.dtype, memory_mib, boots, tune_ms, rounds };
             let snapshot = self.snapshot(form, &model.dtype, threads);
-            runs.extend(guest.compare(&self.job(model, threads), form, &snapshot, &plan)?);
+            match guest.compare(&self.job(model, threads), form, &snapshot, &plan) {
+                Ok(more) => runs.extend(more),
+                // What was measured before this is worth its time all the same.
+                Err(error) => {
+                    eprintln!("guest with {threads} threads: {error:#}");
+                    failed.push(format!("with {threads} threads: {error:#}"));
+                }
+            }
         }
+        let skipped = (!failed.is_empty()).then(|| failed.join("; "));
         let version = self.machine.commit.clone().unwrap_or_else(|| "unknown".into());
         let facts = |engine| EngineFacts { engine, version: version.clone(), isa: "auto".into() };
         let rows = rows::rows("guest_vs_hosted", &runs, &[facts("guest"), facts("hosted")], &["hosted"], &|_| None);
-        Ok(GuestResults { skipped: None, accel: Some(guest.accel), rows, runs })
+        Ok(GuestResults { skipped, accel: Some(guest.accel), rows, runs })
     }
 
     /// Every hot kernel of every type by itself, and one square product, on one core.
