@@ -278,8 +278,8 @@ pub(super) fn native(run: &RunReport, out: &mut String) {
         );
     }
     out.push_str(
-        "</div></div><div class=card><h3>In turn with the converged image</h3><table><tr><th><th colspan=3>decode, tokens/s<th colspan=3>first token, ms</tr>\
-         <tr><th class=text>pair<th>native<th>with compiler<th>native is<th>native<th>with compiler<th>native takes</tr>",
+        "</div></div><div class=\"card scroll\"><h3>In turn with the image with compiler (JIT)</h3><table><tr><th><th colspan=3>decode, tokens/s<th colspan=3>first token, ms</tr>\
+         <tr><th class=text>pair<th>native<th>JIT<th>ratio<th>native<th>JIT<th>ratio</tr>",
     );
     let line = |name: &str, decode: (f64, f64), first: (f64, f64)| {
         format!(
