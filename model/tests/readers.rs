@@ -476,6 +476,25 @@ fn llama2c_weights_lie_where_the_format_says() {
     assert_eq!(model.file_bytes, at + 4 * vocab * dim);
 }
 
+/// Tensors of `Spec::default()` as versions 1 and 2 order them: role, layers, elements of one layer.
+fn llama2c_order(tied_head: bool) -> [(Role, u32, u64); 12] {
+    let (dim, hidden, vocab, kv) = (64, 96, 332, 32);
+    [
+        (Role::AttnNorm, 2, dim),
+        (Role::FfnNorm, 2, dim),
+        (Role::OutputNorm, 1, dim),
+        (Role::TokenEmbedding, 1, vocab * dim),
+        (Role::Q, 2, dim * dim),
+        (Role::K, 2, kv * dim),
+        (Role::V, 2, kv * dim),
+        (Role::AttnOut, 2, dim * dim),
+        (Role::Gate, 2, hidden * dim),
+        (Role::Down, 2, dim * hidden),
+        (Role::Up, 2, hidden * dim),
+        (Role::Output, if tied_head { 0 } else { 1 }, vocab * dim),
+    ]
+}
+
 /// As `version1_export` of `export.py` writes it.
 #[test]
 fn llama2c_version_1_lies_where_the_format_says() {
@@ -486,26 +505,12 @@ fn llama2c_version_1_lies_where_the_format_says() {
         let model = llama2c::read(&files.model[..64], len, &files.tokenizer).unwrap();
         assert_eq!(model.format, model::Format::Llama2c { version: 1 });
         assert_eq!(model.config, spec.config());
-        let (dim, hidden, vocab, kv) = (64, 96, 332, 32);
         let mut at = 256;
         let mut expected = Vec::new();
-        for (role, layers, floats) in [
-            (Role::AttnNorm, 2, dim),
-            (Role::FfnNorm, 2, dim),
-            (Role::OutputNorm, 1, dim),
-            (Role::TokenEmbedding, 1, vocab * dim),
-            (Role::Q, 2, dim * dim),
-            (Role::K, 2, kv * dim),
-            (Role::V, 2, kv * dim),
-            (Role::AttnOut, 2, dim * dim),
-            (Role::Gate, 2, hidden * dim),
-            (Role::Down, 2, dim * hidden),
-            (Role::Up, 2, hidden * dim),
-            (Role::Output, if tied_head { 0 } else { 1 }, vocab * dim),
-        ] {
+        for (role, layers, elements) in llama2c_order(tied_head) {
             for layer in 0..layers {
                 expected.push((role, role.is_per_layer().then_some(layer), at));
-                at += 4 * floats;
+                at += 4 * elements;
             }
         }
         let found: Vec<_> = model.tensors.iter().map(|t| (t.role, t.layer, t.offset)).collect();
@@ -532,23 +537,9 @@ fn llama2c_version_2_lies_where_the_format_says() {
         let model = read(&files.model[..64], len).unwrap();
         assert_eq!(model.format, model::Format::Llama2c { version: 2 });
         assert_eq!(model.config, spec.config());
-        let (dim, hidden, vocab, kv) = (64, 96, 332, 32);
         let mut at = 256;
         let mut expected = Vec::new();
-        for (role, layers, elements) in [
-            (Role::AttnNorm, 2, dim),
-            (Role::FfnNorm, 2, dim),
-            (Role::OutputNorm, 1, dim),
-            (Role::TokenEmbedding, 1, vocab * dim),
-            (Role::Q, 2, dim * dim),
-            (Role::K, 2, kv * dim),
-            (Role::V, 2, kv * dim),
-            (Role::AttnOut, 2, dim * dim),
-            (Role::Gate, 2, hidden * dim),
-            (Role::Down, 2, dim * hidden),
-            (Role::Up, 2, hidden * dim),
-            (Role::Output, if tied_head { 0 } else { 1 }, vocab * dim),
-        ] {
+        for (role, layers, elements) in llama2c_order(tied_head) {
             for layer in 0..layers {
                 let is_norm = role.is_vector();
                 let (ty, group_len) = if is_norm { (TensorType::F32, None) } else { (TensorType::I8, Some(32)) };

@@ -39,7 +39,7 @@ impl<'a> Kernels<'a> {
         Self { options, isa, linked, running: RunningKernels::none(0), largest_batch: M_BUCKETS[M_BUCKETS.len() - 1] }
     }
 
-    /// Installs the kernels of the image, each after its check against the reference.
+    /// Installs the kernels of the image, each after it gave the reference's answer.
     ///
     /// # Errors
     /// [`RunError::NoLinkedKernel`] and [`RunError::LinkedKernelsRefused`].

@@ -70,7 +70,7 @@ impl<'a> Kernels<'a> {
         kernels
     }
 
-    /// Installs what the snapshot brought, each kernel after its check against the reference.
+    /// Installs what the snapshot brought, each kernel after it was audited and gave the reference's answer.
     ///
     /// # Errors
     /// None: what cannot be used is noted and left out.

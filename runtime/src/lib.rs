@@ -8,7 +8,7 @@
 //!
 //! Architecture invariant: without the feature `jit` no compiler is linked: that is the native image.
 //! Architecture invariant: where a public key is configured, no byte of a model is parsed before its signature held.
-//! Architecture invariant: every compiled kernel is verified against the reference in this boot before it serves.
+//! Architecture invariant: every compiled kernel gives the reference's answers in this boot before it serves.
 #![no_std]
 #![forbid(unsafe_code)]
 
