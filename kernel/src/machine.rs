@@ -45,7 +45,17 @@ impl Machine {
     pub(crate) fn new(mut facts: BootFacts) -> Machine {
         power::set_pm1_control(facts.acpi.pm1_control_port);
         let mut notes = Vec::new();
+        let mut disks = Vec::new();
+        for found in facts.disks.as_slice() {
+            match VirtioDisk::new(found) {
+                Ok(device) => disks.push(Disk { place: found.function, device }),
+                Err(error) => notes.push(error.to_string()),
+            }
+        }
+        mark(&mut facts.steps, "disks");
+        // The clock runs meanwhile: what is left of its window is waited out here.
         let calibration = facts.clock.finish();
+        disks.iter_mut().for_each(|disk| disk.device.set_clock(calibration.tsc_hz));
         mark(&mut facts.steps, "calibration");
         if !calibration.trusted {
             let why = if clock::emulated() { "the CPU is emulated" } else { "no two clocks agree" };
@@ -62,18 +72,11 @@ impl Machine {
         if !cpu::has_no_execute() {
             notes.push("this CPU has no NX bit: data can be executed".to_string());
         }
-        let mut disks = Vec::new();
-        for found in facts.disks.as_slice() {
-            match VirtioDisk::new(found, calibration.tsc_hz) {
-                Ok(device) => disks.push(Disk { place: found.function, device }),
-                Err(error) => notes.push(error.to_string()),
-            }
-        }
         // A partition table or boot sector ends in 55 aa; anything else is a raw model file.
         let volume: Vec<bool> = disks.iter_mut().map(|d| ends_in_boot_signature(&mut d.device)).collect();
         let boot_disk = volume.iter().position(|&v| v);
         let model_disk = volume.iter().position(|&v| !v);
-        mark(&mut facts.steps, "disks");
+        mark(&mut facts.steps, "disk kinds");
         let isa = engine::Isa::detect();
         let cpu =
             CpuFacts { brand: cpu::brand(), fingerprint: cpu::fingerprint(isa), hypervisor: cpu::hypervisor(), isa };

@@ -184,8 +184,8 @@ fn unusable_vocabularies_are_refused() {
     assert_eq!(merge(b"a b"), Ok(()));
     for (rule, problem) in [
         (&b"ab"[..], "is not two texts with a space between"),
-        (b"a c", "names a text that is not in the vocabulary"),
-        (b"b a", "names a text that is not in the vocabulary"),
+        (b"a c", "makes a text that is not in the vocabulary"),
+        (b"b a", "makes a text that is not in the vocabulary"),
         (b"a \xff", "has a character outside the byte alphabet"),
     ] {
         let text = String::from_utf8_lossy(rule).into_owned();

@@ -352,9 +352,9 @@ pub struct BootReport {
     pub ttft_ms: f64,
     /// Prompt tokens per second.
     pub prefill_tok_s: f64,
-    /// Generated tokens per second, the first excluded.
+    /// Generated tokens per second, the first excluded; not a number where there was no other.
     pub decode_tok_s: f64,
-    /// Median time of one generated token, ms.
+    /// Median time of one generated token, ms; not a number where there was none after the first.
     pub token_ms_median: f64,
     /// Measured read bandwidth, GB/s.
     pub read_gb_s: Option<f64>,

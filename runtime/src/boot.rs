@@ -166,8 +166,13 @@ fn work(platform: &mut dyn Platform, reporter: &mut Reporter, request: Request<'
         stages: reporter.stages().to_vec(),
         ttft_ms: ms(out.first_token_tsc.saturating_sub(clock.entry_tsc)),
         prefill_tok_s: per_second(prompt_tokens.len(), out.prefill_ticks),
-        decode_tok_s: per_second(out.decode_ticks.len(), decode_ticks),
-        token_ms_median: median(&out.decode_ticks).map_or(0.0, ms),
+        // Not a number: nothing was decoded, so nothing is known.
+        decode_tok_s: if out.decode_ticks.is_empty() {
+            f64::NAN
+        } else {
+            per_second(out.decode_ticks.len(), decode_ticks)
+        },
+        token_ms_median: median(&out.decode_ticks).map_or(f64::NAN, ms),
         read_gb_s: trusted_hz.map(|_| limits.read_bytes_per_cycle * gigahertz),
         peak_gflop_s: trusted_hz.map(|_| limits.fma_flops_per_cycle * gigahertz),
         load,

@@ -3,6 +3,8 @@
 
 #[cfg(not(feature = "jit"))]
 use crate::error::RunError;
+#[cfg(feature = "jit")]
+use crate::platform::OutOfMemory;
 use crate::platform::{KernelFault, Platform};
 use crate::reporter::Reporter;
 #[cfg(feature = "jit")]
@@ -25,7 +27,7 @@ use model::kernel::Variant;
 use report::Level;
 use sha2::{Digest, Sha256};
 #[cfg(feature = "jit")]
-use snapshot_format::{Snapshot, StoredKernel, TrialOutcome};
+use snapshot_format::{KeyRecord, Snapshot, StoredKernel, TrialOutcome};
 use zerocopy::IntoBytes;
 
 /// A kernel that was linked into the image.
@@ -218,73 +220,65 @@ pub struct Restored {
 }
 
 #[cfg(feature = "jit")]
-/// Audits, publishes, verifies and installs the snapshot's kernels that may run with `allowed` (of what the CPU has).
-/// `rebuild` compiles a kernel again whose code belongs to another build or CPU. A kernel that is refused here is
-/// quarantined.
+/// Why a kernel of the snapshot does not run in this boot.
+enum LeftOut {
+    /// Its code was for another build or CPU, or damaged, and cannot be made again: the variant is forgotten.
+    NotBuilt(String),
+    /// The code arena is full: it stays in the snapshot.
+    NoRoom(OutOfMemory),
+    /// It is quarantined.
+    Refused(Rejected),
+}
+
+#[cfg(feature = "jit")]
+impl fmt::Display for LeftOut {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            LeftOut::NotBuilt(why) => write!(f, "not built again: {why}"),
+            LeftOut::NoRoom(full) => write!(f, "not restored: {full}"),
+            LeftOut::Refused(rejected) => write!(f, "{rejected}; quarantined"),
+        }
+    }
+}
+
+#[cfg(feature = "jit")]
+/// Compiles a kernel again whose code cannot be used.
+pub type Rebuild<'f> = dyn FnMut(&KernelKey, &Variant) -> Result<StoredKernel, String> + 'f;
+
+#[cfg(feature = "jit")]
+/// Restores the snapshot's kernels that may run with `allowed` (of what the CPU has), and notes in the snapshot what
+/// became of the others.
 pub fn restore(
     platform: &mut dyn Platform,
     reporter: &mut Reporter,
     engine: &mut Engine<'_>,
     snapshot: &mut Snapshot,
     allowed: Isa,
-    rebuild: &mut dyn FnMut(&KernelKey, &Variant) -> Result<StoredKernel, String>,
+    rebuild: &mut Rebuild<'_>,
 ) -> Restored {
     let (allowed, cpu) = (target(allowed), target(platform.cpu().isa));
     let mut restored = Restored { running: RunningKernels::none(engine.table().len()), left_out: 0 };
     let mut lacks = None;
     for record in &mut snapshot.entries {
         let Some(slot) = engine.table().find(&record.key) else { continue };
-        let Some(mut stored) = record.incumbent.clone() else { continue };
-        if let Some(needs) = allowed.missing(&stored.variant)
-            && cpu.missing(&stored.variant).is_none()
+        let Some(variant) = record.incumbent.as_ref().map(|stored| stored.variant) else { continue };
+        if let Some(needs) = allowed.missing(&variant)
+            && cpu.missing(&variant).is_none()
         {
             restored.left_out += 1;
             lacks = Some(needs);
             continue;
         }
-        let rebuilt = !stored.is_intact();
-        let audited = if !rebuilt {
-            // Its hash proves nothing: whoever can write the disk can hash.
-            jit::audit::audit(&stored.code, stored.variant.width).map(|_| ()).map_err(Rejected::Unsafe)
-        } else {
-            match rebuild(&record.key, &stored.variant) {
-                Ok(kernel) => stored = kernel,
-                Err(why) => {
-                    let text = alloc::format!("{} {}: not built again: {why}", record.key, stored.variant);
-                    reporter.note(platform, Level::Warning, text);
-                    record.incumbent = None;
-                    continue;
-                }
-            }
-            // The compiler audits what it makes.
-            Ok(())
+        let Err(why) = restore_one(platform, engine, slot, record, rebuild) else {
+            restored.running.set(slot, variant);
+            continue;
         };
-        let verified = match audited {
-            Ok(()) => match platform.publish(record.key, &stored.code) {
-                Ok(kernel) => {
-                    check(platform, engine, slot, kernel, stored.code.len(), record.answer_sha256).map(|()| kernel)
-                }
-                Err(full) => {
-                    reporter.note(platform, Level::Warning, alloc::format!("{}: not restored: {full}", record.key));
-                    continue;
-                }
-            },
-            Err(rejected) => Err(rejected),
-        };
-        match verified {
-            Ok(kernel) if engine.table_mut().install(slot, kernel).is_ok() => {
-                restored.running.set(slot, stored.variant);
-                record.incumbent = Some(stored);
-                // Answers of another build's numerics are not ours.
-                if rebuilt || record.answer_sha256.is_none() {
-                    record.answer_sha256 = reference_answer(engine, slot);
-                }
-            }
-            Ok(_) => {}
-            Err(rejected) => {
-                let text = alloc::format!("{} {}: {rejected}; quarantined", record.key, stored.variant);
-                reporter.note(platform, Level::Warning, text);
-                record.quarantined.push(stored.variant);
+        reporter.note(platform, Level::Warning, alloc::format!("{} {variant}: {why}", record.key));
+        match why {
+            LeftOut::NoRoom(_) => {}
+            LeftOut::NotBuilt(_) => record.incumbent = None,
+            LeftOut::Refused(_) => {
+                record.quarantined.push(variant);
                 record.incumbent = None;
             }
         }
@@ -297,4 +291,31 @@ pub fn restore(
         reporter.note(platform, Level::Warning, text);
     }
     restored
+}
+
+#[cfg(feature = "jit")]
+/// Audits, publishes, checks and installs the kernel of `record`, built again where its code is not intact.
+fn restore_one(
+    platform: &mut dyn Platform,
+    engine: &mut Engine<'_>,
+    slot: usize,
+    record: &mut KeyRecord,
+    rebuild: &mut Rebuild<'_>,
+) -> Result<(), LeftOut> {
+    let Some(stored) = &mut record.incumbent else { return Ok(()) };
+    if stored.is_intact() {
+        // Its hash proves nothing: whoever can write the disk can hash.
+        let audit = jit::audit::audit(&stored.code, stored.variant.width);
+        audit.map_err(|error| LeftOut::Refused(Rejected::Unsafe(error)))?;
+    } else {
+        // The compiler audits what it makes.
+        *stored = rebuild(&record.key, &stored.variant).map_err(LeftOut::NotBuilt)?;
+    }
+    let kernel = platform.publish(record.key, &stored.code).map_err(LeftOut::NoRoom)?;
+    check(platform, engine, slot, kernel, stored.code.len(), record.answer_sha256).map_err(LeftOut::Refused)?;
+    engine.table_mut().install(slot, kernel).map_err(|error| LeftOut::Refused(Rejected::Unusable(error)))?;
+    if record.answer_sha256.is_none() {
+        record.answer_sha256 = reference_answer(engine, slot);
+    }
+    Ok(())
 }

@@ -177,9 +177,10 @@ impl Snapshot {
         self.boots.drain(..extra);
     }
 
-    /// Drops machine code and keeps which variant it was.
+    /// Drops machine code and keeps which variant it was. Answers go with it: they are those of the other build's numerics.
     pub(crate) fn drop_code(&mut self) {
         for record in &mut self.entries {
+            record.answer_sha256 = None;
             if let Some(kernel) = &mut record.incumbent {
                 kernel.code = Vec::new();
             }

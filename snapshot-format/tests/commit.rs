@@ -239,7 +239,8 @@ fn slots_that_hold_something_else_are_named() {
 #[test]
 fn code_of_another_build_or_machine_is_dropped_and_what_still_holds_is_kept() {
     let mut disk = blank();
-    let whole = snapshot(9, 500);
+    let mut whole = snapshot(9, 500);
+    whole.entries[0].answer_sha256 = Some([5; 32]);
     saved(&mut disk, &whole);
     let other = [0x77; 32];
     let without_code = |record: &snapshot_format::KeyRecord| {
@@ -251,6 +252,7 @@ fn code_of_another_build_or_machine_is_dropped_and_what_still_holds_is_kept() {
     assert_eq!(build.code, CodeUse::ProfileOnly(foreign));
     let (kept, before) = (&build.snapshot.entries[0], &whole.entries[0]);
     assert!(without_code(kept));
+    assert_eq!(kept.answer_sha256, None, "another build's answer cannot vouch for this build's kernels");
     assert_eq!((&kept.trials, &kept.quarantined), (&before.trials, &before.quarantined));
     assert_eq!(kept.last_median_cycles, before.last_median_cycles);
     assert_eq!((build.snapshot.boot_count, build.snapshot.boots.len()), (9, 1));

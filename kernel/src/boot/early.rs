@@ -47,7 +47,7 @@ pub struct BootFacts {
     /// Page-table frames in use.
     pub table_frames: usize,
     /// Ends of the early boot's steps: name and TSC.
-    pub steps: FixedList<Step, 12>,
+    pub steps: FixedList<Step, 16>,
 }
 
 /// A step of the boot and the TSC at its end.
@@ -133,7 +133,7 @@ fn stop(text: String) -> ! {
     power::end(ExitStatus::Fatal)
 }
 
-fn prepare(eax: u32, ebx: u32, mut steps: FixedList<Step, 12>) -> Result<BootFacts, String> {
+fn prepare(eax: u32, ebx: u32, mut steps: FixedList<Step, 16>) -> Result<BootFacts, String> {
     use alloc::string::ToString;
     let start = info::read(&BootMemory, eax, ebx).map_err(|e| e.to_string())?;
     let command_line = String::from_utf8_lossy(start.command_line.as_slice());

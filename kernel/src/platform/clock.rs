@@ -11,7 +11,7 @@ use super::port;
 use core::arch::x86_64::{__cpuid, _rdtsc};
 
 /// Shortest stretch the timers are compared over, in microseconds.
-const WINDOW_US: u64 = 20_000;
+const WINDOW_US: u64 = 10_000;
 /// Shortest stretch for the PIT, which only confirms what another source says.
 const PIT_WINDOW_US: u64 = 5_000;
 /// Longest stretch after which the 16-bit PIT is still unambiguous.

@@ -7,16 +7,25 @@ use super::port;
 use crate::boot::fixed::FixedList;
 use crate::boot::info::{MapEntry, Range};
 use crate::boot::paging::PAGE_BYTES;
-use virtio_drivers::transport::pci::bus::{
-    BarInfo, Command, ConfigurationAccess, DeviceFunction, MemoryBarType, PciRoot,
-};
+use virtio_drivers::transport::pci::bus::{BarInfo, ConfigurationAccess, DeviceFunction, MemoryBarType, PciRoot};
 
 /// Most disks that are used.
 pub const MAX_DISKS: usize = 8;
 /// Most memory BARs of a device.
 const BARS: usize = 6;
+/// Bits of a memory BAR that are no address.
+const BAR_FLAGS: u32 = 0xf;
 /// Largest BAR that is mapped; virtio registers need a few pages.
 const BAR_BYTES: u64 = 16 << 20;
+
+/// Offset of the command and status registers.
+const COMMAND: u8 = 0x04;
+/// Command bits with which a function decodes I/O and memory addresses.
+const DECODE: u32 = 1 | 2;
+/// Command bits of a working disk: decodes memory addresses, does DMA.
+const WORKING: u32 = 2 | 4;
+/// Offset of the first BAR.
+const BAR_0: u8 = 0x10;
 
 /// Vendor and device of virtio-blk (virtio 1.2, section 4.1.2.1).
 const VIRTIO_BLOCK: u32 = 0x1042_1af4;
@@ -63,6 +72,58 @@ pub struct Disk {
     pub function: Place,
     /// Memory BARs.
     pub bars: FixedList<Range, BARS>,
+    /// BAR registers by index.
+    registers: [BarRegister; BARS],
+}
+
+/// A BAR register of a placed device: what it reads as, and what it reads as after all ones were written to it.
+#[derive(Clone, Copy, Default)]
+struct BarRegister {
+    value: u32,
+    sizing: u32,
+}
+
+/// Configuration access to a disk whose BARs are sized and placed. Drivers size BARs again by moving them; under a
+/// hypervisor each move rebuilds its map of memory and takes milliseconds. Here the answers are known and nothing moves.
+pub struct PlacedDisk {
+    registers: [BarRegister; BARS],
+    /// BARs that all ones were written to last, a bit each.
+    sizing: u8,
+}
+
+impl PlacedDisk {
+    /// Access to `disk`, the only function that may be asked for.
+    pub fn new(disk: &Disk) -> PlacedDisk {
+        PlacedDisk { registers: disk.registers, sizing: 0 }
+    }
+
+    fn bar_index(register: u8) -> Option<usize> {
+        (BAR_0..BAR_0 + 4 * BARS as u8).contains(&register).then(|| usize::from(register - BAR_0) / 4)
+    }
+}
+
+impl ConfigurationAccess for PlacedDisk {
+    fn read_word(&self, function: DeviceFunction, register: u8) -> u32 {
+        match Self::bar_index(register) {
+            Some(bar) if self.sizing >> bar & 1 == 1 => self.registers[bar].sizing,
+            Some(bar) => self.registers[bar].value,
+            // As if decoding were off: then nobody switches it off to size a BAR, and on again.
+            None if register == COMMAND => ConfigPorts.read_word(function, register) & !DECODE,
+            None => ConfigPorts.read_word(function, register),
+        }
+    }
+
+    fn write_word(&mut self, function: DeviceFunction, register: u8, value: u32) {
+        match Self::bar_index(register) {
+            Some(bar) => self.sizing = self.sizing & !(1 << bar) | u8::from(value == u32::MAX) << bar,
+            None if register == COMMAND => ConfigPorts.write_word(function, register, value | WORKING),
+            None => ConfigPorts.write_word(function, register, value),
+        }
+    }
+
+    unsafe fn unsafe_clone(&self) -> Self {
+        PlacedDisk { ..*self }
+    }
 }
 
 /// Bus, device, function.
@@ -109,13 +170,13 @@ impl Window<'_> {
     }
 }
 
-/// The function's memory BARs, given addresses where the firmware did not.
-fn memory_bars(
-    root: &mut PciRoot<ConfigPorts>,
-    function: DeviceFunction,
-    window: &mut Window<'_>,
-) -> FixedList<Range, BARS> {
-    let mut out = FixedList::new();
+/// The disk at `place`, its memory BARs given addresses where the firmware did not, decoding memory and doing DMA.
+fn start_disk(place: Place, window: &mut Window<'_>) -> Disk {
+    let function = place.into();
+    let mut disk = Disk { function: place, ..Disk::default() };
+    // Not decoding, BARs can be sized and moved at no cost.
+    ConfigPorts.write_word(function, COMMAND, 0);
+    let mut root = PciRoot::new(ConfigPorts);
     for (index, bar) in (0u8..).zip(root.bars(function).into_iter().flatten()) {
         let Some(BarInfo::Memory { address_type, address, size, .. }) = bar else { continue };
         if !(1..=BAR_BYTES).contains(&size) {
@@ -124,15 +185,24 @@ fn memory_bars(
         // The mapping works in pages, so a small BAR gets a page of its own.
         let start = if address != 0 { Some(address) } else { window.take(size.max(PAGE_BYTES)) };
         let Some(start) = start else { continue };
+        let wide = address_type == MemoryBarType::Width64;
         if address == 0 {
-            match address_type {
-                MemoryBarType::Width64 => root.set_bar_64(function, index, start),
-                _ => root.set_bar_32(function, index, start as u32),
+            match wide {
+                true => root.set_bar_64(function, index, start),
+                false => root.set_bar_32(function, index, start as u32),
             }
         }
-        let _ = out.push(Range { start, end: start + size });
+        let _ = disk.bars.push(Range { start, end: start + size });
+        let mask = !(size - 1);
+        let value = ConfigPorts.read_word(function, BAR_0 + 4 * index);
+        disk.registers[usize::from(index)] = BarRegister { value, sizing: mask as u32 | value & BAR_FLAGS };
+        if wide {
+            disk.registers[usize::from(index) + 1] =
+                BarRegister { value: (start >> 32) as u32, sizing: (mask >> 32) as u32 };
+        }
     }
-    out
+    ConfigPorts.write_word(function, COMMAND, WORKING);
+    disk
 }
 
 /// The part of a configuration header that says what a function is.
@@ -188,10 +258,7 @@ pub fn find_disks(map: &[MapEntry]) -> FixedList<Disk, MAX_DISKS> {
                         let _ = buses.push(behind);
                     }
                 } else if header.is_virtio_block() {
-                    let mut root = PciRoot::new(ConfigPorts);
-                    let bars = memory_bars(&mut root, place.into(), &mut window);
-                    root.set_command(place.into(), Command::MEMORY_SPACE | Command::BUS_MASTER);
-                    let _ = disks.push(Disk { function: place, bars });
+                    let _ = disks.push(start_disk(place, &mut window));
                 }
                 if function == 0 && !header.multifunction() {
                     break;

@@ -8,7 +8,7 @@
 //! Rings and transport are the `virtio-drivers` crate's.
 
 use super::clock;
-use super::pci::{ConfigPorts, Disk as Place};
+use super::pci::{Disk as Place, PlacedDisk};
 use alloc::alloc::{alloc_zeroed, dealloc};
 use alloc::boxed::Box;
 use alloc::vec::Vec;
@@ -87,7 +87,7 @@ pub struct VirtioDisk {
     slots: [Slot; DEPTH],
     /// Stream buffers, made at the first stream.
     buffers: Vec<Buffer>,
-    tsc_per_ms: u64,
+    timeout_ticks: u64,
 }
 
 /// Header and status of one request; the device reads and writes them while it is in flight.
@@ -119,14 +119,14 @@ struct Flight {
 }
 
 impl VirtioDisk {
-    /// Starts the device at `place`.
+    /// Starts the device at `place`. Its waits are not bounded before [`VirtioDisk::set_clock`].
     ///
     /// # Errors
     /// [`DiskError`] when it is not a modern virtio device or refuses its queue.
-    pub fn new(place: &Place, tsc_hz: u64) -> Result<Self, DiskError> {
+    pub fn new(place: &Place) -> Result<Self, DiskError> {
         use alloc::string::ToString;
         let failed = |reason: alloc::string::String| DiskError::Transport { place: place.function.to_string(), reason };
-        let mut root = PciRoot::new(ConfigPorts);
+        let mut root = PciRoot::new(PlacedDisk::new(place));
         let transport = PciTransport::new::<Identity, _>(&mut root, place.function.into())
             .map_err(|e| failed(alloc::format!("{e:?}")))?;
         let mut device = VirtIOBlk::<Identity, _>::new(transport).map_err(|e| failed(e.to_string()))?;
@@ -137,8 +137,13 @@ impl VirtioDisk {
             device: Some(device),
             slots: core::array::from_fn(|_| Slot { request: Box::default(), response: Box::default() }),
             buffers: Vec::new(),
-            tsc_per_ms: tsc_hz / 1000,
+            timeout_ticks: u64::MAX,
         })
+    }
+
+    /// Bounds every wait to [`TIMEOUT_MS`] by a counter of `tsc_hz` ticks a second.
+    pub fn set_clock(&mut self, tsc_hz: u64) {
+        self.timeout_ticks = tsc_hz / 1000 * u64::from(TIMEOUT_MS);
     }
 
     fn submit(&mut self, slot: usize, lba: u64, buffer: Buffer, write: bool) -> Result<Flight, DeviceError> {
@@ -169,7 +174,7 @@ impl VirtioDisk {
             };
             let done = device.peek_used().and_then(|token| flights.iter().position(|f| f.token == token));
             let Some(index) = done else {
-                if clock::tsc().wrapping_sub(start) > u64::from(TIMEOUT_MS) * self.tsc_per_ms {
+                if clock::tsc().wrapping_sub(start) > self.timeout_ticks {
                     // Dropping the driver resets the device: afterwards it cannot touch any buffer.
                     self.device = None;
                 }

@@ -7,23 +7,28 @@ use super::merge::{Merger, NONE};
 use super::{Pretokenizer, TokenizerError, Vocab, alphabet};
 use alloc::boxed::Box;
 use alloc::string::String;
+use alloc::vec;
 use alloc::vec::Vec;
-use hashbrown::HashMap;
 
-/// What merging a pair gives.
-#[derive(Clone, Copy, Debug)]
-struct Merge {
-    /// Index in the file's list: lower merges first.
-    rank: u32,
-    /// The merged token.
-    id: u32,
+/// One way to make a token out of two. Its rank is its index in the file's list: lower merges first.
+#[derive(Clone, Copy)]
+struct Rule {
+    /// Bytes of the left part.
+    left_bytes: u32,
+    /// The next rule that makes the same token, or [`NONE`].
+    next: u32,
 }
 
-/// Merge rules over token ids, and the pre-tokenizer that comes before them.
+/// Merge rules, and the pre-tokenizer that comes before them.
+///
+/// A rule is found by the token it makes, and that by its text: building a table of pairs of ids would take two more
+/// look-ups a rule, before every first token, for rules that few texts need.
 #[derive(Clone)]
 pub struct Bpe {
     pretokenizer: Pretokenizer,
-    merges: HashMap<(u32, u32), Merge>,
+    rules: Vec<Rule>,
+    /// The first rule that makes each token, or [`NONE`].
+    first_rule: Vec<u32>,
     /// Token of each single byte, or [`NONE`] where the vocabulary has none.
     bytes: Box<[u32; 256]>,
     /// A piece that is a token is that token, even if no sequence of merges makes it.
@@ -32,7 +37,7 @@ pub struct Bpe {
 
 impl core::fmt::Debug for Bpe {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
-        write!(f, "Bpe({:?}, {} merges)", self.pretokenizer, self.merges.len())
+        write!(f, "Bpe({:?}, {} merges)", self.pretokenizer, self.rules.len())
     }
 }
 
@@ -40,18 +45,16 @@ impl Bpe {
     /// Rules from `merges`, each `left right` in the GPT-2 alphabet, best first.
     ///
     /// # Errors
-    /// [`TokenizerError::Merge`] for a rule that is not two texts or whose parts or result are not in `vocab`.
+    /// [`TokenizerError::Merge`] for a rule that is not two texts or whose result is not in `vocab`. A rule with a part that is
+    /// not is never used: no symbol has that text.
     pub fn new<'a>(
         vocab: &Vocab,
         pretokenizer: Pretokenizer,
         merges: impl ExactSizeIterator<Item = &'a [u8]>,
     ) -> Result<Self, TokenizerError> {
         let bytes: Box<[u32; 256]> = Box::new(core::array::from_fn(|byte| vocab.find(&[byte as u8]).unwrap_or(NONE)));
-        let find = |text: &[u8]| match text {
-            &[byte] => Some(bytes[usize::from(byte)]).filter(|&id| id != NONE),
-            _ => vocab.find(text),
-        };
-        let mut map = HashMap::with_capacity(merges.len());
+        let mut rules: Vec<Rule> = Vec::with_capacity(merges.len());
+        let mut first_rule = vec![NONE; vocab.len()];
         let mut scratch = Vec::new();
         // Vocabularies list merged tokens in merge order: the token after the last one made is the likely next.
         let mut likely = 0;
@@ -67,15 +70,35 @@ impl Bpe {
             alphabet::decode(left, &mut scratch).ok_or_else(|| error("has a character outside the byte alphabet"))?;
             let cut = scratch.len();
             alphabet::decode(right, &mut scratch).ok_or_else(|| error("has a character outside the byte alphabet"))?;
-            let (left, right) = scratch.split_at(cut);
-            let missing = || error("names a text that is not in the vocabulary");
-            let pair = (find(left).ok_or_else(missing)?, find(right).ok_or_else(missing)?);
-            let id = if vocab.is_only(likely, &scratch) { likely } else { find(&scratch).ok_or_else(missing)? };
+            let missing = || error("makes a text that is not in the vocabulary");
+            let known = vocab.is_only(likely, &scratch).then_some(likely);
+            let id = known.or_else(|| vocab.find(&scratch)).ok_or_else(missing)?;
             likely = id.saturating_add(1);
-            // Of equal rules the first counts, as in the reference implementations.
-            map.entry(pair).or_insert(Merge { rank: index as u32, id });
+            rules.push(Rule { left_bytes: cut as u32, next: id });
         }
-        Ok(Bpe { pretokenizer, merges: map, bytes, whole_pieces: false })
+        // From the worst rule up, so that each token's list begins with its best. Of equal rules the first counts, as in
+        // the reference implementations.
+        for index in (0..rules.len()).rev() {
+            let Rule { left_bytes, next: id } = rules[index];
+            let first = &mut first_rule[id as usize];
+            let worse = rules.get(*first as usize).filter(|worse| worse.left_bytes == left_bytes);
+            rules[index].next = worse.map_or(*first, |equal| equal.next);
+            *first = index as u32;
+        }
+        Ok(Bpe { pretokenizer, rules, first_rule, bytes, whole_pieces: false })
+    }
+
+    /// Rank of the best rule that makes `text` out of its first `left_bytes` bytes and the rest, and the token made.
+    fn merge(&self, vocab: &Vocab, text: &[u8], left_bytes: u32) -> Option<(u32, u32)> {
+        let id = vocab.find(text)?;
+        let mut at = *self.first_rule.get(id as usize)?;
+        while let Some(rule) = self.rules.get(at as usize) {
+            if rule.left_bytes == left_bytes {
+                return Some((at, id));
+            }
+            at = rule.next;
+        }
+        None
     }
 
     /// Looks every piece up as a whole before merging: the rule of Llama 3 vocabularies, which hold tokens that their merges
@@ -104,7 +127,10 @@ impl Bpe {
             for &byte in piece {
                 merger.push(1, self.bytes[usize::from(byte)]);
             }
-            merger.run(|left, right| self.merges.get(&(left.id, right.id)).map(|merge| (merge.rank, merge.id)));
+            merger.run(|left, right| {
+                let text = piece.get(left.start as usize..(right.start + right.len) as usize)?;
+                (left.id != NONE && right.id != NONE).then(|| self.merge(vocab, text, left.len))?
+            });
             ids.extend(merger.symbols().map(|symbol| symbol.id).filter(|&id| id != NONE));
         });
     }

@@ -5,6 +5,7 @@ use crate::order::sorted_by_key;
 use alloc::boxed::Box;
 use alloc::vec::Vec;
 use core::hash::BuildHasher;
+use hashbrown::hash_table::Entry;
 use hashbrown::{DefaultHashBuilder, HashTable};
 
 /// Most tokens a vocabulary may have.
@@ -188,13 +189,13 @@ impl Vocab {
         if kind.is_mergeable() {
             let hash = hasher.hash_one(text);
             // Of tokens with the same text the last one counts, as in llama.cpp.
-            match by_bytes.find_mut(hash, |&other| piece_of(other) == text) {
-                Some(slot) => {
-                    *slot = id;
+            match by_bytes.entry(hash, |&other| piece_of(other) == text, |&other| hasher.hash_one(piece_of(other))) {
+                Entry::Occupied(mut slot) => {
+                    *slot.get_mut() = id;
                     *has_duplicates = true;
                 }
-                None => {
-                    by_bytes.insert_unique(hash, id, |&other| hasher.hash_one(piece_of(other)));
+                Entry::Vacant(slot) => {
+                    slot.insert(id);
                 }
             }
         }
