@@ -3,17 +3,18 @@
 use crate::error::RunError;
 #[cfg(not(feature = "jit"))]
 use crate::frozen::Kernels;
-use crate::generate::{Generated, generate, median};
-use crate::identity::{BUILD_ID, hex, identity};
+use crate::generate::{Generated, generate};
+use crate::identity::{hex, identity};
 use crate::kernels::LinkedKernel;
 #[cfg(feature = "jit")]
 use crate::learning::Kernels;
 use crate::load::{self, Companions, Loaded, Location};
 use crate::options::{IsaLimit, Options, Tier};
-use crate::platform::{Clock, Platform};
+use crate::platform::Platform;
 use crate::prompt;
 use crate::reporter::Reporter;
 use crate::rows::kernel_rows;
+use crate::summary::{Ran, boot_report};
 use alloc::boxed::Box;
 use alloc::string::{String, ToString};
 use alloc::vec;
@@ -24,10 +25,7 @@ use engine::simd::limits;
 use engine::workers::Workers;
 use engine::{Engine, Isa, Loader, Plan, Session};
 use model::ModelDescription;
-use profiler::{Part, Profile};
-use report::{
-    BootReport, ExitStatus, ImageKind, Level, LoadFacts, MemoryRow, Message, ModelFacts, PartRow, TrialRow, screen,
-};
+use report::{BootReport, ExitStatus, ImageKind, Level, Message, TrialRow, screen};
 use storage::{FatVolume, write_in_place};
 
 /// Name of the settings file on the boot volume.
@@ -36,6 +34,8 @@ pub const CONFIG_FILE: &str = "BAREFLOW.CFG";
 pub const REPORT_FILE: &str = "REPORT.TXT";
 /// Longest settings file.
 const MAX_CONFIG_BYTES: u64 = 64 << 10;
+/// Smallest piece of memory that is given at once.
+const PAGE_BYTES: usize = 4096;
 /// Context when neither the options nor the model ask for less.
 const DEFAULT_CONTEXT: usize = 2048;
 
@@ -111,7 +111,9 @@ fn work(platform: &mut dyn Platform, reporter: &mut Reporter, request: Request<'
 
     let threads = threads(&options, platform.workers());
     let shape = Shape { isa, threads, context };
-    let (mut engine, mut session, loaded) = load_session(platform, &location, &description, &options, shape)?;
+    let reserved = Reserved::new(platform, &description, &options, shape)?;
+    reporter.stage(platform, "memory");
+    let (mut engine, mut session, loaded) = reserved.load(platform, &location, &description, &options)?;
     reporter.stage(platform, "load_model");
     if !engine::ops::HAS_BASELINE && kv_type(&options, &description) == KvType::F32 {
         let text = "attention over an f32 cache takes its plainest form in this image; kv=f16 is faster";
@@ -133,65 +135,37 @@ fn work(platform: &mut dyn Platform, reporter: &mut Reporter, request: Request<'
     let ran_with = kernels.running().clone();
     let work = kernels.improve(platform, reporter, &mut engine, &limits);
 
-    let clock = platform.clock();
-    let trusted_hz = clock.trusted.then_some(clock.tsc_hz);
+    let trusted_hz = Some(platform.clock()).filter(|clock| clock.trusted).map(|clock| clock.tsc_hz);
     let rows = kernel_rows(&engine, &limits, &ran_with, trusted_hz, &|key| kernels.remembered(key));
     // Summed from 0.0: the sum of no floats is -0.0.
     let settled_share = rows.iter().filter(|row| row.settled).fold(0.0, |sum, row| sum + row.time_share);
     let figures = BootFigures { generated: &out, settled_share, kernels_changed: work.changed, threads };
     let (convergence, snapshot) = kernels.conclude(platform, reporter, &figures);
     reporter.stage(platform, "save_snapshot");
-    let load = load_facts(platform, &clock, &location, &loaded);
 
-    let decode_ticks: u64 = out.decode_ticks.iter().sum();
-    let per_second = |count: usize, ticks: u64| count as f64 * clock.tsc_hz as f64 / ticks.max(1) as f64;
-    let ms = |ticks: u64| ticks as f64 * 1e3 / clock.tsc_hz as f64;
-    let gigahertz = clock.tsc_hz as f64 / 1e9;
-    let mut report = BootReport {
-        boot: kernels.boot(),
-        image: request.image,
-        build_id: BUILD_ID.into(),
-        hypervisor: platform.cpu().hypervisor.clone().unwrap_or_else(|| "none".into()),
-        cpu: platform.cpu().brand.clone(),
-        isa: isa.name().into(),
-        threads: threads as u32,
-        tsc_hz: clock.tsc_hz,
-        clock_trusted: clock.trusted,
-        unix_time: platform.unix_time(),
-        model: model_facts(&description, &loaded),
-        prompt: options.prompt.clone(),
-        prompt_tokens: prompt_tokens.len() as u32,
-        token_ids: out.tokens,
-        text: out.text,
-        stages: reporter.stages().to_vec(),
-        ttft_ms: ms(out.first_token_tsc.saturating_sub(clock.entry_tsc)),
-        prefill_tok_s: per_second(prompt_tokens.len(), out.prefill_ticks),
-        // Not a number: nothing was decoded, so nothing is known.
-        decode_tok_s: if out.decode_ticks.is_empty() {
-            f64::NAN
-        } else {
-            per_second(out.decode_ticks.len(), decode_ticks)
+    let mut report = boot_report(
+        platform,
+        Ran {
+            image: request.image,
+            boot: kernels.boot(),
+            options: &options,
+            isa,
+            threads,
+            location: &location,
+            description: &description,
+            loaded: &loaded,
+            prompt_tokens: prompt_tokens.len(),
+            generated: out,
+            engine: &engine,
+            limits: &limits,
+            rows,
+            kernels_loaded: kernels.restored(),
+            work,
+            snapshot,
+            convergence,
         },
-        token_ms_median: median(&out.decode_ticks).map_or(f64::NAN, ms),
-        read_gb_s: trusted_hz.map(|_| limits.read_bytes_per_cycle * gigahertz),
-        peak_gflop_s: trusted_hz.map(|_| limits.fma_flops_per_cycle * gigahertz),
-        load,
-        profiler_overhead: profiler_overhead(&engine),
-        parts: part_rows(&engine, out.decode_ticks.len(), clock.tsc_hz),
-        memory: platform
-            .memory()
-            .into_iter()
-            .map(|m| MemoryRow { name: m.name.into(), used_bytes: m.used_bytes, capacity_bytes: m.capacity_bytes })
-            .collect(),
-        kernels: rows,
-        trials: work.trials,
-        kernels_loaded: kernels.restored(),
-        kernels_compiled: work.compiled,
-        kernels_changed: work.changed,
-        compile_ms_total: work.compile_ms,
-        snapshot,
-        convergence,
-    };
+    );
+    report.stages = reporter.stages().to_vec();
     if options.report {
         let text = screen::boot_screen(&report);
         platform.print(&text);
@@ -297,10 +271,79 @@ pub struct Shape {
     pub context: usize,
 }
 
-/// Sets aside all memory the run needs, streams the model into the weights arena, freezes that, and opens an empty session.
+/// The memory of a run, set aside before anything is read into it.
+pub struct Reserved {
+    shape: Shape,
+    plan: Plan,
+    kv: KvType,
+    session: &'static mut [u8],
+    weights: &'static mut [u8],
+    /// The angles go to the heap as the context fills: their room is held until the engine takes it.
+    angles: Vec<u8>,
+}
+
+impl Reserved {
+    /// Sets aside all memory the run needs, and touches the weights': what a hypervisor or operating system gives only
+    /// when it is touched costs its time here, and not where the device's speed is measured.
+    ///
+    /// # Errors
+    /// A model that cannot be planned or does not fit.
+    pub fn new(
+        platform: &mut dyn Platform,
+        description: &ModelDescription,
+        options: &Options,
+        shape: Shape,
+    ) -> Result<Self, RunError> {
+        let Shape { threads, context, .. } = shape;
+        let plan = Plan::new(description, threads)?;
+        let kv = kv_type(options, description);
+        let session = platform.arena("session", Session::memory_bytes(&description.config, context, threads, kv))?;
+        let weights = platform.arena("weights", plan.arena_bytes())?;
+        let need_bytes = plan.angle_bytes(context);
+        let no_room = RunError::NoRoomForAngles { context, need_bytes };
+        let mut angles: Vec<u8> = Vec::new();
+        angles.try_reserve_exact(need_bytes).map_err(|_| no_room)?;
+        weights.iter_mut().step_by(PAGE_BYTES).for_each(|byte| *byte = 0);
+        Ok(Self { shape, plan, kv, session, weights, angles })
+    }
+
+    /// Streams the model into the weights arena, freezes that, and opens an empty session.
+    ///
+    /// # Errors
+    /// A model that cannot be read.
+    pub fn load(
+        self,
+        platform: &mut dyn Platform,
+        location: &Location,
+        description: &ModelDescription,
+        options: &Options,
+    ) -> Result<(Engine<'static>, Session<'static>, Loaded), RunError> {
+        let Shape { isa, context, .. } = self.shape;
+        let tier = if options.tier == Tier::Reference { engine::Tier::Reference } else { engine::Tier::Baseline };
+        let mut loader = Loader::new(self.plan, engine::simd::Level::new(isa), self.weights)?;
+        let mut failure = None;
+        let loaded = load::stream(platform, location, description, options, &mut |offset, bytes| {
+            if failure.is_none() {
+                failure = loader.feed(offset, bytes).err();
+            }
+        })?;
+        if let Some(error) = failure {
+            return Err(error.into());
+        }
+        let model = loader.finish()?;
+        let weights = platform.freeze(self.weights);
+        let mut engine = Engine::new(model, weights, isa, tier)?;
+        drop(self.angles);
+        engine.reserve_angles(context);
+        let session = Session::new(&engine, context, self.kv, self.session)?;
+        Ok((engine, session, loaded))
+    }
+}
+
+/// Sets aside the memory of a run and loads the model.
 ///
 /// # Errors
-/// A model that cannot be planned, does not fit, or cannot be read. That it does not fit is found before it is read.
+/// As of [`Reserved`]. That a model does not fit is found before it is read.
 pub fn load_session(
     platform: &mut dyn Platform,
     location: &Location,
@@ -308,84 +351,7 @@ pub fn load_session(
     options: &Options,
     shape: Shape,
 ) -> Result<(Engine<'static>, Session<'static>, Loaded), RunError> {
-    let Shape { isa, threads, context } = shape;
-    let tier = if options.tier == Tier::Reference { engine::Tier::Reference } else { engine::Tier::Baseline };
-    let plan = Plan::new(description, threads)?;
-    let kv = kv_type(options, description);
-    let session_bytes = Session::memory_bytes(&description.config, context, threads, kv);
-    let session = platform.arena("session", session_bytes)?;
-    let arena = platform.arena("weights", plan.arena_bytes())?;
-    // The angles go to the heap as the context fills: their room is held until the engine takes it.
-    let need_bytes = plan.angle_bytes(context);
-    let no_room = RunError::NoRoomForAngles { context, need_bytes };
-    let mut room: Vec<u8> = Vec::new();
-    room.try_reserve_exact(need_bytes).map_err(|_| no_room)?;
-    let mut loader = Loader::new(plan, engine::simd::Level::new(isa), arena)?;
-    let mut failure = None;
-    let loaded = load::stream(platform, location, description, options, &mut |offset, bytes| {
-        if failure.is_none() {
-            failure = loader.feed(offset, bytes).err();
-        }
-    })?;
-    if let Some(error) = failure {
-        return Err(error.into());
-    }
-    let model = loader.finish()?;
-    let weights = platform.freeze(arena);
-    let mut engine = Engine::new(model, weights, isa, tier)?;
-    drop(room);
-    engine.reserve_angles(context);
-    let session = Session::new(&engine, context, kv, session)?;
-    Ok((engine, session, loaded))
-}
-
-/// Load rate beside the raw rate of the same device; `None` when the device cannot be read again.
-fn load_facts(platform: &mut dyn Platform, clock: &Clock, location: &Location, loaded: &Loaded) -> Option<LoadFacts> {
-    let (raw_bytes, raw_ticks) = load::raw_rate(platform, location).ok()?;
-    let mb_s = |bytes: u64, ticks: u64| bytes as f64 * clock.tsc_hz as f64 / ticks.max(1) as f64 / 1e6;
-    Some(LoadFacts {
-        bytes: loaded.bytes,
-        mb_s: mb_s(loaded.bytes, loaded.ticks),
-        raw_mb_s: mb_s(raw_bytes, raw_ticks),
-    })
-}
-
-/// Cost of two time-stamps and one record, measured here and now, as a share of the time in kernels.
-fn profiler_overhead(engine: &Engine<'_>) -> f64 {
-    engine.table().profile().overhead(Profile::measure_record_cycles(engine::cycles)).unwrap_or(0.0)
-}
-
-/// Where the prompt's time and that of `decoded` tokens went.
-fn part_rows(engine: &Engine<'_>, decoded: usize, tsc_hz: u64) -> Vec<PartRow> {
-    let (prefill, decode) = (engine.prefill_parts(), engine.decode_parts());
-    let row = |part: Part| PartRow {
-        name: part.name().into(),
-        prefill_share: prefill.share(part),
-        decode_share: decode.share(part),
-        decode_us: (decoded > 0).then(|| decode.ticks(part) as f64 * 1e6 / tsc_hz as f64 / decoded as f64),
-    };
-    Part::ALL.into_iter().map(row).collect()
-}
-
-fn model_facts(description: &ModelDescription, loaded: &Loaded) -> ModelFacts {
-    let config = &description.config;
-    let mut types: Vec<&str> = Vec::new();
-    for tensor in description.tensors.iter().filter(|tensor| !tensor.role.is_vector()) {
-        if !types.contains(&tensor.ty.name()) {
-            types.push(tensor.ty.name());
-        }
-    }
-    ModelFacts {
-        name: description.name.clone(),
-        architecture: config.architecture.to_string(),
-        file_bytes: loaded.bytes,
-        fingerprint: hex(&loaded.fingerprint),
-        sha256: loaded.sha256.hash().map(|hash| hex(hash)),
-        n_layers: config.n_layers,
-        dim: config.dim,
-        vocab_size: config.vocab_size,
-        dtypes: types.join("+"),
-    }
+    Reserved::new(platform, description, options, shape)?.load(platform, location, description, options)
 }
 
 /// Leaves the screen in the preallocated report file, if the volume has one. Not worth failing over.

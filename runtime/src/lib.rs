@@ -32,6 +32,7 @@ pub mod prompt;
 pub mod reporter;
 pub mod rows;
 pub mod signature;
+mod summary;
 #[cfg(feature = "jit")]
 pub mod tune;
 

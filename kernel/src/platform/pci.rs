@@ -85,44 +85,48 @@ struct BarRegister {
 
 /// Configuration access to a disk whose BARs are sized and placed. Drivers size BARs again by moving them; under a
 /// hypervisor each move rebuilds its map of memory and takes milliseconds. Here the answers are known and nothing moves.
-pub struct PlacedDisk {
+pub struct PlacedDisk<C> {
+    access: C,
     registers: [BarRegister; BARS],
     /// BARs that all ones were written to last, a bit each.
     sizing: u8,
 }
 
-impl PlacedDisk {
+impl PlacedDisk<ConfigPorts> {
     /// Access to `disk`, the only function that may be asked for.
-    pub fn new(disk: &Disk) -> PlacedDisk {
-        PlacedDisk { registers: disk.registers, sizing: 0 }
+    pub fn new(disk: &Disk) -> Self {
+        PlacedDisk { access: ConfigPorts, registers: disk.registers, sizing: 0 }
     }
+}
 
+impl<C> PlacedDisk<C> {
     fn bar_index(register: u8) -> Option<usize> {
         (BAR_0..BAR_0 + 4 * BARS as u8).contains(&register).then(|| usize::from(register - BAR_0) / 4)
     }
 }
 
-impl ConfigurationAccess for PlacedDisk {
+impl<C: ConfigurationAccess> ConfigurationAccess for PlacedDisk<C> {
     fn read_word(&self, function: DeviceFunction, register: u8) -> u32 {
         match Self::bar_index(register) {
             Some(bar) if self.sizing >> bar & 1 == 1 => self.registers[bar].sizing,
             Some(bar) => self.registers[bar].value,
             // As if decoding were off: then nobody switches it off to size a BAR, and on again.
-            None if register == COMMAND => ConfigPorts.read_word(function, register) & !DECODE,
-            None => ConfigPorts.read_word(function, register),
+            None if register == COMMAND => self.access.read_word(function, register) & !DECODE,
+            None => self.access.read_word(function, register),
         }
     }
 
     fn write_word(&mut self, function: DeviceFunction, register: u8, value: u32) {
         match Self::bar_index(register) {
             Some(bar) => self.sizing = self.sizing & !(1 << bar) | u8::from(value == u32::MAX) << bar,
-            None if register == COMMAND => ConfigPorts.write_word(function, register, value | WORKING),
-            None => ConfigPorts.write_word(function, register, value),
+            None if register == COMMAND => self.access.write_word(function, register, value | WORKING),
+            None => self.access.write_word(function, register, value),
         }
     }
 
     unsafe fn unsafe_clone(&self) -> Self {
-        PlacedDisk { ..*self }
+        // SAFETY: the caller's promise is the one asked for.
+        PlacedDisk { access: unsafe { self.access.unsafe_clone() }, ..*self }
     }
 }
 
@@ -286,4 +290,62 @@ pub fn register_pages(disks: &[Disk]) -> FixedList<Range, { MAX_DISKS * BARS }> 
         }
     }
     pages
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use core::cell::Cell;
+    use virtio_drivers::transport::pci::bus::PciError;
+
+    /// A function whose registers are words; writes are counted.
+    struct Registers<'a> {
+        words: [u32; 16],
+        writes: &'a Cell<u32>,
+    }
+
+    impl ConfigurationAccess for Registers<'_> {
+        fn read_word(&self, _function: DeviceFunction, register: u8) -> u32 {
+            self.words[usize::from(register) / 4]
+        }
+
+        fn write_word(&mut self, _function: DeviceFunction, register: u8, value: u32) {
+            self.words[usize::from(register) / 4] = value;
+            self.writes.set(self.writes.get() + 1);
+        }
+
+        unsafe fn unsafe_clone(&self) -> Self {
+            Registers { ..*self }
+        }
+    }
+
+    #[test]
+    fn a_driver_sizes_the_bars_of_a_placed_disk_without_moving_them() {
+        let writes = Cell::new(0);
+        let mut words = [0; 16];
+        words[1] = WORKING;
+        let register = |value, sizing| BarRegister { value, sizing };
+        let registers = [
+            register(0xc001, 0),
+            register(0xfebd_1000, 0xffff_f000),
+            BarRegister::default(),
+            BarRegister::default(),
+            register(0xe000_000c, 0xffff_c00c),
+            register(1, 0xffff_ffff),
+        ];
+        let access = Registers { words, writes: &writes };
+        let mut root = PciRoot::new(PlacedDisk { access, registers, sizing: 0 });
+        let place = Place::default().into();
+        let memory = |address_type, prefetchable, address, size| {
+            Ok::<_, PciError>(Some(BarInfo::Memory { address_type, prefetchable, address, size }))
+        };
+        assert_eq!(root.bar_info(place, 1), memory(MemoryBarType::Width32, false, 0xfebd_1000, 0x1000));
+        assert_eq!(root.bar_info(place, 4), memory(MemoryBarType::Width64, true, 0x1_e000_0000, 0x4000));
+        assert_eq!(root.bar_info(place, 4), memory(MemoryBarType::Width64, true, 0x1_e000_0000, 0x4000), "and again");
+        assert_eq!(writes.get(), 0);
+        // A driver that sets the command register cannot switch the disk off.
+        let mut disk = PlacedDisk { access: Registers { words, writes: &writes }, registers, sizing: 0 };
+        disk.write_word(place, COMMAND, 0);
+        assert_eq!((disk.access.words[1], disk.read_word(place, COMMAND) & DECODE), (WORKING, 0));
+    }
 }
