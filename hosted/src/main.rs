@@ -20,8 +20,8 @@ use platform::{FileDisk, Process};
 use report::{BootReport, ExitStatus, ImageKind};
 use runtime::boot::{Request, Settings};
 use runtime::load::Companions;
-use runtime::options::Tier;
-use runtime::{Options, run};
+use runtime::options::{OptionError, Tier};
+use runtime::{Options, RunError, run};
 use serde_json::json;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -254,9 +254,21 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error:#}");
-            ExitCode::FAILURE
+            ExitCode::from(exit_code(&error))
         }
     }
+}
+
+/// The exit code for `error`: by its kind where a run was refused, that of storage where a file could not be used.
+fn exit_code(error: &anyhow::Error) -> u8 {
+    let refusals = error.chain().filter_map(|cause| {
+        let refusal = cause.downcast_ref::<RunError>().map(RunError::exit_status);
+        let setting = cause.downcast_ref::<OptionError>().map(|_| ExitStatus::Settings);
+        let file = cause.downcast_ref::<std::io::Error>().map(|_| ExitStatus::Storage);
+        let model = cause.downcast_ref::<model::ModelError>().map(|_| ExitStatus::Model);
+        refusal.or(setting).or(file).or(model)
+    });
+    refusals.last().unwrap_or(ExitStatus::Fatal).process_exit_code()
 }
 
 fn options(args: &GenerateArgs) -> Result<Options> {

@@ -303,7 +303,8 @@ fn run_converge(
     println!("{}", if json { report.to_json() } else { text::summary(&report) });
     Ok(match (&report.failure, report.converged_at) {
         (Some(_), _) => ExitCode::from(1),
-        (None, None) => ExitCode::from(2),
+        // Not 2: that is a wrong command line.
+        (None, None) => ExitCode::from(3),
         (None, Some(_)) => ExitCode::SUCCESS,
     })
 }

@@ -20,6 +20,9 @@ pub enum ImageKind {
 }
 
 /// Process or machine exit status. The guest writes [`ExitStatus::debug_exit_value`] to QEMU's isa-debug-exit port.
+///
+/// All from [`ExitStatus::Fatal`] on are refusals: nothing is broken, something the boot needs is not as it must be, and
+/// the last note says what.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ExitStatus {
@@ -29,29 +32,61 @@ pub enum ExitStatus {
     TestFailed,
     /// Our bug: a panic or an unrecovered CPU fault.
     Panic,
-    /// The machine, the configuration or the files do not allow the work; the last note says why.
+    /// The machine does not allow the work.
     Fatal,
+    /// A setting is wrong, or the prompt: what a command line or settings file says.
+    Settings,
+    /// The model is missing, damaged, not one that can run, or not the one that was promised.
+    Model,
+    /// Not enough memory.
+    Memory,
+    /// A disk or a file on it cannot be read.
+    Storage,
+    /// The kernels of a native image are not for this model or CPU.
+    Kernels,
 }
 
 impl ExitStatus {
+    /// All of them.
+    pub const ALL: [Self; 9] = [
+        Self::Pass,
+        Self::TestFailed,
+        Self::Panic,
+        Self::Fatal,
+        Self::Settings,
+        Self::Model,
+        Self::Memory,
+        Self::Storage,
+        Self::Kernels,
+    ];
+
     /// Value for isa-debug-exit; QEMU then exits with `(value << 1) | 1`.
     pub const fn debug_exit_value(self) -> u8 {
-        match self {
-            ExitStatus::Pass => 16,
-            ExitStatus::TestFailed => 17,
-            ExitStatus::Panic => 18,
-            ExitStatus::Fatal => 19,
-        }
+        16 + self as u8
     }
 
-    /// QEMU's process exit code for this status: 33, 35, 37 or 39.
+    /// QEMU's process exit code for this status: 33, 35, and so on.
     pub const fn qemu_exit_code(self) -> i32 {
         ((self.debug_exit_value() as i32) << 1) | 1
     }
 
     /// The status behind a QEMU exit code; `None` for anything else (0 is a triple fault under `-no-reboot`).
     pub fn from_qemu_exit_code(code: i32) -> Option<Self> {
-        [Self::Pass, Self::TestFailed, Self::Panic, Self::Fatal].into_iter().find(|s| s.qemu_exit_code() == code)
+        Self::ALL.into_iter().find(|status| status.qemu_exit_code() == code)
+    }
+
+    /// Exit code of a process: 0; 1 for what has no code of its own; not 2, which command line parsers use; from 3 on one
+    /// for each kind of refusal.
+    pub const fn process_exit_code(self) -> u8 {
+        match self {
+            ExitStatus::Pass => 0,
+            ExitStatus::TestFailed | ExitStatus::Panic | ExitStatus::Fatal => 1,
+            ExitStatus::Settings => 3,
+            ExitStatus::Model => 4,
+            ExitStatus::Memory => 5,
+            ExitStatus::Storage => 6,
+            ExitStatus::Kernels => 7,
+        }
     }
 }
 
@@ -442,4 +477,19 @@ pub struct MemoryRow {
     pub used_bytes: u64,
     /// Bytes set aside.
     pub capacity_bytes: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_status_has_its_own_exit_code() {
+        let codes = ExitStatus::ALL.map(ExitStatus::qemu_exit_code);
+        assert_eq!(codes, [33, 35, 37, 39, 41, 43, 45, 47, 49]);
+        assert_eq!(codes.map(ExitStatus::from_qemu_exit_code), ExitStatus::ALL.map(Some));
+        assert_eq!([0, 1, 34, 51].map(ExitStatus::from_qemu_exit_code), [None; 4]);
+        let refusals = ExitStatus::ALL[4..].iter().map(|status| status.process_exit_code());
+        assert!(refusals.eq(3..=7), "0, 1 and 2 have their meanings");
+    }
 }

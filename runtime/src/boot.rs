@@ -82,7 +82,7 @@ pub fn run(platform: &mut dyn Platform, request: Request<'_>) -> Outcome {
         }
         Err(error) => {
             reporter.note(platform, Level::Error, error.to_string());
-            let status = reporter.end(platform, ExitStatus::Fatal);
+            let status = reporter.end(platform, error.exit_status());
             Outcome { status, report: None, error: Some(error) }
         }
     }

@@ -5,6 +5,8 @@ use crate::options::OptionError;
 use crate::platform::OutOfMemory;
 use alloc::string::String;
 use alloc::vec::Vec;
+use engine::EngineError;
+use report::ExitStatus;
 
 /// A run that could not be done.
 #[derive(Debug, thiserror::Error)]
@@ -164,6 +166,43 @@ pub enum RunError {
         /// Which was the first, and what was wrong with it.
         first: String,
     },
+}
+
+impl RunError {
+    /// The exit status that says what kind of refusal it is.
+    pub fn exit_status(&self) -> ExitStatus {
+        use EngineError as E;
+        use ExitStatus as S;
+        match self {
+            RunError::Option(_)
+            | RunError::BadPublicKey
+            | RunError::NoPublicKey
+            | RunError::NoSignatureCheck
+            | RunError::NoVolumeForTokenizer { .. }
+            | RunError::FileTooLong { .. }
+            | RunError::EmptyPrompt
+            | RunError::NoChatTemplate
+            | RunError::Chat(_)
+            | RunError::PromptTooLong { .. }
+            | RunError::ShiftKeepsTooMuch { .. } => S::Settings,
+            RunError::NoModel { .. }
+            | RunError::Model(_)
+            | RunError::WrongModelHash { .. }
+            | RunError::NoSignature { .. }
+            | RunError::SignatureLength { .. }
+            | RunError::WrongSignature { .. }
+            | RunError::NoTokenizer => S::Model,
+            RunError::Memory(_) | RunError::NoRoomForAngles { .. } => S::Memory,
+            RunError::Storage(_) => S::Storage,
+            RunError::NoLinkedKernel | RunError::LinkedKernelsRefused { .. } => S::Kernels,
+            RunError::Engine(E::Threads { .. } | E::ContextFull { .. } | E::NoTokens | E::Token { .. }) => S::Settings,
+            RunError::Engine(E::SessionMemory { .. } | E::ArenaTooSmall { .. }) => S::Memory,
+            RunError::Engine(
+                E::MissingTensor { .. } | E::UnsupportedType { .. } | E::Shape { .. } | E::Incomplete { .. },
+            ) => S::Model,
+            RunError::Engine(_) => S::Fatal,
+        }
+    }
 }
 
 fn no_model(looked_for: &str, found: &[String]) -> String {

@@ -173,15 +173,15 @@ impl Bench {
         self.boot(machine)?.report.context("the boot passed without a report")
     }
 
-    /// A boot that must end as fatal, with an error note that holds every one of `words`.
-    fn refused(&self, machine: &Machine, words: &[&str]) -> Result<()> {
+    /// A boot that must be refused with `status`, and an error note that holds every one of `words`.
+    fn refused(&self, machine: &Machine, status: ExitStatus, words: &[&str]) -> Result<()> {
         let deadlines = Deadlines { boot: DEADLINE, silence: DEADLINE };
         let error = match Session::start(&self.qemu, machine, None)?.run(deadlines, &mut |_| {}) {
             Ok(_) => bail!("the boot passed, but it should have been refused"),
             Err(error) => error,
         };
         let ended = error.transcript.end.map(|(status, _)| status);
-        ensure!(ended == Some(ExitStatus::Fatal), "expected the status fatal, found {ended:?}: {error}");
+        ensure!(ended == Some(status), "expected the status {status:?}, found {ended:?}: {error}");
         ensure!(matches!(error.failure, BootFailure::Guest { .. }), "expected a clean end, found {:?}", error.failure);
         let notes: Vec<&str> = error
             .transcript
@@ -572,8 +572,16 @@ fn signed(bench: &mut Bench) -> Result<()> {
     ensure!(report.token_ids == bench.reference_tokens()?, "tokens {:?}", report.token_ids);
     let last = file.len() - 1000;
     file[last] ^= 1;
-    bench.refused(&boot_from(with_model(bench, "changed.gguf", &file)?), &["signature", "does not fit"])?;
-    bench.refused(&bench.machine(&format!("snapshot=false model.public_key={public}")), &["MODEL.SIG"])
+    bench.refused(
+        &boot_from(with_model(bench, "changed.gguf", &file)?),
+        ExitStatus::Model,
+        &["signature", "does not fit"],
+    )?;
+    bench.refused(
+        &bench.machine(&format!("snapshot=false model.public_key={public}")),
+        ExitStatus::Model,
+        &["MODEL.SIG"],
+    )
 }
 
 fn bad_config(bench: &mut Bench) -> Result<()> {
@@ -583,7 +591,7 @@ fn bad_config(bench: &mut Bench) -> Result<()> {
         bootimage::build(&spec, &disk)?;
         let mut machine = bench.machine("");
         machine.drives[0].path = disk.clone();
-        bench.refused(&machine, words)
+        bench.refused(&machine, ExitStatus::Settings, words)
     };
     refused("max_tokens=many\n".into(), &["max_tokens", "many"])?;
     // A file that is too long is not read up to some byte and then run with what was in that.
@@ -591,23 +599,23 @@ fn bad_config(bench: &mut Bench) -> Result<()> {
 }
 
 fn empty_model(bench: &mut Bench) -> Result<()> {
-    bench.refused(&with_model(bench, "empty.gguf", &[])?, &["empty"])
+    bench.refused(&with_model(bench, "empty.gguf", &[])?, ExitStatus::Model, &["empty"])
 }
 
 fn not_a_model(bench: &mut Bench) -> Result<()> {
-    bench.refused(&with_model(bench, "noise.bin", &[0xa5; 4096])?, &["not a model"])
+    bench.refused(&with_model(bench, "noise.bin", &[0xa5; 4096])?, ExitStatus::Model, &["not a model"])
 }
 
 fn truncated_model(bench: &mut Bench) -> Result<()> {
     let whole = std::fs::read(&bench.model)?;
     let cut = whole.len() / 2 / 512 * 512;
-    bench.refused(&with_model(bench, "cut.gguf", &whole[..cut])?, &["bytes"])
+    bench.refused(&with_model(bench, "cut.gguf", &whole[..cut])?, ExitStatus::Model, &["bytes"])
 }
 
 fn no_model(bench: &mut Bench) -> Result<()> {
     let mut machine = bench.machine("");
     machine.drives.truncate(1);
-    bench.refused(&machine, &["no model"])
+    bench.refused(&machine, ExitStatus::Model, &["no model"])
 }
 
 fn large_model(bench: &mut Bench) -> Result<()> {
@@ -618,7 +626,7 @@ fn large_model(bench: &mut Bench) -> Result<()> {
     std::fs::write(&path, synthetic::gguf(&spec)?)?;
     let mut machine = bench.machine("snapshot=false kernel.memory=64M");
     machine.drives[1].path = path.clone();
-    bench.refused(&machine, &["not enough memory for weights", "needed"])?;
+    bench.refused(&machine, ExitStatus::Memory, &["not enough memory for weights", "needed"])?;
     Ok(std::fs::remove_file(path)?)
 }
 
@@ -629,17 +637,17 @@ fn large_context(bench: &mut Bench) -> Result<()> {
     std::fs::write(&path, model)?;
     let mut machine = bench.machine("snapshot=false context=4194304");
     machine.drives[1].path = path;
-    bench.refused(&machine, &["not enough memory for session", "needed"])
+    bench.refused(&machine, ExitStatus::Memory, &["not enough memory for session", "needed"])
 }
 
 fn bad_prompts(bench: &mut Bench) -> Result<()> {
-    bench.refused(&bench.machine("snapshot=false prompt=\"\""), &["prompt is empty"])?;
+    bench.refused(&bench.machine("snapshot=false prompt=\"\""), ExitStatus::Settings, &["prompt is empty"])?;
     let long = "a b c d ".repeat(40);
-    bench.refused(&bench.machine(&format!("snapshot=false prompt=\"{long}\"")), &["context"])
+    bench.refused(&bench.machine(&format!("snapshot=false prompt=\"{long}\"")), ExitStatus::Settings, &["context"])
 }
 
 fn unknown_option(bench: &mut Bench) -> Result<()> {
-    bench.refused(&bench.machine("promt=x"), &["promt", "prompt"])
+    bench.refused(&bench.machine("promt=x"), ExitStatus::Settings, &["promt", "prompt"])
 }
 
 fn no_avx2(bench: &mut Bench) -> Result<()> {
