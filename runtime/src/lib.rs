@@ -21,6 +21,7 @@ pub mod error;
 #[cfg(not(feature = "jit"))]
 mod frozen;
 pub mod generate;
+pub mod hash;
 pub mod identity;
 pub mod kernels;
 #[cfg(feature = "jit")]

@@ -1,18 +1,16 @@
 //! Finds the model, reads its header, and streams its weights into the arena once.
 
 use crate::error::RunError;
-use crate::identity::hex;
-use crate::options::{DEFAULT_SIGNATURE, ModelHash, Options};
+use crate::hash::{FileHash, FileSha256, Fingerprint, chosen_hash, no_hash};
+use crate::options::{DEFAULT_SIGNATURE, Options};
 use crate::platform::{Platform, WhichDisk};
 use crate::signature;
 use alloc::string::{String, ToString};
 use alloc::vec;
 use alloc::vec::Vec;
-use core::fmt;
 use engine::workers::Workers;
 use model::formats::{self, FileFormat, HeaderBytes};
-use model::{Format, ModelDescription, ModelError, gguf, llama2c};
-use sha2::{Digest, Sha256};
+use model::{ModelDescription, ModelError, gguf, llama2c};
 use spin::Mutex;
 use storage::{ByteSource, FatFile, FatVolume, FileSource, RawDisk, SECTOR_BYTES, StorageError};
 
@@ -20,17 +18,10 @@ use storage::{ByteSource, FatFile, FatVolume, FileSource, RawDisk, SECTOR_BYTES,
 const PIECE_BYTES: u64 = 64 << 20;
 /// Models up to this length load in a fraction of a second: a line of progress would only delay the answer.
 const PROGRESS_FROM_BYTES: u64 = 512 << 20;
-/// One sample of [`SAMPLE_BYTES`] goes into the fingerprint from each stretch of this length.
-const SAMPLE_EVERY_BYTES: u64 = 1 << 20;
-const SAMPLE_BYTES: u64 = 4 << 10;
-/// Files up to this length go into the fingerprint whole.
-const WHOLE_BYTES: u64 = 4 << 20;
 /// Longest tokenizer file.
 const MAX_TOKENIZER_BYTES: u64 = 64 << 20;
 /// Bytes of a signature file that are read: enough to say how long a wrong one is.
 const MAX_SIGNATURE_BYTES: u64 = 64 << 10;
-/// Alignment of GGUF files that state none.
-const GGUF_ALIGNMENT: u64 = 32;
 /// Bytes read to measure the raw device rate.
 const RAW_RATE_BYTES: u64 = 64 << 20;
 
@@ -242,114 +233,6 @@ pub fn boot_file(platform: &mut dyn Platform, name: &str, max_bytes: u64) -> Res
     Ok(Some(bytes))
 }
 
-/// Identity of a model's content: SHA-256 over its length and samples spread evenly over the file (a small file: all of it).
-///
-/// Sampling keeps loading at memory speed; it tells models apart but does not prove integrity: `model.sha256=` does.
-pub struct Fingerprint {
-    hasher: Sha256,
-    at: u64,
-    /// Bytes of each stretch that are hashed.
-    sample_bytes: u64,
-}
-
-impl Fingerprint {
-    fn new(file_bytes: u64) -> Self {
-        let mut hasher = Sha256::new();
-        hasher.update(file_bytes.to_le_bytes());
-        let sample_bytes = if file_bytes <= WHOLE_BYTES { SAMPLE_EVERY_BYTES } else { SAMPLE_BYTES };
-        Self { hasher, at: 0, sample_bytes }
-    }
-
-    /// Takes in the next bytes of the file.
-    fn update(&mut self, mut bytes: &[u8]) {
-        while !bytes.is_empty() {
-            let phase = self.at % SAMPLE_EVERY_BYTES;
-            let inside = phase < self.sample_bytes;
-            let until = if inside { self.sample_bytes } else { SAMPLE_EVERY_BYTES };
-            let take = usize::try_from(until - phase).unwrap_or(usize::MAX).min(bytes.len());
-            if inside {
-                self.hasher.update(&bytes[..take]);
-            }
-            self.at += take as u64;
-            bytes = &bytes[take..];
-        }
-    }
-}
-
-/// SHA-256 of a file whose exact end a raw disk does not tell: at every end it can have, from that of the last tensor on.
-struct FileHash {
-    hasher: Sha256,
-    at: u64,
-    ends: Vec<u64>,
-    hashes: Vec<(u64, [u8; 32])>,
-}
-
-impl FileHash {
-    /// GGUF files are padded to their alignment, by default and nearly always [`GGUF_ALIGNMENT`].
-    fn new(data_end: u64) -> Self {
-        let ends = [1, GGUF_ALIGNMENT, 64, 128, 256].map(|alignment| data_end.next_multiple_of(alignment));
-        Self { hasher: Sha256::new(), at: 0, ends: ends.to_vec(), hashes: Vec::new() }
-    }
-
-    fn update(&mut self, mut bytes: &[u8]) {
-        while let Some(&end) = self.ends.first() {
-            let left = usize::try_from(end - self.at).unwrap_or(usize::MAX);
-            if left > bytes.len() {
-                break;
-            }
-            let (before, after) = bytes.split_at(left);
-            self.hasher.update(before);
-            self.at = end;
-            self.hashes.push((end, self.hasher.clone().finalize().into()));
-            self.ends.remove(0);
-            bytes = after;
-        }
-        self.hasher.update(bytes);
-        self.at += bytes.len() as u64;
-    }
-
-    /// Lengths and hashes, the last of all bytes.
-    fn finish(mut self) -> Vec<(u64, [u8; 32])> {
-        self.hashes.push((self.at, self.hasher.finalize().into()));
-        self.hashes
-    }
-}
-
-/// The SHA-256 of a model file.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum FileSha256 {
-    /// It is not computed; why.
-    Unknown(&'static str),
-    /// Of so many first bytes.
-    Known {
-        /// Hash.
-        sha256: [u8; 32],
-        /// Length of what it is the hash of.
-        len_bytes: u64,
-    },
-}
-
-impl FileSha256 {
-    /// The hash, if known.
-    pub fn hash(&self) -> Option<&[u8; 32]> {
-        match self {
-            FileSha256::Known { sha256, .. } => Some(sha256),
-            FileSha256::Unknown(_) => None,
-        }
-    }
-}
-
-impl fmt::Display for FileSha256 {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            FileSha256::Known { sha256, len_bytes } => {
-                write!(f, "SHA-256 of the model's {len_bytes} bytes: {}", hex(sha256))
-            }
-            FileSha256::Unknown(why) => write!(f, "the model's SHA-256 is not computed: {why}"),
-        }
-    }
-}
-
 /// What loading gave besides the weights.
 pub struct Loaded {
     /// Content identity.
@@ -360,21 +243,6 @@ pub struct Loaded {
     pub bytes: u64,
     /// Ticks of the whole load, packing included.
     pub ticks: u64,
-}
-
-/// Why the hash is not computed while loading; `None` where it is.
-fn no_hash(option: ModelHash, workers: &dyn Workers) -> Option<&'static str> {
-    match option {
-        ModelHash::Show | ModelHash::Is(_) => None,
-        ModelHash::Off => Some("not asked for (model.sha256=show computes it)"),
-        ModelHash::Auto if !engine::Isa::has_sha_extensions() => {
-            Some("this CPU has no instructions for it (model.sha256=show computes it)")
-        }
-        ModelHash::Auto if workers.count() < 2 => {
-            Some("there is no second core to do it beside loading (model.sha256=show computes it)")
-        }
-        ModelHash::Auto => None,
-    }
 }
 
 /// Streams the file once and hands every byte to `feed` with its offset. The hash is computed on a second core meanwhile,
@@ -427,26 +295,7 @@ pub fn stream(
         None => chosen_hash(&hash.into_inner().finish(), location, description, options.model_sha256)?,
     };
     let (fingerprint, _) = fingerprint.into_inner();
-    Ok(Loaded { fingerprint: fingerprint.hasher.finalize().into(), sha256, bytes: len_bytes, ticks })
-}
-
-/// Which of the hashes is the file's: the one asked for; else that at the end which the file has or, on a raw disk, which
-/// files of its format have.
-fn chosen_hash(
-    hashes: &[(u64, [u8; 32])],
-    location: &Location,
-    description: &ModelDescription,
-    option: ModelHash,
-) -> Result<FileSha256, RunError> {
-    let known = |&(len_bytes, sha256): &(u64, [u8; 32])| FileSha256::Known { sha256, len_bytes };
-    let end_is_known = matches!(location, Location::Volume(_)) || !matches!(description.format, Format::Gguf { .. });
-    let usual = hashes.iter().find(|(len, _)| !end_is_known && len.is_multiple_of(GGUF_ALIGNMENT)).or(hashes.last());
-    let usual = usual.map_or(FileSha256::Unknown("there is no file"), known);
-    let ModelHash::Is(expected) = option else { return Ok(usual) };
-    hashes.iter().find(|(_, hash)| *hash == expected).map(known).ok_or_else(|| {
-        let found = usual.hash().map(|hash| hex(hash)).unwrap_or_default();
-        RunError::WrongModelHash { expected: hex(&expected), found }
-    })
+    Ok(Loaded { fingerprint: fingerprint.finish(), sha256, bytes: len_bytes, ticks })
 }
 
 /// Ticks that reading the file's first bytes takes without using them, and how many bytes those were.
@@ -460,50 +309,4 @@ pub fn raw_rate(platform: &mut dyn Platform, location: &Location) -> Result<(u64
         source.stream(0, len_bytes, &mut |_| {})?;
         Ok((len_bytes, engine::cycles().saturating_sub(start)))
     })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn fingerprint(bytes: &[u8], chunk: usize) -> [u8; 32] {
-        let mut fingerprint = Fingerprint::new(bytes.len() as u64);
-        bytes.chunks(chunk).for_each(|chunk| fingerprint.update(chunk));
-        fingerprint.hasher.finalize().into()
-    }
-
-    #[test]
-    fn fingerprints_do_not_depend_on_chunks_and_see_every_byte_of_a_small_file() {
-        let small: Vec<u8> = (0..100_000u32).map(|i| (i * 31 % 251) as u8).collect();
-        let id = fingerprint(&small, 4096);
-        assert_eq!(id, fingerprint(&small, 777));
-        for at in [0, 5000, 99_999] {
-            let mut other = small.clone();
-            other[at] ^= 1;
-            assert_ne!(id, fingerprint(&other, 4096), "byte {at}");
-        }
-        let large = vec![7u8; WHOLE_BYTES as usize + 5000];
-        let id = fingerprint(&large, 1 << 20);
-        assert_eq!(id, fingerprint(&large, 100_001));
-        let mut other = large.clone();
-        other[3 << 20] ^= 1;
-        assert_ne!(id, fingerprint(&other, 1 << 20));
-        assert_ne!(id, fingerprint(&large[..large.len() - 1], 1 << 20), "the length counts");
-    }
-
-    #[test]
-    fn a_file_hash_finds_the_end_that_the_source_hides() {
-        let file: Vec<u8> = (0..1000u32).map(|i| i as u8).collect();
-        let mut disk = file.clone();
-        disk.resize(1024, 0);
-        for data_end in [1000, 980] {
-            let mut hash = FileHash::new(data_end);
-            disk.chunks(100).for_each(|chunk| hash.update(chunk));
-            // Data up to 980 is padded to 992 or 1024, not to 1000: then nothing matches.
-            let hashes = hash.finish();
-            let found = hashes.contains(&(1000, Sha256::digest(&file).into()));
-            assert_eq!(found, data_end == 1000);
-            assert_eq!(hashes.last(), Some(&(1024, Sha256::digest(&disk).into())));
-        }
-    }
 }

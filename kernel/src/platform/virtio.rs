@@ -8,7 +8,7 @@
 //! Rings and transport are the `virtio-drivers` crate's.
 
 use super::clock;
-use super::pci::{Disk as Place, PlacedDisk};
+use super::pci::{self, PlacedDisk};
 use alloc::alloc::{alloc_zeroed, dealloc};
 use alloc::boxed::Box;
 use alloc::vec::Vec;
@@ -28,7 +28,7 @@ pub const DEPTH: usize = 4;
 pub const TIMEOUT_MS: u32 = 30_000;
 
 /// All memory is mapped at its physical address, and no IOMMU is in the way.
-struct Identity;
+struct IdentityMapped;
 
 fn dma_layout(pages: usize) -> Option<Layout> {
     Layout::from_size_align(pages.checked_mul(virtio_drivers::PAGE_SIZE)?, virtio_drivers::PAGE_SIZE).ok()
@@ -36,7 +36,7 @@ fn dma_layout(pages: usize) -> Option<Layout> {
 
 // SAFETY: heap memory is zeroed, page-aligned and exclusive; virtual and physical addresses are equal (boot/plan.rs), and
 // the pages of BARs are mapped uncached.
-unsafe impl Hal for Identity {
+unsafe impl Hal for IdentityMapped {
     fn dma_alloc(pages: usize, _direction: BufferDirection) -> (PhysAddr, NonNull<u8>) {
         let layout = dma_layout(pages).expect("a queue has few pages");
         // SAFETY: the layout has a size.
@@ -81,7 +81,7 @@ pub enum DiskError {
 /// A virtio-blk disk.
 pub struct VirtioDisk {
     /// `None` once the device timed out.
-    device: Option<VirtIOBlk<Identity, PciTransport>>,
+    device: Option<VirtIOBlk<IdentityMapped, PciTransport>>,
     sectors: u64,
     read_only: bool,
     slots: [Slot; DEPTH],
@@ -119,17 +119,17 @@ struct Flight {
 }
 
 impl VirtioDisk {
-    /// Starts the device at `place`. Its waits are not bounded before [`VirtioDisk::set_clock`].
+    /// Starts the device of `disk`. Its waits are not bounded before [`VirtioDisk::set_clock`].
     ///
     /// # Errors
     /// [`DiskError`] when it is not a modern virtio device or refuses its queue.
-    pub fn new(place: &Place) -> Result<Self, DiskError> {
+    pub fn new(disk: &pci::Disk) -> Result<Self, DiskError> {
         use alloc::string::ToString;
-        let failed = |reason: alloc::string::String| DiskError::Transport { place: place.function.to_string(), reason };
-        let mut root = PciRoot::new(PlacedDisk::new(place));
-        let transport = PciTransport::new::<Identity, _>(&mut root, place.function.into())
+        let failed = |reason: alloc::string::String| DiskError::Transport { place: disk.function.to_string(), reason };
+        let mut root = PciRoot::new(PlacedDisk::new(disk));
+        let transport = PciTransport::new::<IdentityMapped, _>(&mut root, disk.function.into())
             .map_err(|e| failed(alloc::format!("{e:?}")))?;
-        let mut device = VirtIOBlk::<Identity, _>::new(transport).map_err(|e| failed(e.to_string()))?;
+        let mut device = VirtIOBlk::<IdentityMapped, _>::new(transport).map_err(|e| failed(e.to_string()))?;
         device.disable_interrupts();
         Ok(Self {
             sectors: device.capacity(),
