@@ -1,13 +1,16 @@
 //! A file as a disk: the model, or a FAT16 image that holds the snapshot.
 
+use super::memory;
+use memmap2::Mmap;
 use std::fs::File;
+use std::ops::Deref;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::mpsc;
 use storage::{BlockDevice, DeviceError, SECTOR_BYTES, check_range};
 
-/// Bytes read by the reader thread at a time.
-const CHUNK_BYTES: usize = 4 << 20;
+/// Bytes brought into memory by the reader thread at a time.
+const CHUNK_BYTES: u64 = 8 << 20;
 
 /// [`BlockDevice`] over a regular file or block special file. A length that is not a whole number of sectors is
 /// rounded up, and the missing bytes read as zero.
@@ -29,11 +32,43 @@ impl FileDisk {
         Ok(Self { file, file_bytes, read_only: !writable })
     }
 
+    /// `len_bytes` bytes from `offset` on, or fewer, but not none: straight from the page cache where the file can be
+    /// mapped, else read.
+    fn chunk(&self, offset: u64, len_bytes: usize) -> std::io::Result<Chunk> {
+        let in_file =
+            self.file_bytes.saturating_sub(offset).min(len_bytes as u64) as usize / SECTOR_BYTES * SECTOR_BYTES;
+        if in_file > 0
+            && let Ok(mapped) = memory::map_file(&self.file, offset, in_file)
+        {
+            return Ok(Chunk::Mapped(mapped));
+        }
+        let mut bytes = vec![0; len_bytes];
+        self.read_padded(offset, &mut bytes)?;
+        Ok(Chunk::Read(bytes))
+    }
+
     fn read_padded(&self, offset: u64, buf: &mut [u8]) -> std::io::Result<()> {
         let have = self.file_bytes.saturating_sub(offset).min(buf.len() as u64) as usize;
         self.file.read_exact_at(&mut buf[..have], offset)?;
         buf[have..].fill(0);
         Ok(())
+    }
+}
+
+/// A stretch of a file in memory.
+enum Chunk {
+    Mapped(Mmap),
+    Read(Vec<u8>),
+}
+
+impl Deref for Chunk {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            Chunk::Mapped(mapped) => mapped,
+            Chunk::Read(bytes) => bytes,
+        }
     }
 }
 
@@ -74,33 +109,21 @@ impl BlockDevice for FileDisk {
         check_range(self.len_bytes(), lba, len_bytes)?;
         let disk = &*self;
         std::thread::scope(|scope| {
-            // Two buffers go round: one is being filled while `sink` works on the other.
-            let (full_tx, full_rx) = mpsc::sync_channel::<Result<Vec<u8>, DeviceError>>(2);
-            let (free_tx, free_rx) = mpsc::channel::<Vec<u8>>();
-            for _ in 0..2 {
-                free_tx.send(vec![0; CHUNK_BYTES.min(len_bytes as usize)]).expect("the receiver is alive");
-            }
+            // One chunk is brought into memory while `sink` works on another.
+            let (tx, rx) = mpsc::sync_channel::<Result<Chunk, DeviceError>>(1);
             scope.spawn(move || {
-                let mut done = 0;
-                while done < len_bytes {
-                    let Ok(mut buf) = free_rx.recv() else { return };
-                    buf.truncate((len_bytes - done).min(CHUNK_BYTES as u64) as usize);
-                    let at = lba * SECTOR_BYTES as u64 + done;
-                    let result = disk.read_padded(at, &mut buf);
-                    done += buf.len() as u64;
-                    let failure = result.err().map(|e| failed(&e, at / SECTOR_BYTES as u64, buf.len() as u64));
-                    if full_tx.send(failure.map_or(Ok(buf), Err)).is_err() {
+                let (mut at, end) = (lba * SECTOR_BYTES as u64, lba * SECTOR_BYTES as u64 + len_bytes);
+                while at < end {
+                    let chunk = disk.chunk(at, (end - at).min(CHUNK_BYTES) as usize);
+                    let len = chunk.as_ref().map_or(end - at, |chunk| chunk.len() as u64);
+                    let chunk = chunk.map_err(|e| failed(&e, at / SECTOR_BYTES as u64, len));
+                    at += len;
+                    if tx.send(chunk).is_err() {
                         return;
                     }
                 }
             });
-            for chunk in full_rx {
-                let chunk = chunk?;
-                sink(&chunk);
-                // The reader has ended after the last chunk and no longer takes buffers back.
-                let _ = free_tx.send(chunk);
-            }
-            Ok(())
+            rx.into_iter().try_for_each(|chunk| Ok(sink(&chunk?)))
         })
     }
 }
@@ -113,7 +136,7 @@ mod tests {
     #[test]
     fn a_stream_gives_the_file_in_order_and_pads_the_last_sector() {
         let path = std::env::temp_dir().join(format!("bareflow-file-disk-{}", std::process::id()));
-        let content: Vec<u8> = (0..3 * CHUNK_BYTES + 700).map(|i| (i * 7 + i / 251) as u8).collect();
+        let content: Vec<u8> = (0..3 * CHUNK_BYTES as usize + 700).map(|i| (i * 7 + i / 251) as u8).collect();
         File::create(&path).unwrap().write_all(&content).unwrap();
         let mut disk = FileDisk::open(&path, false).unwrap();
         std::fs::remove_file(&path).unwrap();
