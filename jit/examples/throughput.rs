@@ -1,8 +1,8 @@
 //! How fast compiled kernels are here, against the engine's hand-written AVX2 and plain reading, measured interleaved.
 //!
-//! `cargo run --release -p jit --example throughput -- [KEY ...] [--all] [--compile] [--avx2] [--rounds N]`, where KEY is a kernel name such as
+//! `cargo run --release -p jit --example throughput -- [KEY ...] [--all] [--compile] [--avx2] [--rounds N] [--variant VARIANT ...]`, where KEY is a kernel name such as
 //! `matmul_f32_m1_n576_k576`; without one, the shapes of a 135M-parameter llama. `--all` tries every legal variant of a
-//! wide grid in place of the variant space, `--avx2` leaves AVX-512 out, `--compile`
+//! wide grid in place of the variant space, `--variant` the named ones, `--avx2` leaves AVX-512 out, `--compile`
 //! only measures compilation.
 //!
 //! Weights take 256 MiB of different matrices in rotation, so a decode kernel (m = 1) reads from memory. Every round runs
@@ -65,6 +65,7 @@ fn grid(key: &KernelKey) -> Vec<Variant> {
                                         streams,
                                         unroll,
                                         prefetch_bytes,
+                                        k_block: 0,
                                     });
                                 }
                             }
@@ -75,6 +76,13 @@ fn grid(key: &KernelKey) -> Vec<Variant> {
         }
     }
     all
+}
+
+/// Which variants to measure.
+enum Search {
+    Space,
+    Grid,
+    These(Vec<Variant>),
 }
 
 /// Something that computes a key on operands.
@@ -179,8 +187,8 @@ fn compile_times(compiler: &mut Compiler, key: KernelKey) {
 }
 
 /// Measures all candidates of `key` and prints the best.
-fn measure(compiler: &mut Compiler, key: KernelKey, all: bool, rounds: usize, rotation: &mut [u8]) {
-    let shown = if all { 24 } else { 6 };
+fn measure(compiler: &mut Compiler, key: KernelKey, search: &Search, rounds: usize, rotation: &mut [u8]) {
+    let shown = if matches!(search, Search::Space) { 6 } else { 24 };
     let matrix_bytes = key.weight_bytes() as usize;
     let matrices = rotation.len() / matrix_bytes;
     let mut random = Random(7);
@@ -195,7 +203,11 @@ fn measure(compiler: &mut Compiler, key: KernelKey, all: bool, rounds: usize, ro
     let ldy = padded(key.n as usize);
     let operands = Operands { key, x: &x, ldy };
 
-    let variants = if all { grid(&key) } else { space::variants(&key, compiler.isa()) };
+    let variants = match search {
+        Search::Space => space::variants(&key, compiler.isa()),
+        Search::Grid => grid(&key),
+        Search::These(variants) => variants.clone(),
+    };
     let mut candidates = vec![Candidate::Read, Candidate::Intrinsics];
     let mut compile_us = Vec::new();
     for variant in &variants {
@@ -268,11 +280,18 @@ fn main() {
     assert!(host_isa().avx2, "needs AVX2, FMA and F16C");
     let mut keys = Vec::new();
     let mut isa = host_isa();
-    let (mut all, mut rounds, mut compile_only) = (false, 21, false);
+    let (mut search, mut rounds, mut compile_only) = (Search::Space, 21, false);
     let mut args = std::env::args().skip(1);
     while let Some(arg) = args.next() {
         match arg.as_str() {
-            "--all" => all = true,
+            "--all" => search = Search::Grid,
+            "--variant" => {
+                let variant = args.next().and_then(|v| v.parse().ok()).expect("--variant w256_r6_c16_s1_u4_pf0");
+                match &mut search {
+                    Search::These(variants) => variants.push(variant),
+                    other => *other = Search::These(vec![variant]),
+                }
+            }
             "--compile" => compile_only = true,
             "--avx2" => isa = jit::TargetIsa { avx512: false, avx512_vnni: false, ..isa },
             "--rounds" => rounds = args.next().and_then(|n| n.parse().ok()).expect("--rounds N"),
@@ -290,7 +309,7 @@ fn main() {
     let mut rotation = common::Mapping::new(ROTATION_BYTES, 64);
     rotation.huge_pages();
     for key in keys {
-        measure(&mut compiler, key, all, rounds, rotation.bytes_mut());
+        measure(&mut compiler, key, &search, rounds, rotation.bytes_mut());
     }
 }
 

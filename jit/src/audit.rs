@@ -369,7 +369,7 @@ fn step(state: &mut State, i: &Instruction) -> Result<(), AuditError> {
         if !matches!(origin, Origin::X | Origin::W | Origin::Y | Origin::Frame) {
             return Err(AuditError::Base { offset, origin });
         }
-        let writes = i.op0_kind() == OpKind::Memory && i.code() != table::PREFETCH;
+        let writes = i.op0_kind() == OpKind::Memory && !table::is_prefetch(i.code());
         if writes && !matches!(origin, Origin::Y | Origin::Frame) {
             return Err(AuditError::Store { offset, origin });
         }

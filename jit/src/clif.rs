@@ -8,7 +8,7 @@
 //!
 //! What is deliberately absent: lane shuffles, horizontal sums, constant pools, calls.
 
-use crate::widen::table::PREFETCH_MARK;
+use crate::widen::table::{PREFETCH_FAR_MARK, PREFETCH_MARK};
 use alloc::vec::Vec;
 use core::cmp::Ordering;
 use cranelift_codegen::ir::condcodes::IntCC;
@@ -188,8 +188,17 @@ impl<'a, 'b> Emit<'a, 'b> {
 
     /// Asks for the cache line at `p + offset`.
     pub(crate) fn prefetch(&mut self, p: Value, offset: i32) {
-        // Carrier: kernels store no bytes, so a byte store of the mark is a prefetch.
-        let mark = self.b.ins().iconst(I8, i64::from(PREFETCH_MARK as i8));
+        self.marked_store(PREFETCH_MARK, p, offset);
+    }
+
+    /// Asks for the cache line at `p + offset` in the second-level cache.
+    pub(crate) fn prefetch_far(&mut self, p: Value, offset: i32) {
+        self.marked_store(PREFETCH_FAR_MARK, p, offset);
+    }
+
+    /// Carrier: kernels store no bytes, so a byte store of a mark is a prefetch.
+    fn marked_store(&mut self, mark: u8, p: Value, offset: i32) {
+        let mark = self.b.ins().iconst(I8, i64::from(mark as i8));
         self.b.ins().store(flags(), mark, p, offset);
     }
 

@@ -112,29 +112,68 @@ fn output(e: &mut Emit<'_, '_>, plan: &Plan, sum: Value, y: Value, offset: usize
     e.store(value, y, offset);
 }
 
-/// `y = activation(gate) * up` over the accumulators in the frame: loops over rows, streams and vectors.
+/// Takes the sums of a whole panel from `sums`, row after row and part after part, to `y`.
+pub(crate) fn finish_rows(e: &mut Emit<'_, '_>, plan: &Plan, fixed: Fixed, sums: Value, y: Value) {
+    let row_bytes = PANEL * 4;
+    if plan.parts == 2 {
+        let sums = Sums { first: sums, rows: plan.m, streams: 1, stream_bytes: row_bytes, to_up: plan.m * row_bytes };
+        gated(e, plan, fixed, sums, y, 0);
+        return;
+    }
+    let end = e.offset(sums, (plan.m * row_bytes) as i64);
+    e.repeat(false, &[sums, y], end, |e, at| {
+        for offset in (0..row_bytes).step_by(plan.vector_bytes()) {
+            let sum = e.load_back(at[0], offset as i32);
+            output(e, plan, sum, at[1], offset);
+        }
+        vec![e.offset(at[0], row_bytes as i64), e.add_address(at[1], fixed.ldy)]
+    });
+}
+
+/// `y = activation(gate) * up` over the accumulators of a tile in the frame.
 pub(crate) fn gate_up(e: &mut Emit<'_, '_>, plan: &Plan, fixed: Fixed, tile: &Tile) {
-    let streams = tile.region.streams;
+    let first = e.offset(tile.frame, i64::from(tile.frame_offset(plan, 0, 0)));
+    let sums = Sums {
+        first,
+        rows: tile.rows,
+        streams: tile.region.streams,
+        stream_bytes: plan.vectors * plan.vector_bytes(),
+        to_up: tile.part_frame_bytes(plan),
+    };
+    gated(e, plan, fixed, sums, tile.y, tile.region.run * PANEL * 4);
+}
+
+/// Sums of gates in the frame, rows outermost, and those of their ups `to_up` bytes behind.
+#[derive(Clone, Copy)]
+struct Sums {
+    first: Value,
+    rows: usize,
+    streams: usize,
+    /// Bytes of one stream of one row.
+    stream_bytes: usize,
+    to_up: usize,
+}
+
+/// `y = activation(gate) * up`: loops over rows, streams (`y_stream_bytes` apart) and vectors.
+fn gated(e: &mut Emit<'_, '_>, plan: &Plan, fixed: Fixed, sums: Sums, y: Value, y_stream_bytes: usize) {
+    let Sums { first, rows, streams, stream_bytes, to_up } = sums;
     let vector = plan.vector_bytes();
-    let stream_bytes = plan.vectors * vector;
     let row_bytes = streams * stream_bytes;
-    let to_up = tile.part_frame_bytes(plan) as i32;
-    let gate = e.offset(tile.frame, i64::from(tile.frame_offset(plan, 0, 0)));
-    let end = e.offset(gate, (tile.rows * row_bytes) as i64);
-    e.repeat(tile.rows == 1, &[gate, tile.y], end, |e, row| {
+    let end = e.offset(first, (rows * row_bytes) as i64);
+    e.repeat(rows == 1, &[first, y], end, |e, row| {
         let end = e.offset(row[0], row_bytes as i64);
         e.repeat(streams == 1, &[row[0], row[1]], end, |e, stream| {
             let end = e.offset(stream[0], stream_bytes as i64);
-            e.repeat(plan.vectors == 1, &[stream[0], stream[1]], end, |e, at| {
+            e.repeat(stream_bytes == vector, &[stream[0], stream[1]], end, |e, at| {
                 let gate = e.load_back(at[0], 0);
                 let active = activation(e, plan.op, fixed.frame, gate);
-                let up = e.load_back(at[0], to_up);
+                let up = e.load_back(at[0], to_up as i32);
                 let out = e.mul(active, up);
                 e.store(out, at[1], 0);
                 vec![e.offset(at[0], vector as i64), e.offset(at[1], vector as i64)]
             });
             let gate = e.offset(stream[0], stream_bytes as i64);
-            vec![gate, e.offset(stream[1], (tile.region.run * PANEL * 4) as i64)]
+            vec![gate, e.offset(stream[1], y_stream_bytes as i64)]
         });
         let gate = e.offset(row[0], row_bytes as i64);
         vec![gate, e.add_address(row[1], fixed.ldy)]

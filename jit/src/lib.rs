@@ -4,6 +4,7 @@
 //! KernelKey + Variant
 //!   -> plan      refuse what cannot be; regions, loop counts, where accumulators live
 //!   -> nest      loops: regions of panels -> panels -> column tiles -> row tiles -> k
+//!      blocked   the same for long prompts: panels -> blocks of k -> row tiles -> column tiles -> k
 //!      matmul_float, matmul_quant   one step of k        fuse   residual, silu(gate) * up
 //!      clif      the vector vocabulary they are written in (CLIF, with carriers)
 //!   -> Cranelift 128-bit code, opt_level=none
@@ -30,6 +31,7 @@ extern crate alloc;
 extern crate std;
 
 pub mod audit;
+mod blocked;
 mod clif;
 pub mod compiler;
 pub mod disasm;

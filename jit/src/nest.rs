@@ -3,6 +3,7 @@
 //! The order of sums is fixed by the innermost loop alone (`k` ascending into one accumulator per output), so every
 //! nest below gives the same bits.
 
+use crate::blocked;
 use crate::clif::Emit;
 use crate::fuse;
 use crate::plan::{Home, Plan, Region};
@@ -127,15 +128,18 @@ fn stream_frame_bytes(plan: &Plan) -> usize {
 
 /// True when the kernel keeps constants or accumulators in its frame.
 fn needs_frame(plan: &Plan) -> bool {
-    plan.home == Home::Frame || plan.blocks.is_some() || plan.parts == 2
+    plan.home == Home::Frame || plan.blocks.is_some() || plan.parts == 2 || plan.k_block.is_some()
 }
 
 /// Emits the whole kernel: `args` are `x`, `w`, `y` and `ldy` in bytes.
 pub(crate) fn kernel(e: &mut Emit<'_, '_>, plan: &Plan, args: [Value; 4]) {
     let [x, w, y, ldy] = args;
     let frame = if needs_frame(plan) {
-        let accumulators =
-            if plan.home == Home::Frame || plan.parts == 2 { plan.accumulators() * plan.vector_bytes() } else { 0 };
+        let accumulators = match plan.k_block {
+            Some(_) => blocked::sums_bytes(plan),
+            None if plan.home == Home::Frame || plan.parts == 2 => plan.accumulators() * plan.vector_bytes(),
+            None => 0,
+        };
         let frame = e.frame((fuse::constant_bytes(plan.op) + accumulators) as u32);
         if plan.parts == 2 {
             fuse::store_activation_constants(e, frame, plan.op);
@@ -153,7 +157,10 @@ pub(crate) fn kernel(e: &mut Emit<'_, '_>, plan: &Plan, args: [Value; 4]) {
         let y = e.offset(y, (region.first * PANEL * 4) as i64);
         let end = e.offset(y, (region.run * PANEL * 4) as i64);
         e.repeat(region.run == 1, &[y, w], end, |e, at| {
-            panel(e, plan, fixed, *region, x, at[1], at[0]);
+            match plan.k_block {
+                Some(k_steps) => blocked::panel(e, plan, fixed, *region, k_steps, [x, at[1], at[0]]),
+                None => panel(e, plan, fixed, *region, x, at[1], at[0]),
+            }
             let y = e.offset(at[0], (PANEL * 4) as i64);
             let w = e.offset(at[1], plan.unit_bytes() as i64);
             vec![y, w]
@@ -298,7 +305,14 @@ fn k_loop(e: &mut Emit<'_, '_>, plan: &Plan, fixed: Fixed, tile: &Tile, k_steps:
 }
 
 /// `count` steps of `k` for every stream.
-fn steps(e: &mut Emit<'_, '_>, plan: &Plan, fixed: Fixed, tile: &Tile, count: usize, accumulators: &mut [Value]) {
+pub(crate) fn steps(
+    e: &mut Emit<'_, '_>,
+    plan: &Plan,
+    fixed: Fixed,
+    tile: &Tile,
+    count: usize,
+    accumulators: &mut [Value],
+) {
     match plan.home {
         // Steps outermost: streams share each x, and their loads alternate.
         Home::Registers => {

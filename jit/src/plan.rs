@@ -62,6 +62,8 @@ pub(crate) struct Plan {
     pub(crate) parts: usize,
     pub(crate) regions: Vec<Region>,
     pub(crate) prefetch_bytes: i32,
+    /// Steps of a block of `k`, where all rows go through one block after the other ([`crate::blocked`]).
+    pub(crate) k_block: Option<usize>,
     pub(crate) home: Home,
     /// Bytes of one row of `x`, and of one step of it.
     pub(crate) x_row_bytes: usize,
@@ -128,9 +130,24 @@ impl Plan {
         if key.dtype == DType::Q8_0 && variant.width == Width::Z512 && !variant.vnni {
             return Err(refuse("q8_0 at 512 bits needs vnni: vpsignb has no zmm form"));
         }
+        let k_block = usize::from(variant.k_block);
+        if k_block > 0 {
+            if key.dtype.is_quantised() {
+                return Err(refuse("blocks of k are for f32 and f16"));
+            }
+            if m == 1 || streams != 1 || variant.prefetch_bytes != 0 {
+                return Err(refuse("blocks of k need several rows, one stream, and no prefetch distance"));
+            }
+            if !k_steps.is_multiple_of(k_block) || unroll > k_block {
+                return Err(refuse("blocks of k must be equal, and no shorter than the unroll"));
+            }
+        }
         let vectors = columns / lanes;
         let home = home(key.dtype, variant.vnni, rows, vectors, streams)
             .ok_or_else(|| refuse("the register tile does not fit 16 vector registers"))?;
+        if k_block > 0 && home == Home::Frame {
+            return Err(refuse("the register tile of a block of k does not fit 16 vector registers"));
+        }
         Ok(Plan {
             op: key.op,
             dtype: key.dtype,
@@ -148,6 +165,7 @@ impl Plan {
             parts,
             regions: regions(panels(n), streams),
             prefetch_bytes: i32::from(variant.prefetch_bytes),
+            k_block: (k_block > 0).then_some(k_block),
             home,
             x_row_bytes,
             x_step_bytes: if key.dtype.is_quantised() { XBLOCK_BYTES } else { 4 },

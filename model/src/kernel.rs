@@ -251,6 +251,9 @@ pub struct Variant {
     pub unroll: u8,
     /// Software prefetch distance ahead of each stream, in bytes; 0 is none.
     pub prefetch_bytes: u16,
+    /// Steps of `k` in a block that all rows go through before the next block, whose weights are fetched meanwhile; 0 is no
+    /// blocking: each register tile goes through the whole of `k` at once.
+    pub k_block: u16,
 }
 
 impl fmt::Display for Variant {
@@ -265,7 +268,8 @@ impl fmt::Display for Variant {
             self.streams,
             self.unroll,
             self.prefetch_bytes
-        )
+        )?;
+        if self.k_block > 0 { write!(f, "_kb{}", self.k_block) } else { Ok(()) }
     }
 }
 
@@ -273,7 +277,7 @@ impl FromStr for Variant {
     type Err = NameError;
 
     fn from_str(text: &str) -> Result<Self, NameError> {
-        const ERROR: NameError = NameError { expected: "wBITS[v]_rROWS_cCOLUMNS_sSTREAMS_uUNROLL_pfBYTES" };
+        const ERROR: NameError = NameError { expected: "wBITS[v]_rROWS_cCOLUMNS_sSTREAMS_uUNROLL_pfBYTES[_kbSTEPS]" };
         fn number<T: FromStr>(field: Option<&str>, prefix: &str) -> Result<T, NameError> {
             field.and_then(|f| f.strip_prefix(prefix)).and_then(|f| f.parse().ok()).ok_or(ERROR)
         }
@@ -297,6 +301,11 @@ impl FromStr for Variant {
             streams: number(fields.next(), "s")?,
             unroll: number(fields.next(), "u")?,
             prefetch_bytes: number(fields.next(), "pf")?,
+            k_block: match fields.next() {
+                None => 0,
+                // Without blocking nothing is written.
+                field => Some(number(field, "kb")?).filter(|&steps| steps > 0).ok_or(ERROR)?,
+            },
         };
         if fields.next().is_some() { Err(ERROR) } else { Ok(variant) }
     }
@@ -339,11 +348,22 @@ mod tests {
             streams: 4,
             unroll: 2,
             prefetch_bytes: 4096,
+            k_block: 0,
         };
         assert_eq!(variant.to_string(), "w256v_r6_c16_s4_u2_pf4096");
         assert_eq!(variant.to_string().parse::<Variant>(), Ok(variant));
-        for bad in ["", "w64_r1_c8_s1_u1_pf0", "w256_r1_c8_s1_u1", "w256_r1_c8_s1_u1_pf0_z", "w256_r1_c8_s1_u1_pf70000"]
-        {
+        let blocked = Variant { vnni: false, streams: 1, prefetch_bytes: 0, k_block: 144, ..variant };
+        assert_eq!(blocked.to_string(), "w256_r6_c16_s1_u2_pf0_kb144");
+        assert_eq!(blocked.to_string().parse::<Variant>(), Ok(blocked));
+        for bad in [
+            "",
+            "w64_r1_c8_s1_u1_pf0",
+            "w256_r1_c8_s1_u1",
+            "w256_r1_c8_s1_u1_pf0_z",
+            "w256_r1_c8_s1_u1_pf70000",
+            "w256_r1_c8_s1_u1_pf0_kb0",
+            "w256_r1_c8_s1_u1_pf0_kb8_z",
+        ] {
             assert!(bad.parse::<Variant>().is_err(), "{bad}");
         }
     }

@@ -184,7 +184,7 @@ fn kernels(screen: &mut Screen, report: &BootReport) {
     }
     screen.line("  kernel   operation, weight type, tokens x outputs x inputs");
     screen.line("  variant  w vector bits (v: VNNI), tile rows x columns, s streams, u unroll,");
-    screen.line("           p prefetch bytes; a plain word (avx2) is a hand-written kernel");
+    screen.line("           p prefetch bytes, k block of inputs; a plain word (avx2) is hand-written");
     screen.line("  before   median cycles a call, hand-written kernel;  after: the kernel in use");
     screen.line("  limit    share of what this machine's memory and multipliers allow");
 }
@@ -325,7 +325,8 @@ pub fn kernel_name(key: &str, columns: usize) -> String {
     shorten(&short.unwrap_or_else(|| key.to_string()), columns)
 }
 
-/// A variant's name for a table, within `columns`: `w256v_r6_c16_s4_u2_pf4096` becomes `w256v 6x16 s4u2p4k`.
+/// A variant's name for a table, within `columns`: `w256v_r6_c16_s4_u2_pf4096` becomes `w256v 6x16 s4u2p4k`, and
+/// `w256_r6_c16_s1_u2_pf0_kb288` becomes `w256 6x16 s1u2k288`.
 pub fn variant_name(variant: &str, columns: usize) -> String {
     let short = (|| {
         let mut fields = variant.split('_');
@@ -340,7 +341,11 @@ pub fn variant_name(variant: &str, columns: usize) -> String {
             p if p % 1024 == 0 => format!("p{}k", p / 1024),
             p => format!("p{p}"),
         };
-        Some(format!("{width} {rows}x{columns} {streams}{unroll}{prefetch}"))
+        let block = match fields.next() {
+            None => String::new(),
+            field => format!("k{}", field?.strip_prefix("kb")?),
+        };
+        Some(format!("{width} {rows}x{columns} {streams}{unroll}{prefetch}{block}"))
     })();
     shorten(&short.unwrap_or_else(|| variant.to_string()), columns)
 }
@@ -745,6 +750,7 @@ mod tests {
         assert_eq!(variant_name("w512v_r14_c16_s4_u2_pf4096", 19), "w512v 14x16 s4u2p4k");
         assert_eq!(variant_name("w128_r1_c32_s1_u1_pf0", 19), "w128 1x32 s1u1");
         assert_eq!(variant_name("w128_r1_c32_s1_u1_pf192", 19), "w128 1x32 s1u1p192");
+        assert_eq!(variant_name("w256_r6_c16_s1_u2_pf0_kb288", 19), "w256 6x16 s1u2k288");
         assert_eq!(variant_name("reference", 19), "reference");
     }
 

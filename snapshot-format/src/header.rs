@@ -20,7 +20,7 @@
 //! a newer snapshot from a damaged one. An example (`hexdump -C`; generation 7, 292 payload bytes, ids of repeated `b`, `c`, `d`):
 //!
 //! ```text
-//! 00000000  53 4e 41 50 02 00 00 00  07 00 00 00 00 00 00 00  |SNAP............|
+//! 00000000  53 4e 41 50 03 00 00 00  07 00 00 00 00 00 00 00  |SNAP............|
 //! 00000010  44 4f 4e 45 00 00 00 00  24 01 00 00 00 00 00 00  |DONE....$.......|
 //! 00000020  7b 5c 59 b7 9c 28 8c ef  c0 76 5b 17 5b 0a e0 db  |{\Y..(...v[.[...|
 //! 00000030  f3 25 65 15 4c 21 bb 31  3f 4c f3 e8 7b 7b 0b b5  |.%e.L!.1?L..{{..|
@@ -32,8 +32,8 @@
 //! *
 //! 000000a0  00 00 00 00 00 00 00 00  00 00 00 00 00 00 00 00  |................|
 //! *
-//! 000001e0  ae 54 43 3d 78 74 ce bb  42 0b 7d 34 89 78 7e 4c  |.TC=xt..B.}4.x~L|
-//! 000001f0  19 96 26 a8 f9 25 54 8a  61 e6 fe f9 1f e7 16 51  |..&..%T.a......Q|
+//! 000001e0  e5 32 ae c5 7d 12 df 68  c4 21 a6 36 d4 fc 4c 5a  |.2..}..h.!.6..LZ|
+//! 000001f0  8d 2c ae 22 ba 1d d7 0f  b6 8d 57 67 28 c8 30 e2  |.,."......Wg(.0.|
 //! ```
 //!
 //! Write order: the header with `WRIT`, flush; the payload, flush; the header with `DONE`, flush. A slot that says `WRIT` was
@@ -45,7 +45,7 @@ use sha2::{Digest, Sha256};
 /// Bytes of the header: one sector. The payload follows it.
 pub const HEADER_BYTES: usize = 512;
 /// Version this build writes, and the only one it reads.
-pub const FORMAT_VERSION: u32 = 2;
+pub const FORMAT_VERSION: u32 = 3;
 /// Largest payload that is read or written, whatever the size of the slot.
 pub const MAX_PAYLOAD_BYTES: u64 = 16 << 20;
 /// Largest generation; a header with another one is refused, so that the next generation always exists.
@@ -232,7 +232,7 @@ mod tests {
     #[test]
     fn headers_of_foreign_writers_are_refused_by_cause() {
         assert_eq!(forged(0, b"SNAQ"), Err(SlotReason::BadMagic { found: *b"SNAQ" }));
-        for found in [0, 1, 3, u32::MAX] {
+        for found in [0, 1, FORMAT_VERSION - 1, FORMAT_VERSION + 1, u32::MAX] {
             let error = SlotReason::OtherFormat { found, supported: FORMAT_VERSION, generation: 7 };
             assert_eq!(forged(4, &found.to_le_bytes()), Err(error));
         }

@@ -184,12 +184,14 @@ mod tests {
             a.vpsubsb(xmm5, xmm6, xmm7)?;
             a.vpmulhrsw(xmm5, xmm6, xmm7)?;
             a.vfnmsub213ps(xmm5, xmm6, xmm7)?;
-            a.mov(byte_ptr(rsi + 0x400), i32::from(table::PREFETCH_MARK))
+            a.mov(byte_ptr(rsi + 0x400), i32::from(table::PREFETCH_MARK))?;
+            a.mov(byte_ptr(rsi + 0x800), i32::from(table::PREFETCH_FAR_MARK))
         });
         assert_eq!(
             code.unwrap(),
             "vfmadd231ps ymm0, ymm1, ymm2; vcvtph2ps ymm3, [rsi]; vbroadcastss ymm4, [rdi]; vpsignb ymm5, ymm6, ymm7; \
-             vpmaddwd ymm5, ymm6, ymm7; vpdpbusd ymm5, ymm6, ymm7; prefetcht0 [rsi+400h]; vzeroupper; ret"
+             vpmaddwd ymm5, ymm6, ymm7; vpdpbusd ymm5, ymm6, ymm7; prefetcht0 [rsi+400h]; prefetcht1 [rsi+800h]; \
+             vzeroupper; ret"
         );
     }
 

@@ -105,12 +105,20 @@ pub const SCALAR: &[Code] = &[
     Code::Jne_rel8_64, Code::Jne_rel32_64, Code::Je_rel8_64, Code::Je_rel32_64, Code::Jmp_rel8_64, Code::Jmp_rel32_64,
 ];
 
-/// The byte stored by the carrier of a prefetch: `mov byte [address], mark` becomes `prefetcht0 [address]`.
-pub const PREFETCH_MARK: u8 = 0x5a;
-/// The carrier of a prefetch.
+/// The carrier of a prefetch: `mov byte [address], mark`.
 pub const PREFETCH_CARRIER: Code = Code::Mov_rm8_imm8;
-/// What it becomes.
-pub const PREFETCH: Code = Code::Prefetcht0_m8;
+/// Marks, and what the carrier becomes with each: a prefetch to the first-level cache, and one to the second level.
+pub const PREFETCHES: [(u8, Code); 2] =
+    [(PREFETCH_MARK, Code::Prefetcht0_m8), (PREFETCH_FAR_MARK, Code::Prefetcht1_m8)];
+/// The mark of a prefetch to the first-level cache.
+pub const PREFETCH_MARK: u8 = 0x5a;
+/// The mark of a prefetch to the second-level cache.
+pub const PREFETCH_FAR_MARK: u8 = 0x5b;
+
+/// True for prefetches.
+pub fn is_prefetch(code: Code) -> bool {
+    PREFETCHES.iter().any(|(_, prefetch)| *prefetch == code)
+}
 
 /// True for carriers that are a load: their register forms mean something else when widened.
 pub fn memory_only(emitted: Code) -> bool {
@@ -131,7 +139,7 @@ pub fn row(emitted: Code) -> Option<&'static Row> {
 /// True when a finished kernel of `width` may contain `code`.
 pub fn allowed(code: Code, width: Width) -> bool {
     SCALAR.contains(&code)
-        || code == PREFETCH
+        || is_prefetch(code)
         || (code == Code::VEX_Vzeroupper && width != Width::X128)
         || (code != Code::INVALID && PLAIN.iter().chain(CARRIERS).any(|row| row.form(width) == code))
 }
