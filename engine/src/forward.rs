@@ -2,7 +2,8 @@
 //!
 //! Key types: [`Engine`] (weights, kernel table, rope angles) and [`Session`] (one context: KV cache, position, buffers).
 //! A prompt runs in chunks of up to 64 rows; a chunk runs in the smallest batch bucket that holds it, its spare rows
-//! zero. Every row is computed on its own, so neither the chunks nor the bucket show in the result.
+//! zero. Several chunks go through a layer one after the other before the next layer, which then finds its weights in a
+//! cache for all but the first. Every row is computed on its own, so neither the chunks nor the bucket show in the result.
 
 use crate::attention::{self, KvShape, KvType, Queries};
 use crate::dispatch::ColumnsMut;
@@ -28,6 +29,34 @@ use zerocopy::{FromBytes, IntoBytes};
 
 /// Rows of the largest batch bucket.
 const MAX_ROWS: usize = M_BUCKETS[M_BUCKETS.len() - 1] as usize;
+
+/// Chunks that go through each layer together. More would save little: the first of four pays a quarter of the reading.
+const GROUP: usize = 4;
+
+/// Consecutive tokens that run in one batch bucket.
+#[derive(Clone, Copy, Default, Debug)]
+struct Chunk {
+    /// Their first row of `Buffers::x`.
+    first: usize,
+    /// How many they are, at most the bucket's rows.
+    rows: usize,
+    /// Index into `M_BUCKETS`.
+    bucket: usize,
+    /// Position of the first.
+    pos: usize,
+}
+
+impl Chunk {
+    /// Rows of the bucket.
+    fn m(&self) -> usize {
+        M_BUCKETS[self.bucket] as usize
+    }
+
+    /// Its part of `x`, of rows of `stride` elements.
+    fn of<'a>(&self, x: &'a mut [f32], stride: usize) -> &'a mut [f32] {
+        &mut x[self.first * stride..(self.first + self.m()) * stride]
+    }
+}
 
 /// A model ready to run.
 #[derive(Debug)]
@@ -244,10 +273,11 @@ pub struct Session<'m> {
     buffers: Buffers<'m>,
 }
 
-/// Activations of one chunk; `rows` is that of the bucket, at most 64. Each starts on a cache line.
+/// Activations of one chunk, `x` those of all chunks of a group; `rows` is that of the bucket, at most 64. Each starts on a
+/// cache line.
 #[derive(Debug)]
 struct Buffers<'m> {
-    /// Residual stream, `(rows, dim)`, row stride `padded(dim)`.
+    /// Residual stream, `(GROUP * rows, dim)`, row stride `padded(dim)`.
     x: &'m mut [f32],
     /// Its norm, `(rows, dim)`.
     normed: &'m mut [f32],
@@ -319,7 +349,7 @@ impl Sizes {
         let longest_k = self.dim.max(self.q_dim).max(self.hidden_dim);
         [
             self.kv.len_bytes().div_ceil(size_of::<f32>()),
-            MAX_ROWS * padded(self.dim),
+            GROUP * MAX_ROWS * padded(self.dim),
             MAX_ROWS * self.dim,
             MAX_ROWS * x_row_bytes(DType::Q8_0, longest_k).div_ceil(size_of::<f32>()),
             MAX_ROWS * self.qkv_stride(),
@@ -436,13 +466,16 @@ impl<'m> Session<'m> {
         let buckets = engine.batch_sizes();
         let mut done = 0;
         while done < tokens.len() {
-            let (rows, bucket) = next_chunk(tokens.len() - done, &buckets);
-            self.chunk(engine, workers, &tokens[done..done + rows], bucket);
-            for row in first.saturating_sub(done)..rows {
-                self.head(engine, workers, row);
-                each(done + row, &self.buffers.logits[..self.sizes.vocab_size]);
+            let (chunks, count) = next_group(&tokens[done..], self.pos, &buckets);
+            let chunks = &chunks[..count];
+            self.group(engine, workers, chunks, &tokens[done..]);
+            for chunk in chunks {
+                for row in first.saturating_sub(done)..chunk.rows {
+                    self.head(engine, workers, chunk.first + row);
+                    each(done + row, &self.buffers.logits[..self.sizes.vocab_size]);
+                }
+                done += chunk.rows;
             }
-            done += rows;
         }
         Ok(())
     }
@@ -478,44 +511,41 @@ impl<'m> Session<'m> {
         }
     }
 
-    /// Runs all layers on `tokens` (at most the bucket's rows) and advances the position.
-    fn chunk(&mut self, engine: &mut Engine<'_>, workers: &dyn Workers, tokens: &[u32], bucket: usize) {
-        let m = M_BUCKETS[bucket] as usize;
+    /// Runs all layers on `chunks`, which are the first of `tokens`, and advances the position.
+    fn group(&mut self, engine: &mut Engine<'_>, workers: &dyn Workers, chunks: &[Chunk], tokens: &[u32]) {
         let (dim, stride) = (self.sizes.dim, padded(self.sizes.dim));
         let Buffers { x, normed, .. } = &mut self.buffers;
-        for (r, x) in x.chunks_exact_mut(stride).take(m).enumerate() {
-            match tokens.get(r) {
-                Some(&token) => engine.embed(token, self.pos + r, &mut x[..dim], &mut normed[..dim]),
-                None => x.fill(0.0),
+        let mut tokens = tokens.iter();
+        for chunk in chunks {
+            for (r, x) in chunk.of(x, stride).chunks_exact_mut(stride).enumerate() {
+                match if r < chunk.rows { tokens.next() } else { None } {
+                    Some(&token) => engine.embed(token, chunk.pos + r, &mut x[..dim], &mut normed[..dim]),
+                    None => x.fill(0.0),
+                }
             }
         }
         engine.lap(Part::Embed);
         for layer in 0..engine.plan.layers.len() {
-            self.attention_block(engine, workers, layer, tokens.len(), bucket);
-            self.feed_forward_block(engine, workers, layer, bucket);
+            for chunk in chunks {
+                self.attention_block(engine, workers, layer, chunk);
+                self.feed_forward_block(engine, workers, layer, chunk);
+            }
         }
-        self.pos += tokens.len();
+        self.pos += chunks.iter().map(|chunk| chunk.rows).sum::<usize>();
     }
 
     /// `x += attention(norm(x)) Wo`, with the norms and biases that the layer has.
-    fn attention_block(
-        &mut self,
-        engine: &mut Engine<'_>,
-        workers: &dyn Workers,
-        layer: usize,
-        rows: usize,
-        bucket: usize,
-    ) {
+    fn attention_block(&mut self, engine: &mut Engine<'_>, workers: &dyn Workers, layer: usize, chunk: &Chunk) {
         let level = engine.table.level();
         let weights = engine.plan.layers[layer];
-        let m = M_BUCKETS[bucket] as usize;
+        let (m, Chunk { rows, bucket, .. }) = (chunk.m(), *chunk);
         let Sizes { dim, q_dim, kv_dim, .. } = self.sizes;
         let qkv_stride = self.sizes.qkv_stride();
         let input = match weights.qkv {
             QkvWeights::Fused(matrix) => Some(engine.dtype(matrix)),
             QkvWeights::Separate { .. } => None,
         };
-        self.norm_rows(engine, &weights.attn_norm, 0..m, input);
+        self.norm_rows(engine, &weights.attn_norm, chunk.first..chunk.first + m, input);
         let Buffers { x, normed, quantised, qkv, attended, projected, partials, .. } = &mut self.buffers;
         let normed = &normed[..m * dim];
 
@@ -539,7 +569,7 @@ impl<'m> Session<'m> {
 
         let kv = &self.sizes.kv;
         for (r, row) in qkv.chunks_exact_mut(qkv_stride).take(rows).enumerate() {
-            let pos = self.pos + r;
+            let pos = chunk.pos + r;
             let columns = [0..q_dim, k_at..k_at + kv_dim, v_at..v_at + kv_dim];
             for (columns, bias) in columns.iter().zip(weights.qkv_bias) {
                 if let Some(bias) = bias {
@@ -569,7 +599,7 @@ impl<'m> Session<'m> {
             q: qkv,
             q_stride: qkv_stride,
             rows,
-            pos: self.pos,
+            pos: chunk.pos,
             window: weights.window,
             scale: engine.config().query_scale / libm::sqrtf(kv.head_dim as f32),
         };
@@ -578,17 +608,18 @@ impl<'m> Session<'m> {
         engine.lap(Part::Attention);
 
         let input = activations(level, engine.dtype(weights.attn_out), &attended[..m * q_dim], q_dim, quantised);
-        let out = if weights.attn_post_norm.is_some() { projected } else { &mut **x };
+        let out = if weights.attn_post_norm.is_some() { &mut **projected } else { chunk.of(x, padded(dim)) };
         engine.run(weights.attn_out, bucket, input, ColumnsMut::new(out, m, padded(dim), padded(dim)), workers);
-        self.finish_block(engine, weights.attn_out_bias, weights.attn_post_norm, m);
+        self.finish_block(engine, weights.attn_out_bias, weights.attn_post_norm, chunk);
     }
 
-    /// What follows a block's last product, for `m` rows: its bias, or the norm of its output and the residual.
-    fn finish_block(&mut self, engine: &Engine<'_>, bias: Option<Vector>, post_norm: Option<Vector>, m: usize) {
-        let (dim, stride) = (self.sizes.dim, padded(self.sizes.dim));
+    /// What follows a block's last product, for `chunk`: its bias, or the norm of its output and the residual.
+    fn finish_block(&mut self, engine: &Engine<'_>, bias: Option<Vector>, post_norm: Option<Vector>, chunk: &Chunk) {
+        let (dim, stride, m) = (self.sizes.dim, padded(self.sizes.dim), chunk.m());
         let Buffers { x, projected, normed, .. } = &mut self.buffers;
+        let x = chunk.of(x, stride);
         if let Some(bias) = bias {
-            let out = if post_norm.is_some() { &mut **projected } else { &mut **x };
+            let out = if post_norm.is_some() { &mut **projected } else { &mut *x };
             out.chunks_exact_mut(stride).take(m).for_each(|row| add(&mut row[..dim], engine.vector(bias)));
         }
         if let Some(gain) = post_norm {
@@ -601,17 +632,17 @@ impl<'m> Session<'m> {
     }
 
     /// `x += down(activation(gate(norm(x))) * up(norm(x)))`, or without a gate `x += down(activation(up(norm(x))))`.
-    fn feed_forward_block(&mut self, engine: &mut Engine<'_>, workers: &dyn Workers, layer: usize, bucket: usize) {
+    fn feed_forward_block(&mut self, engine: &mut Engine<'_>, workers: &dyn Workers, layer: usize, chunk: &Chunk) {
         let level = engine.table.level();
         let weights = engine.plan.layers[layer];
-        let m = M_BUCKETS[bucket] as usize;
+        let (m, bucket) = (chunk.m(), chunk.bucket);
         let Sizes { dim, hidden_dim, .. } = self.sizes;
         let stride = padded(hidden_dim);
         let input = match weights.up {
             UpWeights::Fused(matrix) => Some(engine.dtype(matrix)),
             UpWeights::Separate { .. } | UpWeights::Plain { .. } => None,
         };
-        self.norm_rows(engine, &weights.ffn_norm, 0..m, input);
+        self.norm_rows(engine, &weights.ffn_norm, chunk.first..chunk.first + m, input);
         let activation = engine.config().architecture.blueprint().activation;
         let Buffers { x, normed, quantised, hidden, up: up_rows, projected, .. } = &mut self.buffers;
         let normed = &normed[..m * dim];
@@ -644,12 +675,12 @@ impl<'m> Session<'m> {
             }
         }
         let input = activations(level, engine.dtype(weights.down), &hidden[..m * hidden_dim], hidden_dim, quantised);
-        let out = if weights.ffn_post_norm.is_some() { projected } else { &mut **x };
+        let out = if weights.ffn_post_norm.is_some() { &mut **projected } else { chunk.of(x, padded(dim)) };
         engine.run(weights.down, bucket, input, ColumnsMut::new(out, m, padded(dim), padded(dim)), workers);
-        self.finish_block(engine, weights.down_bias, weights.ffn_post_norm, m);
+        self.finish_block(engine, weights.down_bias, weights.ffn_post_norm, chunk);
     }
 
-    /// Logits after row `row` of the chunk that just ran.
+    /// Logits after row `row` of the group that just ran.
     fn head(&mut self, engine: &mut Engine<'_>, workers: &dyn Workers, row: usize) {
         let (dim, head) = (self.sizes.dim, engine.plan.head);
         self.norm_rows(engine, &engine.plan.output_norm, row..row + 1, Some(engine.dtype(head)));
@@ -712,6 +743,21 @@ fn next_chunk(left: usize, buckets: &[bool; M_BUCKETS.len()]) -> (usize, usize) 
         }
     }
     (1, 0)
+}
+
+/// The chunks of the next group of `tokens`, whose first is at position `pos`, and how many they are.
+fn next_group(tokens: &[u32], pos: usize, buckets: &[bool; M_BUCKETS.len()]) -> ([Chunk; GROUP], usize) {
+    let mut chunks = [Chunk::default(); GROUP];
+    let (mut done, mut first, mut count) = (0, 0, 0);
+    for chunk in &mut chunks {
+        if done == tokens.len() {
+            break;
+        }
+        let (rows, bucket) = next_chunk(tokens.len() - done, buckets);
+        *chunk = Chunk { first, rows, bucket, pos: pos + done };
+        (done, first, count) = (done + rows, first + chunk.m(), count + 1);
+    }
+    (chunks, count)
 }
 
 /// The rows of `x`, `(m, k)`, as matmuls with weights of type `dtype` read them.
