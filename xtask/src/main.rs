@@ -40,7 +40,7 @@ enum Command {
     },
     /// Boot every scenario under QEMU: the last step of `test` alone.
     Scenarios {
-        /// Only those whose name contains this. Some need the disk that the one before leaves.
+        /// Only those whose name contains this.
         #[arg(default_value = "")]
         only: String,
     },
