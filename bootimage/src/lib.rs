@@ -151,7 +151,7 @@ pub fn build(spec: &ImageSpec, out: &Path) -> Result<Vec<Entry>, ImageError> {
     for file in &spec.files {
         names::check(&file.name)?;
         let (_, len_bytes) = open_input(&file.path, &file.name)?;
-        if RESERVED.contains(&file.name.as_str()) || inputs.iter().any(|(f, _): &(&FileSpec, u64)| f.name == file.name)
+        if OWN_NAMES.contains(&file.name.as_str()) || inputs.iter().any(|(f, _): &(&FileSpec, u64)| f.name == file.name)
         {
             return Err(ImageError::DuplicateName { name: file.name.clone() });
         }
@@ -192,8 +192,8 @@ pub fn build(spec: &ImageSpec, out: &Path) -> Result<Vec<Entry>, ImageError> {
     Ok(entries)
 }
 
-/// Names `build` makes itself.
-const RESERVED: [&str; 5] = ["KERNEL.ELF", "BAREFLOW.CFG", "REPORT.TXT", SLOT_NAMES[0], SLOT_NAMES[1]];
+/// Files of the root directory that [`build`] makes itself; no other file can have such a name.
+pub const OWN_NAMES: [&str; 5] = ["KERNEL.ELF", "BAREFLOW.CFG", "REPORT.TXT", SLOT_NAMES[0], SLOT_NAMES[1]];
 
 fn open_input(path: &Path, what: &str) -> Result<(File, u64), ImageError> {
     let failed = |reason| ImageError::Input { what: what.to_owned(), path: path.to_owned(), reason };

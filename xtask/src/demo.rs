@@ -138,6 +138,7 @@ pub fn run(workspace: &Path, args: &DemoArgs) -> Result<()> {
         linker_script: workspace.join("kernel/link.ld"),
         embed_model: None,
         out: native_elf.clone(),
+        disk_image: None,
         keep_debug: true,
         allow_unconverged: false,
     })?;

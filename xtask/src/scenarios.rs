@@ -6,12 +6,14 @@
 use anyhow::{Context, Result, bail, ensure};
 use bootimage::{FileSpec, ImageSpec};
 use ed25519_dalek::{Signer, SigningKey};
-use export_tool::{ExportSpec, OnDisk};
+use export_tool::{DiskImageSpec, ExportSpec, OnDisk};
 use model::kernel::Width;
 use model::synthetic::{self, Spec};
 use model::{Role, TensorType};
 use object::{Object, ObjectSymbol};
-use qemu_runs::{Accel, BootFailure, BootFrom, Deadlines, Drive, Event, Firmware, Machine, Qemu, Session, Transcript};
+use qemu_runs::{
+    Accel, BootFailure, BootFrom, Deadlines, Drive, Event, Firmware, Machine, Qemu, Session, Transcript, image_bytes,
+};
 use report::{BootReport, ExitStatus, Level, SnapshotOutcome, TestOutcome};
 use runtime::options::setting;
 use snapshot_format::header::Header;
@@ -771,14 +773,15 @@ fn no_avx2(bench: &mut Bench) -> Result<()> {
 
 fn exported(bench: &mut Bench) -> Result<()> {
     let tokens = bench.reference_tokens()?;
-    let native = bench.dir.join("native.elf");
+    let (native, native_disk) = (bench.dir.join("native.elf"), bench.dir.join("native.img"));
     let export = ExportSpec {
         disk: bench.disk(),
         kernel_library: bench.library.clone(),
         linker_script: bench.linker_script.clone(),
         embed_model: None,
         out: native.clone(),
-        keep_debug: false,
+        disk_image: Some(DiskImageSpec { out: native_disk.clone(), config: None }),
+        keep_debug: true,
         allow_unconverged: false,
     };
     let mut boots = 0;
@@ -799,11 +802,8 @@ fn exported(bench: &mut Bench) -> Result<()> {
     ensure!(kept > 0, "no kernel was kept: there is nothing to export");
     let exported = export_tool::export(&export)?;
     ensure!(exported.audit.passed && !exported.kernels.is_empty(), "{:?}", exported.audit);
-    let boot_native = |elf: &Path, drives: Vec<Drive>| -> Result<()> {
-        let mut machine = bench.machine("");
-        machine.boot =
-            BootFrom::Kernel { elf: elf.to_owned(), append: setting("prompt", "ab") + " ignore_eos=1 max_tokens=12" };
-        machine.drives = drives;
+    let boot_native = |boot: BootFrom, drives: Vec<Drive>| -> Result<()> {
+        let machine = Machine { boot, drives, ..bench.machine("") };
         let report = bench.report(&machine)?;
         ensure!(report.image == report::ImageKind::Native, "image kind {:?}", report.image);
         ensure!(report.token_ids == tokens, "native tokens {:?}, reference {tokens:?}", report.token_ids);
@@ -811,10 +811,28 @@ fn exported(bench: &mut Bench) -> Result<()> {
         ensure!(report.kernels_compiled == 0, "a native image compiled something");
         Ok(())
     };
-    boot_native(&native, bench.machine("").drives)?;
+    // The report counts any image as if it had no symbols: from the file that has them, what the linker's own file has.
+    let counted = image_bytes(&bench.dir.join("native.elf.debug"))?;
+    let (written, with_symbols) = (image_bytes(&native)?, std::fs::metadata(bench.dir.join("native.elf.debug"))?.len());
+    ensure!(written.elf_bytes == std::fs::metadata(&native)?.len(), "{written:?}");
+    // Alignment.
+    ensure!(counted.elf_bytes.abs_diff(written.elf_bytes) <= 16, "{counted:?}, written {written:?}");
+    ensure!(counted.text_bytes == written.text_bytes && with_symbols > counted.elf_bytes, "{counted:?}");
+    let loaded = |elf: &Path, append: String| BootFrom::Kernel { elf: elf.to_owned(), append };
+    let drives = bench.machine("").drives;
+    boot_native(loaded(&native, String::new()), drives.clone())?;
+    // By itself, from a disk of its own: GRUB loads the stripped file, and the settings are those of the JIT image's disk.
+    let mut from_disk = drives;
+    from_disk[0] = Drive { path: native_disk.clone(), read_only: false };
+    let before = std::fs::read(&native_disk)?;
+    boot_native(BootFrom::Disk(Firmware::Bios), from_disk)?;
+    ensure!(std::fs::read(&native_disk)? == before, "the native image wrote on its disk");
     let embedded = bench.dir.join("native-embedded.elf");
-    export_tool::export(&ExportSpec { embed_model: Some(bench.model.clone()), out: embedded.clone(), ..export })?;
-    boot_native(&embedded, Vec::new())
+    let export =
+        ExportSpec { embed_model: Some(bench.model.clone()), out: embedded.clone(), disk_image: None, ..export };
+    let exported = export_tool::export(&export)?;
+    ensure!(exported.embedded_model_bytes == std::fs::metadata(&bench.model)?.len(), "{exported:?}");
+    boot_native(loaded(&embedded, setting("prompt", "ab") + " ignore_eos=1 max_tokens=12"), Vec::new())
 }
 
 fn boots_from_disk(bench: &mut Bench, firmware: Firmware) -> Result<()> {
