@@ -82,6 +82,8 @@ pub struct ImageSpec {
     pub size_mib: Option<u64>,
     /// Install GRUB for BIOS and UEFI.
     pub bootable: bool,
+    /// Words for the kernel's command line, which GRUB passes on; empty unless `bootable`.
+    pub append: String,
     /// Replace an existing file.
     pub overwrite: bool,
 }
@@ -101,6 +103,7 @@ impl ImageSpec {
             slot_mib: DEFAULT_SLOT_MIB,
             size_mib: None,
             bootable: false,
+            append: String::new(),
             overwrite: false,
         }
     }
@@ -160,7 +163,11 @@ pub fn build(spec: &ImageSpec, out: &Path) -> Result<Vec<Entry>, ImageError> {
     if spec.slot_mib == 0 {
         return Err(ImageError::EmptySlots);
     }
-    let grub = if spec.bootable { Some(grub::make()?) } else { None };
+    if !spec.bootable && !spec.append.is_empty() {
+        return Err(ImageError::AppendWithoutGrub);
+    }
+    grub::check_append(&spec.append)?;
+    let grub = if spec.bootable { Some(grub::make(&spec.append)?) } else { None };
 
     lengths.extend(inputs.iter().map(|(file, len)| (file.name.clone(), *len)));
     lengths.extend(SLOT_NAMES.map(|name| (name.to_owned(), spec.slot_mib.saturating_mul(MIB))));

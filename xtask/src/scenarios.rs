@@ -702,6 +702,7 @@ fn bad_config(bench: &mut Bench) -> Result<()> {
         bench.refused(&machine, ExitStatus::Settings, words)
     };
     refused("max_tokens=many\n".into(), &["max_tokens", "many"])?;
+    refused("kernel.cores=2\n".into(), &["kernel.cores", "command line"])?;
     // A file that is too long is not read up to some byte and then run with what was in that.
     refused(format!("#{}\nmax_tokens=1\n", " ".repeat(65 << 10)), &["BAREFLOW.CFG", "65536"])
 }
@@ -838,17 +839,25 @@ fn exported(bench: &mut Bench) -> Result<()> {
 fn boots_from_disk(bench: &mut Bench, firmware: Firmware) -> Result<()> {
     let expected = bench.reference_tokens()?;
     let settings = bench.settings();
-    let spec =
-        ImageSpec { config: settings, overwrite: true, slot_mib: 1, bootable: true, ..ImageSpec::new(&bench.kernel) };
+    let spec = ImageSpec {
+        config: settings,
+        overwrite: true,
+        slot_mib: 1,
+        bootable: true,
+        // Under TCG one core is used unless this says otherwise, and no file can say it.
+        append: "kernel.cores=2 tune.pairs=9".to_owned(),
+        ..ImageSpec::new(&bench.kernel)
+    };
     let disk = bench.dir.join("bootable.img");
     bootimage::build(&spec, &disk)?;
-    let mut machine = bench.machine("");
+    let mut machine = Machine { cpus: 2, ..bench.machine("") };
     machine.boot = BootFrom::Disk(firmware);
     machine.drives[0].path = disk;
     // Twice: the second boot finds what the first one left on the disk it booted from.
     for boot in 1..=2 {
         let report = bench.report(&machine)?;
         ensure!(report.boot == boot, "expected boot {boot}, found {}", report.boot);
+        ensure!(report.threads == 2, "{} threads: GRUB did not pass kernel.cores=2", report.threads);
         ensure!(report.token_ids == expected, "tokens {:?}, reference {expected:?}", report.token_ids);
     }
     Ok(())
