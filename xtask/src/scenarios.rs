@@ -585,6 +585,10 @@ fn read_only_volume(bench: &mut Bench) -> Result<()> {
     let transcript = bench.boot(&machine)?;
     let warned = transcript.notes.iter().any(|(level, text)| *level == Level::Warning && text.contains("read-only"));
     ensure!(warned, "no warning about the read-only volume: {:?}", transcript.notes);
+    let snapshot = transcript.report.context("no report")?.snapshot;
+    ensure!(snapshot.generation_loaded.is_some() && snapshot.generation_saved.is_none(), "{snapshot:?}");
+    let reason = snapshot.reason.unwrap_or_default();
+    ensure!(reason.contains("not saved: the boot volume is read-only"), "the report does not say why: {reason}");
     ensure!(std::fs::read(bench.disk())? == before, "the read-only volume was changed");
     Ok(())
 }
