@@ -403,6 +403,8 @@ fn cold_then_warm(bench: &mut Bench) -> Result<()> {
     ensure!(cold.kernels_compiled > 0, "the first boot compiled nothing");
     ensure!(cold.snapshot.generation_saved == Some(1), "first boot saved {:?}", cold.snapshot);
     ensure!(cold.token_ids == tokens, "cold tokens {:?}, reference {tokens:?}", cold.token_ids);
+    // How large it is says nothing under TCG; that it was measured does.
+    ensure!(cold.profiler_overhead > 0.0 && cold.profiler_overhead.is_finite(), "{}", cold.profiler_overhead);
     // Under TCG a compiled kernel may not win; whatever won is what must come back.
     let mut kept = cold.kernels_changed;
     for number in 2..=4 {
