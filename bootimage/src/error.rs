@@ -40,7 +40,7 @@ pub enum ImageError {
         path: PathBuf,
     },
     /// The kernel is something else.
-    #[error("{} is not a 64-bit ELF file; the kernel is the file the `kernel` crate builds (cargo xtask build)", path.display())]
+    #[error("{} is not a 64-bit ELF file; the kernel is the file the `kernel` crate builds (cargo xtask jit-image)", path.display())]
     NotAnElf {
         /// What was given.
         path: PathBuf,

@@ -1,4 +1,5 @@
 //! `bootimage`: disk images from the command line.
+#![forbid(unsafe_code)]
 
 use anyhow::{Context, Result};
 use bootimage::{DEFAULT_SLOT_MIB, Entry, FileSpec, ImageSpec, short_name, split_name};

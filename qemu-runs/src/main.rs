@@ -1,4 +1,5 @@
 //! `qemu-runs`: boots, convergence runs and the accelerator probe from the command line.
+#![forbid(unsafe_code)]
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, Parser, Subcommand, ValueEnum};
