@@ -10,6 +10,17 @@ pub enum ImageError {
     /// A bootable image without a kernel.
     #[error("a bootable image needs a kernel; give one or leave out --bootable")]
     NothingToBoot,
+    /// Words for a kernel that GRUB does not start.
+    #[error("words for the kernel's command line (--append) go into GRUB's configuration, which only --bootable makes")]
+    AppendWithoutGrub,
+    /// Words that GRUB would not pass on as they stand.
+    #[error(
+        "GRUB would not pass `{found}` on as it stands: --append takes words of letters, digits and ._-=,:/+ only; other values belong in BAREFLOW.CFG"
+    )]
+    BadAppend {
+        /// The first character that is none of these.
+        found: char,
+    },
     /// An input cannot be opened.
     #[error("cannot read {what} at {}: {reason}", path.display())]
     Input {
@@ -29,7 +40,7 @@ pub enum ImageError {
         path: PathBuf,
     },
     /// The kernel is something else.
-    #[error("{} is not a 64-bit ELF file; the kernel is the file the `kernel` crate builds (cargo xtask build)", path.display())]
+    #[error("{} is not a 64-bit ELF file; the kernel is the file the `kernel` crate builds (cargo xtask jit-image)", path.display())]
     NotAnElf {
         /// What was given.
         path: PathBuf,

@@ -25,20 +25,35 @@ const MODULES: [&str; 10] =
     ["part_msdos", "fat", "multiboot2", "serial", "terminal", "search", "search_fs_file", "echo", "normal", "boot"];
 
 /// What GRUB does, line by line; a failed line prints its error and the next one runs.
-const SCRIPT: &str = "\
+fn script(append: &str) -> String {
+    format!(
+        "\
 serial --unit=0 --speed=115200
 terminal_output serial console
 search --no-floppy --file --set=root /KERNEL.ELF
-multiboot2 /KERNEL.ELF
+multiboot2 /KERNEL.ELF {append}
 boot
 echo BareFlow: GRUB could not start /KERNEL.ELF, see the error above
-";
+"
+    )
+}
 
-/// Makes all three files.
+/// Checks that GRUB hands `append` to the kernel as it stands: its shell would take other characters for itself, and it
+/// puts quotes of its own around what holds a space.
+pub(crate) fn check_append(append: &str) -> Result<(), ImageError> {
+    let passes = |c: char| c.is_ascii_alphanumeric() || " ._-=,:/+".contains(c);
+    match append.chars().find(|&c| !passes(c)) {
+        Some(found) => Err(ImageError::BadAppend { found }),
+        None => Ok(()),
+    }
+}
+
+/// Makes all three files; the kernel is started with the words `append`.
 ///
 /// # Errors
 /// What is missing, and the package that has it.
-pub(crate) fn make() -> Result<Grub, ImageError> {
+pub(crate) fn make(append: &str) -> Result<Grub, ImageError> {
+    let script = script(append);
     let bios = library(BIOS)?;
     let efi = library(EFI)?;
     let boot_path = bios.join("boot.img");
@@ -47,12 +62,12 @@ pub(crate) fn make() -> Result<Grub, ImageError> {
         path: boot_path,
         package: BIOS.1,
     })?;
-    let core = mkimage(BIOS.0, &bios, &["biosdisk"])?;
+    let core = mkimage(BIOS.0, &bios, &script, &["biosdisk"])?;
     let room_bytes = PARTITION_OFFSET_BYTES as usize - 512;
     if core.len() > room_bytes {
         return Err(ImageError::GrubTooLarge { len_bytes: core.len(), room_bytes });
     }
-    Ok(Grub { boot, core, efi: mkimage(EFI.0, &efi, &[])? })
+    Ok(Grub { boot, core, efi: mkimage(EFI.0, &efi, &script, &[])? })
 }
 
 /// GRUB's modules for `platform` (`i386-pc` or `x86_64-efi`) are installed.
@@ -69,12 +84,12 @@ fn library((platform, package): (&'static str, &'static str)) -> Result<PathBuf,
     find_library(platform).ok_or(ImageError::GrubFilesMissing { platform, path, package })
 }
 
-fn mkimage(platform: &'static str, library: &Path, extra: &[&str]) -> Result<Vec<u8>, ImageError> {
+fn mkimage(platform: &'static str, library: &Path, text: &str, extra: &[&str]) -> Result<Vec<u8>, ImageError> {
     let failed = |message: String| ImageError::GrubFailed { platform, message };
     let directory = tempfile::tempdir().map_err(|e| failed(e.to_string()))?;
     let script = directory.path().join("script.cfg");
     let output = directory.path().join("core");
-    std::fs::write(&script, SCRIPT).map_err(|e| failed(e.to_string()))?;
+    std::fs::write(&script, text).map_err(|e| failed(e.to_string()))?;
     let arguments: Vec<&OsStr> = ["-O", platform, "-p", "/grub", "-d"]
         .map(OsStr::new)
         .into_iter()

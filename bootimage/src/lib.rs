@@ -82,6 +82,8 @@ pub struct ImageSpec {
     pub size_mib: Option<u64>,
     /// Install GRUB for BIOS and UEFI.
     pub bootable: bool,
+    /// Words for the kernel's command line, which GRUB passes on; empty unless `bootable`.
+    pub append: String,
     /// Replace an existing file.
     pub overwrite: bool,
 }
@@ -101,6 +103,7 @@ impl ImageSpec {
             slot_mib: DEFAULT_SLOT_MIB,
             size_mib: None,
             bootable: false,
+            append: String::new(),
             overwrite: false,
         }
     }
@@ -151,7 +154,7 @@ pub fn build(spec: &ImageSpec, out: &Path) -> Result<Vec<Entry>, ImageError> {
     for file in &spec.files {
         names::check(&file.name)?;
         let (_, len_bytes) = open_input(&file.path, &file.name)?;
-        if RESERVED.contains(&file.name.as_str()) || inputs.iter().any(|(f, _): &(&FileSpec, u64)| f.name == file.name)
+        if OWN_NAMES.contains(&file.name.as_str()) || inputs.iter().any(|(f, _): &(&FileSpec, u64)| f.name == file.name)
         {
             return Err(ImageError::DuplicateName { name: file.name.clone() });
         }
@@ -160,7 +163,11 @@ pub fn build(spec: &ImageSpec, out: &Path) -> Result<Vec<Entry>, ImageError> {
     if spec.slot_mib == 0 {
         return Err(ImageError::EmptySlots);
     }
-    let grub = if spec.bootable { Some(grub::make()?) } else { None };
+    if !spec.bootable && !spec.append.is_empty() {
+        return Err(ImageError::AppendWithoutGrub);
+    }
+    grub::check_append(&spec.append)?;
+    let grub = if spec.bootable { Some(grub::make(&spec.append)?) } else { None };
 
     lengths.extend(inputs.iter().map(|(file, len)| (file.name.clone(), *len)));
     lengths.extend(SLOT_NAMES.map(|name| (name.to_owned(), spec.slot_mib.saturating_mul(MIB))));
@@ -192,8 +199,8 @@ pub fn build(spec: &ImageSpec, out: &Path) -> Result<Vec<Entry>, ImageError> {
     Ok(entries)
 }
 
-/// Names `build` makes itself.
-const RESERVED: [&str; 5] = ["KERNEL.ELF", "BAREFLOW.CFG", "REPORT.TXT", SLOT_NAMES[0], SLOT_NAMES[1]];
+/// Files of the root directory that [`build`] makes itself; no other file can have such a name.
+pub const OWN_NAMES: [&str; 5] = ["KERNEL.ELF", "BAREFLOW.CFG", "REPORT.TXT", SLOT_NAMES[0], SLOT_NAMES[1]];
 
 fn open_input(path: &Path, what: &str) -> Result<(File, u64), ImageError> {
     let failed = |reason| ImageError::Input { what: what.to_owned(), path: path.to_owned(), reason };

@@ -1,4 +1,5 @@
 //! `bootimage`: disk images from the command line.
+#![forbid(unsafe_code)]
 
 use anyhow::{Context, Result};
 use bootimage::{DEFAULT_SLOT_MIB, Entry, FileSpec, ImageSpec, short_name, split_name};
@@ -44,6 +45,9 @@ enum Action {
         /// Install GRUB, so that the disk boots by itself on BIOS and UEFI machines.
         #[arg(long)]
         bootable: bool,
+        /// Words for the kernel's command line, such as kernel.cores=2: those that BAREFLOW.CFG cannot hold.
+        #[arg(long, value_name = "WORDS", default_value = "", requires = "bootable")]
+        append: String,
         /// Replace the image if it exists.
         #[arg(long)]
         force: bool,
@@ -67,7 +71,7 @@ enum Action {
 const BUILD_EXAMPLES: &str = "\
 Examples:
   bootimage build --kernel bareflow.elf --config demo.cfg --out disk.img
-  bootimage build --kernel bareflow.elf --model smollm2.gguf --bootable --out usb.img
+  bootimage build --kernel bareflow.elf --model smollm2.gguf --bootable --append 'kernel.memory=2G' --out usb.img
   bootimage build --kernel bareflow.elf --model stories.bin --tokenizer tok512.bin --out disk.img";
 
 fn main() -> ExitCode {
@@ -82,8 +86,9 @@ fn main() -> ExitCode {
 
 fn run(action: Action) -> Result<()> {
     match action {
-        Action::Build { kernel, model, tokenizer, config, out, size_mib, slot_mib, bootable, force } => {
-            let mut spec = ImageSpec { size_mib, slot_mib, bootable, overwrite: force, ..ImageSpec::new(kernel) };
+        Action::Build { kernel, model, tokenizer, config, out, size_mib, slot_mib, bootable, append, force } => {
+            let mut spec =
+                ImageSpec { size_mib, slot_mib, bootable, append, overwrite: force, ..ImageSpec::new(kernel) };
             if let Some(path) = config {
                 spec.config = std::fs::read_to_string(&path)
                     .with_context(|| format!("cannot read the configuration {}", path.display()))?;

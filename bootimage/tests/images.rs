@@ -134,6 +134,12 @@ fn bootable_images_carry_grub_for_both_firmwares() {
             assert_eq!(&read_with_fatfs(&a, "EFI/BOOT/BOOTX64.EFI")[..2], b"MZ");
             build(&spec, &b).unwrap();
             assert!(bytes == std::fs::read(&b).unwrap(), "GRUB's cores are reproducible");
+            let with_words = ImageSpec { append: "kernel.cores=2 kernel.memory=1G".into(), overwrite: true, ..spec };
+            build(&with_words, &b).unwrap();
+            // The configuration of the UEFI core is not compressed.
+            let efi = read_with_fatfs(&b, "EFI/BOOT/BOOTX64.EFI");
+            let line = b"multiboot2 /KERNEL.ELF kernel.cores=2 kernel.memory=1G\n";
+            assert!(efi.windows(line.len()).any(|bytes| bytes == line), "the words are in GRUB's configuration");
         }
     }
 }
@@ -161,6 +167,14 @@ fn every_refusal_has_its_reason_and_leaves_nothing_behind() {
     assert!(matches!(&e, ImageError::BadName { name } if name == "model.gguf"), "{e}");
     let e = refused(&with_file("SNAPA.BIN", fixture.path("kernel.elf")));
     assert!(matches!(&e, ImageError::DuplicateName { name } if name == "SNAPA.BIN"), "{e}");
+    let e = refused(&ImageSpec { append: "kernel.cores=1".into(), ..spec.clone() });
+    assert!(matches!(e, ImageError::AppendWithoutGrub), "{e}");
+    for (append, bad) in
+        [("prompt=\"a b\"", '"'), ("a=1;reboot", ';'), ("a=$b", '$'), ("a=1\nhalt", '\n'), ("x=ä", 'ä')]
+    {
+        let e = refused(&ImageSpec { append: append.into(), bootable: true, ..spec.clone() });
+        assert!(matches!(e, ImageError::BadAppend { found } if found == bad), "{append}: {e}");
+    }
     let e = refused(&ImageSpec { slot_mib: 0, ..spec.clone() });
     assert!(matches!(e, ImageError::EmptySlots), "{e}");
     let e = refused(&ImageSpec { size_mib: Some(8), slot_mib: DEFAULT_SLOT_MIB, ..spec.clone() });

@@ -1,6 +1,6 @@
 //! Proves of an ELF that no compiler is in it and that nothing in it can be written and executed.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow, ensure};
 use object::read::elf::{ElfFile64, ProgramHeader};
 use object::{Endianness, Object, ObjectSection, ObjectSymbol, SectionKind, elf};
 use serde::Serialize;
@@ -92,6 +92,30 @@ pub fn audit(elf_bytes: &[u8]) -> Result<Audit> {
     Ok(Audit { passed: findings.is_empty(), findings, symbols, segments, kernels })
 }
 
+/// Checks that a machine loads the same from both files: the audited one and its copy without symbols.
+///
+/// # Errors
+/// The first difference, or that one of them is not a 64-bit ELF file.
+pub fn same_image(audited: &[u8], written: &[u8]) -> Result<()> {
+    let endian = Endianness::Little;
+    let (a, b) = (parse(audited)?, parse(written)?);
+    let entry = |file: &Elf<'_>| file.elf_header().e_entry.get(endian);
+    ensure!(entry(&a) == entry(&b), "the entry points differ: {:#x} and {:#x}", entry(&a), entry(&b));
+    let (a, b) = (a.elf_program_headers(), b.elf_program_headers());
+    ensure!(a.len() == b.len(), "{} segments were audited, {} would be written", a.len(), b.len());
+    for (a, b) in a.iter().zip(b) {
+        let place = |h: &elf::ProgramHeader64<Endianness>| {
+            (h.p_type(endian), h.p_flags(endian), h.p_vaddr(endian), h.p_paddr(endian), h.p_memsz(endian))
+        };
+        let at = a.p_vaddr(endian);
+        ensure!(place(a) == place(b), "the segment at {at:#x} has another place, length or permission");
+        let outside = |()| anyhow!("the segment at {at:#x} lies outside its file");
+        let same = a.data(endian, audited).map_err(outside)? == b.data(endian, written).map_err(outside)?;
+        ensure!(same, "the bytes of the segment at {at:#x} differ");
+    }
+    Ok(())
+}
+
 /// Sizes of an ELF file.
 ///
 /// # Errors
@@ -156,37 +180,120 @@ mod tests {
     use crate::object_file::{self, Exportable};
     use model::kernel::Variant;
     use snapshot_format::StoredKernel;
+    use std::path::Path;
 
     /// An image of nothing but `kernels`, and a model file that is only words.
     fn image(kernels: &[Exportable], model: &[u8]) -> Vec<u8> {
         let dir = tempfile::tempdir().unwrap();
         let (object, out) = (dir.path().join("kernels.o"), dir.path().join("image"));
         std::fs::write(&object, object_file::build(kernels, Some(model)).unwrap()).unwrap();
+        linked(&object, &out, &["-e", "bareflow_kernels_text"])
+    }
+
+    fn linked(object: &Path, out: &Path, arguments: &[&str]) -> Vec<u8> {
         let linker = crate::find_linker().unwrap();
         let status = std::process::Command::new(linker)
-            .args(["-flavor", "gnu", "-static", "--build-id=none", "-e", "bareflow_kernels_text"])
-            .args([std::path::Path::new("-o"), &out, &object])
+            .args(["-flavor", "gnu", "-static", "--build-id=none"])
+            .args(arguments)
+            .args([Path::new("-o"), out, object])
             .status()
             .unwrap();
         assert!(status.success());
-        std::fs::read(&out).unwrap()
+        std::fs::read(out).unwrap()
+    }
+
+    /// `ret` after `vzeroupper`.
+    const GOOD: [u8; 4] = [0xc5, 0xf8, 0x77, 0xc3];
+
+    fn kernel(n: u32, code: &[u8]) -> Exportable {
+        let variant: Variant = "w256_r1_c32_s2_u1_pf1024".parse().unwrap();
+        Exportable {
+            key: format!("qkv_q4_1_m1_n{n}_k576").parse().unwrap(),
+            kernel: StoredKernel::new(variant, code.to_vec()),
+            answer_sha256: None,
+        }
+    }
+
+    fn findings(elf: &[u8]) -> Vec<String> {
+        let audit = audit(elf).unwrap();
+        assert_eq!(audit.passed, audit.findings.is_empty());
+        audit.findings
     }
 
     #[test]
     fn kernels_are_counted_and_audited_by_where_they_lie_and_a_model_may_say_anything() {
-        // `ret` after `vzeroupper`, and a name that other symbols could have, too.
-        let variant: Variant = "w256_r1_c32_s2_u1_pf1024".parse().unwrap();
-        let kernel = |n: u32, code: &[u8]| Exportable {
-            key: format!("qkv_q4_1_m1_n{n}_k576").parse().unwrap(),
-            kernel: StoredKernel::new(variant, code.to_vec()),
-            answer_sha256: None,
-        };
-        let good = [0xc5, 0xf8, 0x77, 0xc3];
-        let kernels = [kernel(32, &good), kernel(64, &good)];
+        let kernels = [kernel(32, &GOOD), kernel(64, &GOOD)];
         let passed = audit(&image(&kernels, b"cranelift and regalloc are compilers, says the model")).unwrap();
         assert!(passed.passed && passed.kernels == 2, "{passed:?}");
-        let forged = [kernel(32, &good), kernel(64, &[0x0f, 0x05, 0xc5, 0xf8, 0x77, 0xc3])];
+        let forged = [kernel(32, &GOOD), kernel(64, &[0x0f, 0x05, 0xc5, 0xf8, 0x77, 0xc3])];
         let failed = audit(&image(&forged, b"")).unwrap();
         assert!(!failed.passed && failed.findings[0].contains("kernel qkv_q4_1_m1_n64_k576"), "{failed:?}");
+    }
+
+    #[test]
+    fn a_segment_that_is_writable_and_executable_is_found() {
+        let mut elf = image(&[kernel(32, &GOOD)], b"");
+        assert_eq!(findings(&elf), [""; 0]);
+        // One header after the other, and both bits: either alone is allowed.
+        let (first, size) = (u64_at(&elf, 32) as usize, 56);
+        let count = usize::from(u16::from_le_bytes([elf[56], elf[57]]));
+        let mut tried = 0;
+        for header in (0..count).map(|i| first + i * size) {
+            if u32_at(&elf, header) != elf::PT_LOAD {
+                continue;
+            }
+            let (flags, address) = (u32_at(&elf, header + 4), u64_at(&elf, header + 16));
+            elf[header + 4] |= (elf::PF_W | elf::PF_X) as u8;
+            assert_eq!(findings(&elf), [format!("segment at {address:#x} is writable and executable")]);
+            elf[header + 4] = flags as u8;
+            tried += 1;
+        }
+        assert!(tried >= 2, "{tried} loadable segments");
+    }
+
+    #[test]
+    fn a_file_without_symbols_or_without_anything_to_load_does_not_pass() {
+        let dir = tempfile::tempdir().unwrap();
+        let (object, out) = (dir.path().join("kernels.o"), dir.path().join("image"));
+        std::fs::write(&object, object_file::build(&[kernel(32, &GOOD)], None).unwrap()).unwrap();
+        let stripped = linked(&object, &out, &["-e", "bareflow_kernels_text", "--strip-all"]);
+        assert_eq!(findings(&stripped), ["no symbols: the audit needs the unstripped file"]);
+        // The object itself: symbols, but no program headers. Its kernels lie nowhere in memory.
+        let found = findings(&std::fs::read(&object).unwrap());
+        assert!(found.contains(&"no loadable segment".to_owned()), "{found:?}");
+    }
+
+    #[test]
+    fn a_copy_that_would_load_something_else_is_found() {
+        let dir = tempfile::tempdir().unwrap();
+        let (object, out) = (dir.path().join("kernels.o"), dir.path().join("image"));
+        std::fs::write(&object, object_file::build(&[kernel(32, &GOOD)], Some(b"weights")).unwrap()).unwrap();
+        // As the kernel's own script does it: no segment holds the file's header, which says where the symbols are.
+        let script = dir.path().join("link.ld");
+        let segments = "PHDRS { text PT_LOAD FLAGS(5); rodata PT_LOAD FLAGS(4); }";
+        let sections = "SECTIONS { . = 0x100000; .text : { *(.text.*) } :text .rodata : { *(.rodata.*) } :rodata }";
+        std::fs::write(&script, format!("{segments} {sections}")).unwrap();
+        let arguments = ["-e", "bareflow_kernels_text", "-T", script.to_str().unwrap(), "--strip-all"];
+        let audited = linked(&object, &out, &arguments[..4]);
+        let written = linked(&object, &out, &arguments);
+        assert!(written.len() < audited.len());
+        same_image(&audited, &written).unwrap();
+        let error = |written: &[u8]| format!("{:#}", same_image(&audited, written).unwrap_err());
+        let code = written.windows(4).position(|bytes| bytes == GOOD).unwrap();
+        // A byte of the code, the entry point, a permission of a segment, the number of segments.
+        for (at, word) in [(code, "bytes of the segment"), (24, "entry points"), (68, "permission"), (56, "segments")] {
+            let mut other = written.clone();
+            other[at] ^= 1;
+            assert!(error(&other).contains(word), "byte {at}: {}", error(&other));
+        }
+        assert!(error(&written[..code]).contains("ELF"), "{}", error(&written[..code]));
+    }
+
+    fn u32_at(bytes: &[u8], at: usize) -> u32 {
+        u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap())
+    }
+
+    fn u64_at(bytes: &[u8], at: usize) -> u64 {
+        u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap())
     }
 }

@@ -1,7 +1,7 @@
 //! Links converged kernels into a JIT-free native image and audits it.
 //!
 //! Data path: disk image -> newest snapshot slot -> kernels -> [`object_file`] -> the linker, with the compiler-free kernel
-//! library -> native ELF -> [`audit`](mod@audit) -> stripped ELF and, on request, a bootable disk image.
+//! library -> native ELF -> [`audit`](mod@audit) -> stripped ELF and, on request, a bootable disk with it.
 //!
 //! What it does not do: compile anything. The kernels are the snapshot's bytes, unchanged, and the kernel library was
 //! built without the `jit` feature.
@@ -10,10 +10,12 @@
 #![forbid(unsafe_code)]
 
 pub mod audit;
+mod disk_image;
 mod link;
 mod object_file;
 
 pub use audit::{Audit, Sizes};
+pub use disk_image::DiskImageSpec;
 pub use link::find_linker;
 
 use crate::object_file::Exportable;
@@ -36,6 +38,8 @@ pub struct ExportSpec {
     pub embed_model: Option<PathBuf>,
     /// The native ELF to write (stripped).
     pub out: PathBuf,
+    /// A disk to make that boots it by itself.
+    pub disk_image: Option<DiskImageSpec>,
     /// Keep the unstripped ELF beside it, as `OUT.debug`.
     pub keep_debug: bool,
     /// Export a snapshot that does not say it has converged.
@@ -49,6 +53,8 @@ pub struct Exported {
     pub elf: PathBuf,
     /// Its sizes; with an embedded model these include it.
     pub sizes: Sizes,
+    /// The disk that boots it, if one was asked for.
+    pub disk_image: Option<PathBuf>,
     /// Bytes of the embedded model, 0 without one.
     pub embedded_model_bytes: u64,
     /// Kernels linked in, by name.
@@ -101,6 +107,8 @@ pub fn export(spec: &ExportSpec) -> Result<Exported> {
     if !audit.passed {
         bail!("the native image failed its audit and was not written:\n  {}", audit.findings.join("\n  "));
     }
+    audit::same_image(&linked.unstripped, &linked.stripped)
+        .context("what was audited is not what would be written; nothing was written")?;
     if audit.kernels != kernels.len() {
         bail!("{} kernels were exported but {} are in the linked image", kernels.len(), audit.kernels);
     }
@@ -110,8 +118,12 @@ pub fn export(spec: &ExportSpec) -> Result<Exported> {
         name.push(".debug");
         std::fs::write(&name, &linked.unstripped).with_context(|| format!("writing {}", Path::new(&name).display()))?;
     }
+    if let Some(image) = &spec.disk_image {
+        disk_image::build(image, &spec.out, &spec.disk)?;
+    }
     Ok(Exported {
         elf: spec.out.clone(),
+        disk_image: spec.disk_image.as_ref().map(|image| image.out.clone()),
         sizes: audit::sizes(&linked.unstripped).map(|s| Sizes { elf_bytes: linked.stripped.len() as u64, ..s })?,
         embedded_model_bytes: model.map_or(0, |m| m.len() as u64),
         kernels: kernels.iter().map(|e| format!("{} {}", e.key, e.kernel.variant)).collect(),

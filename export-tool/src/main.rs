@@ -3,14 +3,14 @@
 
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
-use export_tool::{ExportSpec, audit, export};
+use export_tool::{DiskImageSpec, ExportSpec, Exported, audit, export};
 use std::path::PathBuf;
 
 /// Freezes a converged snapshot into a native image without a compiler.
 #[derive(Parser)]
 #[command(
     version,
-    after_help = "Example:\n  export-tool link --disk out/demo/disk.img --kernel-library target/guest/x86_64-unknown-linux-gnu/image/libkernel.a \\\n      --linker-script kernel/link.ld --out native.elf"
+    after_help = "Example:\n  export-tool link --disk out/demo/disk.img --kernel-library target/guest/x86_64-unknown-linux-gnu/native/libkernel.a \\\n      --linker-script kernel/link.ld --out native.elf --disk-image native.img"
 )]
 struct Cli {
     #[command(subcommand)]
@@ -36,6 +36,13 @@ enum Command {
         /// The native ELF to write.
         #[arg(long)]
         out: PathBuf,
+        /// Also make a disk that boots the native ELF by itself, on BIOS and UEFI machines: with GRUB, and with the models
+        /// and tokenizers that are on --disk.
+        #[arg(long, value_name = "IMG")]
+        disk_image: Option<PathBuf>,
+        /// Text for BAREFLOW.CFG of --disk-image [default: that of --disk].
+        #[arg(long, value_name = "FILE", requires = "disk_image")]
+        config: Option<PathBuf>,
         /// Also write OUT.debug with symbols.
         #[arg(long)]
         keep_debug: bool,
@@ -64,34 +71,32 @@ fn main() -> Result<()> {
             linker_script,
             embed_model,
             out,
+            disk_image,
+            config,
             keep_debug,
             allow_unconverged,
             json,
         } => {
-            let spec =
-                ExportSpec { disk, kernel_library, linker_script, embed_model, out, keep_debug, allow_unconverged };
-            let exported = export(&spec)?;
+            let read = |path: PathBuf| {
+                std::fs::read_to_string(&path).with_context(|| format!("reading the settings {}", path.display()))
+            };
+            let config = config.map(read).transpose()?;
+            let disk_image = disk_image.map(|out| DiskImageSpec { out, config });
+            let exported = export(&ExportSpec {
+                disk,
+                kernel_library,
+                linker_script,
+                embed_model,
+                out,
+                disk_image,
+                keep_debug,
+                allow_unconverged,
+            })?;
             if json {
                 println!("{}", serde_json::to_string_pretty(&exported)?);
-                return Ok(());
+            } else {
+                print(&exported);
             }
-            println!("{}: {} bytes", exported.elf.display(), exported.sizes.elf_bytes);
-            println!(
-                "  text {} bytes, of which {} kernels take {} bytes",
-                exported.sizes.text_bytes,
-                exported.kernels.len(),
-                exported.kernel_bytes
-            );
-            for kernel in &exported.kernels {
-                println!("    {kernel}");
-            }
-            for key in &exported.without_kernel {
-                println!("    {key}: NO KERNEL, no variant matched the hand-written op; the image will be slow there");
-            }
-            println!(
-                "  audit passed: {} symbols and {} segments looked at, no compiler, no writable and executable memory",
-                exported.audit.symbols, exported.audit.segments
-            );
             Ok(())
         }
         Command::Audit { elf, json } => {
@@ -105,5 +110,34 @@ fn main() -> Result<()> {
             anyhow::ensure!(audit.passed, "{} failed the audit:\n  {}", elf.display(), audit.findings.join("\n  "));
             Ok(())
         }
+    }
+}
+
+fn print(exported: &Exported) {
+    let own_bytes = exported.sizes.elf_bytes - exported.embedded_model_bytes;
+    match exported.embedded_model_bytes {
+        0 => println!("{}: {own_bytes} bytes", exported.elf.display()),
+        model => {
+            println!("{}: {own_bytes} bytes without weights, and a model of {model} bytes", exported.elf.display())
+        }
+    }
+    println!(
+        "  text {} bytes, of which {} kernels take {} bytes",
+        exported.sizes.text_bytes,
+        exported.kernels.len(),
+        exported.kernel_bytes
+    );
+    for kernel in &exported.kernels {
+        println!("    {kernel}");
+    }
+    for key in &exported.without_kernel {
+        println!("    {key}: NO KERNEL, no variant matched the hand-written op; the image will be slow there");
+    }
+    println!(
+        "  audit passed: {} symbols and {} segments looked at, no compiler, no writable and executable memory",
+        exported.audit.symbols, exported.audit.segments
+    );
+    if let Some(disk) = &exported.disk_image {
+        println!("{}: boots it on BIOS and UEFI", disk.display());
     }
 }

@@ -1,9 +1,9 @@
 //! Kernels as a relocatable ELF object: what the linker takes in place of a compiler.
 //!
 //! ```text
-//! .text.bareflow_kernels     bareflow_kernels_text, then one symbol per kernel, each 64-byte aligned
-//! .rodata.bareflow_kernels   bareflow_kernels_table .. bareflow_kernels_table_end: frozen::encode's bytes
-//! .rodata.bareflow_model     bareflow_model .. bareflow_model_end: the model file, empty unless embedded
+//! .text.bareflow_kernels           bareflow_kernels_text, then one symbol per kernel, each 64-byte aligned
+//! .rodata.bareflow_kernels_table   bareflow_kernels_table .. bareflow_kernels_table_end: frozen::encode's bytes
+//! .rodata.bareflow_model           bareflow_model .. bareflow_model_end: the model file, empty unless embedded
 //! ```
 //! Kernels have no relocations (the compiler guarantees it), so the object has none either.
 

@@ -1,4 +1,5 @@
 //! `fuzz`: many cases of each target, with a report. `cargo xtask fuzz --cases N` builds and runs it.
+#![forbid(unsafe_code)]
 
 use fuzz::{Mutator, TARGETS};
 use std::panic::{AssertUnwindSafe, catch_unwind};

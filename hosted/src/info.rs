@@ -210,5 +210,11 @@ fn header_facts(file: &Path) -> Result<Option<Facts>> {
 fn describe(file: &Path, tokenizer: Option<&Path>) -> Result<ModelDescription> {
     let mut disk = FileDisk::open(file, false).with_context(|| format!("opening {}", file.display()))?;
     let tokenizer = read_file(tokenizer)?;
-    Ok(describe_source(&mut RawDisk::new(&mut disk), tokenizer.as_deref())?)
+    let mut description = describe_source(&mut RawDisk::new(&mut disk), tokenizer.as_deref())?;
+    // A disk is whole sectors, a file is as long as it is.
+    match std::fs::metadata(file) {
+        Ok(metadata) if metadata.is_file() => description.file_bytes = metadata.len(),
+        _ => {}
+    }
+    Ok(description)
 }

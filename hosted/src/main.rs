@@ -23,7 +23,7 @@ use runtime::load::Companions;
 use runtime::options::{OptionError, Tier};
 use runtime::{Options, RunError, run};
 use serde_json::json;
-use std::io::Write;
+use std::io::{self, ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -346,7 +346,24 @@ fn open_snapshot(path: &Path) -> Result<FileDisk> {
             .with_context(|| format!("making the snapshot image {}", path.display()))?;
     }
     let writable = std::fs::metadata(path).is_ok_and(|m| !m.permissions().readonly());
-    FileDisk::open(path, writable).with_context(|| format!("opening {}", path.display()))
+    let (disk, refused) = open_writable(writable, |writable| FileDisk::open(path, writable))
+        .with_context(|| format!("opening {}", path.display()))?;
+    if let Some(refused) = refused {
+        eprintln!("warning: {}: {refused}: opened read-only, what this run learns is not kept", path.display());
+    }
+    Ok(disk)
+}
+
+/// Opens for writing if that is `wanted` and allowed, else for reading only, with the reason if it was not allowed. Mode
+/// bits do not tell: the file may be another user's, or its file system mounted read-only.
+fn open_writable<T>(wanted: bool, open: impl Fn(bool) -> io::Result<T>) -> io::Result<(T, Option<io::Error>)> {
+    match open(wanted) {
+        Ok(file) => Ok((file, None)),
+        Err(e) if wanted && matches!(e.kind(), ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem) => {
+            Ok((open(false)?, Some(e)))
+        }
+        Err(e) => Err(e),
+    }
 }
 
 fn generate(args: &GenerateArgs, entry_tsc: u64) -> Result<()> {
@@ -429,4 +446,22 @@ fn bench(args: &GenerateArgs, rounds: u32) -> Result<()> {
         println!("{}", serde_json::to_string_pretty(&rows)?);
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_snapshot_that_may_only_be_read_is_read() {
+        let refuse = |kind: ErrorKind| move |writable| if writable { Err(io::Error::from(kind)) } else { Ok("read") };
+        for kind in [ErrorKind::PermissionDenied, ErrorKind::ReadOnlyFilesystem] {
+            let (opened, why) = open_writable(true, refuse(kind)).unwrap();
+            assert_eq!((opened, why.unwrap().kind()), ("read", kind));
+        }
+        assert_eq!(open_writable(true, refuse(ErrorKind::NotFound)).unwrap_err().kind(), ErrorKind::NotFound);
+        assert!(open_writable(false, refuse(ErrorKind::PermissionDenied)).unwrap().1.is_none(), "nothing was refused");
+        let never = |_| -> io::Result<()> { Err(ErrorKind::PermissionDenied.into()) };
+        assert_eq!(open_writable(true, never).unwrap_err().kind(), ErrorKind::PermissionDenied);
+    }
 }

@@ -34,7 +34,7 @@ pub enum Crash {
     Fault,
     /// Recursion without end into the stack's guard page: likewise.
     StackOverflow,
-    /// Allocation without end: exit code 39.
+    /// Allocation without end: exit code 45.
     OutOfMemory,
 }
 

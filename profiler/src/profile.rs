@@ -5,7 +5,7 @@ use alloc::vec::Vec;
 use model::kernel::{DType, KernelKey, Op};
 use model::order::sorted_by_key;
 
-/// Statistics by slot of the kernel table. Recorded by one core; the others' work is inside its measurements.
+/// Statistics by slot of the kernel table. Recorded by one core, for each call the time of the core that took longest.
 #[derive(Clone, Debug, Default)]
 pub struct Profile {
     slots: Vec<(KernelKey, KeyStats)>,

@@ -29,7 +29,7 @@ impl BootRecord {
 /// The exported native image on the same machine and disks.
 #[derive(Clone, PartialEq, Debug, Serialize)]
 pub struct NativeRecord {
-    /// Bytes of the ELF file.
+    /// Bytes of the ELF file without symbols.
     pub elf_bytes: u64,
     /// Bytes of its executable sections.
     pub text_bytes: u64,
@@ -124,7 +124,7 @@ pub struct RunReport {
     pub failure: Option<String>,
     /// The boots, first to last.
     pub boots: Vec<BootRecord>,
-    /// Sizes of the self-optimising image, if it was given as a file.
+    /// Sizes of the self-optimising image, without symbols as the native one, if it was given as a file.
     pub jit_image: Option<ImageBytes>,
     /// The exported image, if it was run.
     pub native: Option<NativeRecord>,

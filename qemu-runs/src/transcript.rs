@@ -69,7 +69,7 @@ pub enum BootFailure {
     },
     /// An exit code no guest of ours gives.
     #[error(
-        "QEMU exited with code {code}, which is none of 33 (pass), 35 (test failed), 37 (panic), 39 (fatal) {after}{}",
+        "QEMU exited with code {code}, which is none of 33 (pass), 35 (test failed), 37 (panic), 39 to 49 (refused) {after}{}",
         tail(stderr)
     )]
     UnknownExit {

@@ -8,7 +8,7 @@ use qemu_runs::accel::{AccelChoice, probe};
 use qemu_runs::runs::{Phase, Progress, RunSpec, converge};
 use qemu_runs::{Accel, BootError, BootFailure, Deadlines, Environment, Event, Machine, Qemu, Session};
 use report::wire::{WireError, encode};
-use report::{ExitStatus, ImageKind, Message, PROTOCOL, Stage};
+use report::{ExitStatus, ImageKind, Level, Message, PROTOCOL, Stage};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -209,6 +209,18 @@ fn the_probe_boots_the_kernel_and_says_why_it_falls_back() {
     assert_eq!(found.accel, Accel::Tcg);
     let why = found.attempts[0].outcome.clone().unwrap_err();
     assert!(why.contains("triple fault") || why.contains("/dev/kvm cannot be opened"), "{why}");
+
+    // A native image: it runs here, and has no smoke boot.
+    let refusal = [
+        Message::Note { level: Level::Error, text: "a native image only generates".into() },
+        Message::End { status: ExitStatus::Fatal, messages: 1 },
+    ];
+    let native = Guest::new("cat \"$dir/f\"; exit 39").frames("f", &refusal);
+    let found = probe(&fake_qemu(), &native.path("guest.sh"), AccelChoice::Tcg, 256, 1, LONG.boot).unwrap();
+    assert_eq!(found.accel, Accel::Tcg);
+    // The code alone shows nothing.
+    let silent = Guest::new("exit 39");
+    probe(&fake_qemu(), &silent.path("guest.sh"), AccelChoice::Tcg, 256, 1, LONG.boot).unwrap_err();
 
     let never = Guest::new("exit 37");
     let error = probe(&fake_qemu(), &never.path("guest.sh"), AccelChoice::Auto, 256, 1, LONG.boot).unwrap_err();

@@ -191,7 +191,7 @@ pub struct Fault {
 /// What became of the snapshot at the start of this boot.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct SnapshotStatus {
-    /// `loaded`, `cold` or `disabled`.
+    /// `loaded`, `profile_only`, `cold` or `disabled`.
     pub outcome: SnapshotOutcome,
     /// Why it was not used in full, for people.
     pub reason: Option<String>,

@@ -158,10 +158,9 @@ impl<'a> Kernels<'a> {
         reporter: &mut Reporter,
         figures: &BootFigures<'_>,
     ) -> (Convergence, SnapshotStatus) {
-        if let Some(why) = &self.no_lesson {
+        if let Some(why) = self.no_lesson.clone() {
             if self.writable {
-                let before = self.status.reason.take().map_or_else(String::new, |reason| reason + "; ");
-                self.status.reason = Some(format!("{before}left as it is: {why}"));
+                self.add_reason(&format!("left as it is: {why}"));
             }
             let reason = format!("does not count for convergence: {why}");
             return (Convergence::undecided(figures.settled_share, reason), self.status.clone());
@@ -243,8 +242,16 @@ impl<'a> Kernels<'a> {
                 self.status.generation_saved = Some(saved.generation);
                 self.status.saved_bytes = Some(saved.payload_bytes);
             }
-            Err(reason) => reporter.note(platform, Level::Warning, reason),
+            Err(reason) => {
+                self.add_reason(reason.trim_start_matches("snapshot "));
+                reporter.note(platform, Level::Warning, reason);
+            }
         }
+    }
+
+    fn add_reason(&mut self, why: &str) {
+        let before = self.status.reason.take().map_or_else(String::new, |reason| reason + "; ");
+        self.status.reason = Some(before + why);
     }
 
     /// Keeps this boot's medians, and the hand-written kernel's where it ran.

@@ -174,6 +174,14 @@ pub enum OptionError {
         /// Every key, separated by spaces.
         known: String,
     },
+    /// A word of the machine layer, which takes its own words out of the command line before the rest is read here.
+    #[error(
+        "option `{key}`: kernel. words are read before any disk; give them on the kernel command line (on a bootable disk: `bootimage build --append`)"
+    )]
+    MachineKey {
+        /// What was written.
+        key: String,
+    },
     /// The value does not fit the key.
     #[error("option `{key}`: expected {expected}, found `{found}`")]
     BadValue {
@@ -394,9 +402,12 @@ impl Options {
     /// Sets one option.
     ///
     /// # Errors
-    /// [`OptionError::UnknownKey`] or [`OptionError::BadValue`].
+    /// [`OptionError::UnknownKey`], [`OptionError::MachineKey`] or [`OptionError::BadValue`].
     pub fn set(&mut self, key: &str, value: &str) -> Result<(), OptionError> {
         let Some((_, setter)) = TABLE.iter().find(|(name, _)| *name == key) else {
+            if key.starts_with("kernel.") {
+                return Err(OptionError::MachineKey { key: key.to_owned() });
+            }
             let known: Vec<&str> = TABLE.iter().map(|(name, _)| *name).collect();
             return Err(OptionError::UnknownKey { key: key.to_owned(), known: known.join(" ") });
         };
@@ -552,6 +563,7 @@ mod tests {
         assert!(
             matches!(error("promt=x"), OptionError::UnknownKey { key, known } if key == "promt" && known.contains("prompt"))
         );
+        assert_eq!(error("kernel.cores=2"), OptionError::MachineKey { key: "kernel.cores".into() });
         assert_eq!(
             error("max_tokens=-1"),
             OptionError::BadValue {

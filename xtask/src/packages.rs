@@ -42,15 +42,9 @@ fn on_path(program: &str) -> bool {
 /// When a package is missing and cannot be installed; the message holds the command to run.
 pub fn ensure(packages: &[&Package]) -> Result<()> {
     let missing: Vec<&str> = packages.iter().filter(|p| !(p.is_there)()).map(|p| p.name).collect();
-    if missing.is_empty() {
-        return Ok(());
-    }
-    let list = missing.join(" ");
-    let command = format!("apt-get update && apt-get install --yes --no-install-recommends {list}");
-    if !is_root() || !Path::new("/usr/bin/apt-get").exists() {
-        bail!("system packages are missing: {list}\nInstall them and run this again:\n    sudo sh -c '{command}'");
-    }
-    eprintln!("installing system packages: {list}");
+    let may_install = is_root() && Path::new("/usr/bin/apt-get").exists();
+    let Some(command) = install_command(&missing, may_install)? else { return Ok(()) };
+    eprintln!("installing system packages: {}", missing.join(" "));
     let status = Command::new("sh")
         .args(["-c", &command])
         .env("DEBIAN_FRONTEND", "noninteractive")
@@ -63,6 +57,22 @@ pub fn ensure(packages: &[&Package]) -> Result<()> {
     Ok(())
 }
 
+/// The command that installs what is `missing`, if anything is.
+///
+/// # Errors
+/// When it is not for us to run; the message holds it.
+fn install_command(missing: &[&str], may_install: bool) -> Result<Option<String>> {
+    if missing.is_empty() {
+        return Ok(None);
+    }
+    let list = missing.join(" ");
+    let command = format!("apt-get update && apt-get install --yes --no-install-recommends {list}");
+    if !may_install {
+        bail!("system packages are missing: {list}\nInstall them and run this again:\n    sudo sh -c '{command}'");
+    }
+    Ok(Some(command))
+}
+
 fn is_root() -> bool {
     Command::new("id").arg("-u").output().is_ok_and(|o| o.stdout.trim_ascii() == b"0")
 }
@@ -70,6 +80,16 @@ fn is_root() -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn who_may_not_install_is_told_the_command() {
+        let missing = ["qemu-system-x86", "ovmf"];
+        let command = "apt-get update && apt-get install --yes --no-install-recommends qemu-system-x86 ovmf";
+        assert_eq!(install_command(&missing, true).unwrap().as_deref(), Some(command));
+        let told = install_command(&missing, false).unwrap_err().to_string();
+        assert!(told.contains(&format!("sudo sh -c '{command}'")), "{told}");
+        assert!(install_command(&[], false).unwrap().is_none(), "nothing is missing: nobody needs to be root");
+    }
 
     #[test]
     fn programs_are_looked_for_where_they_would_be_started_from() {

@@ -6,11 +6,14 @@
 use anyhow::{Context, Result, bail, ensure};
 use bootimage::{FileSpec, ImageSpec};
 use ed25519_dalek::{Signer, SigningKey};
-use export_tool::{ExportSpec, OnDisk};
+use export_tool::{DiskImageSpec, ExportSpec, OnDisk};
 use model::kernel::Width;
 use model::synthetic::{self, Spec};
 use model::{Role, TensorType};
-use qemu_runs::{Accel, BootFailure, BootFrom, Deadlines, Drive, Firmware, Machine, Qemu, Session, Transcript};
+use object::{Object, ObjectSymbol};
+use qemu_runs::{
+    Accel, BootFailure, BootFrom, Deadlines, Drive, Event, Firmware, Machine, Qemu, Session, Transcript, image_bytes,
+};
 use report::{BootReport, ExitStatus, Level, SnapshotOutcome, TestOutcome};
 use runtime::options::setting;
 use snapshot_format::header::Header;
@@ -35,14 +38,17 @@ pub struct Bench {
     dir: PathBuf,
     model: PathBuf,
     other_model: PathBuf,
+    /// The disk of some boots that learnt, once a scenario has asked for it.
+    learnt: Option<PathBuf>,
 }
 
 type Scenario = (&'static str, fn(&mut Bench) -> Result<()>);
 
-/// In order: later ones use the disk that earlier ones left.
+/// Each starts with a new disk, or with a copy of that of [`Bench::learnt_disk`]: any of them can run alone.
 const SCENARIOS: &[Scenario] = &[
     ("self-tests in the guest", self_tests),
     ("two cores run the self-tests that need them and give the same tokens", two_cores),
+    ("failures on purpose end with the right code and say where they were", failures_on_purpose),
     ("cold boot, then warm boots restore code and give the same tokens", cold_then_warm),
     ("a damaged newest snapshot falls back to the one before", damaged_newest),
     ("a save that was cut short falls back to the one before", torn_save),
@@ -91,6 +97,7 @@ pub fn run(kernel: &Path, library: &Path, workspace: &Path, dir: &Path, only: &s
         dir: dir.to_owned(),
         model,
         other_model,
+        learnt: None,
     };
     let mut failures = Vec::new();
     let chosen = SCENARIOS.iter().filter(|(name, _)| name.contains(only));
@@ -98,7 +105,7 @@ pub fn run(kernel: &Path, library: &Path, workspace: &Path, dir: &Path, only: &s
     ensure!(count > 0, "no scenario has `{only}` in its name");
     for (name, scenario) in chosen {
         let start = Instant::now();
-        let outcome = scenario(&mut bench);
+        let outcome = bench.new_disk().and_then(|()| scenario(&mut bench));
         let seconds = start.elapsed().as_secs_f64();
         match outcome {
             Ok(()) => println!("scenario {name} ... ok ({seconds:.1} s)"),
@@ -146,11 +153,21 @@ impl Bench {
         .join("\n")
     }
 
-    fn new_disk(&self) -> Result<PathBuf> {
+    /// Puts a disk without a snapshot in the place of the one there is.
+    fn new_disk(&self) -> Result<()> {
         let config = self.settings();
         let spec = ImageSpec { config, overwrite: true, slot_mib: 1, ..ImageSpec::new(&self.kernel) };
         bootimage::build(&spec, &self.disk())?;
-        Ok(self.disk())
+        Ok(())
+    }
+
+    /// Puts a disk in its place on which several boots kept kernels: both slots hold a snapshot.
+    fn learnt_disk(&mut self) -> Result<()> {
+        if let Some(learnt) = &self.learnt {
+            std::fs::copy(learnt, self.disk())?;
+            return Ok(());
+        }
+        cold_then_warm(self)
     }
 
     fn machine(&self, append: &str) -> Machine {
@@ -183,13 +200,7 @@ impl Bench {
         let ended = error.transcript.end.map(|(status, _)| status);
         ensure!(ended == Some(status), "expected the status {status:?}, found {ended:?}: {error}");
         ensure!(matches!(error.failure, BootFailure::Guest { .. }), "expected a clean end, found {:?}", error.failure);
-        let notes: Vec<&str> = error
-            .transcript
-            .notes
-            .iter()
-            .filter(|(level, _)| *level == Level::Error)
-            .map(|(_, n)| n.as_str())
-            .collect();
+        let notes = error_notes(&error.transcript);
         let [note] = notes.as_slice() else { bail!("expected one error note, found {notes:?}") };
         for word in words {
             ensure!(note.contains(word), "the error note does not mention `{word}`: {note}");
@@ -210,6 +221,7 @@ impl Bench {
         command.current_dir(&self.workspace).args([
             "run",
             "--quiet",
+            "--locked",
             "--package",
             "hosted",
             "--",
@@ -252,7 +264,6 @@ impl Bench {
 }
 
 fn self_tests(bench: &mut Bench) -> Result<()> {
-    bench.new_disk()?;
     let skipped = selftests(bench, 1)?;
     // Each of them runs in the next scenario.
     let needs_cores = ["published_code_runs_on_every_core", "workers_run_every_job_once", "parked_workers_wake_up"];
@@ -283,7 +294,6 @@ fn selftests(bench: &Bench, cpus: u32) -> Result<Vec<String>> {
 }
 
 fn two_cores(bench: &mut Bench) -> Result<()> {
-    bench.new_disk()?;
     let skipped = selftests(bench, 2)?;
     ensure!(skipped.is_empty(), "skipped on two cores: {skipped:?}");
     let tokens = bench.reference_tokens()?;
@@ -293,8 +303,99 @@ fn two_cores(bench: &mut Bench) -> Result<()> {
     Ok(())
 }
 
+/// `kernel.crash=`: what the machine layer sends and prints when something of ours, or the memory, gives out.
+fn failures_on_purpose(bench: &mut Bench) -> Result<()> {
+    let image = std::fs::read(&bench.kernel)?;
+    let (transcript, console) = crashes(bench, "panic", ExitStatus::Panic)?;
+    ensure!(transcript.fault.is_none(), "a panic is no fault: {:?}", transcript.fault);
+    let errors = error_notes(&transcript);
+    ensure!(errors.len() == 1 && errors[0].contains("kernel.crash=panic"), "error notes {errors:?}");
+    // In `panicked at FILE:LINE`.
+    ensure!(errors[0].contains("traps.rs:"), "the note does not name the place: {errors:?}");
+    let calls = functions(&image, &backtrace_on(&console)?)?;
+    ensure!(calls.len() > 2 && calls.iter().any(|f| f.contains("early_main")), "backtrace {calls:?}:\n{console}");
+
+    let (transcript, console) = crashes(bench, "fault", ExitStatus::Panic)?;
+    let fault = transcript.fault.context("a fault without a fault message")?;
+    // A page fault by a write of ring 3 to a page that is not there.
+    ensure!((fault.vector, fault.error_code, fault.address) == (14, 6, 0), "{fault:?}");
+    ensure!(console.contains("writing 0x0000000000000000: nothing is mapped there"), "console:\n{console}");
+    ensure!(!console.contains("overflowed"), "no stack has overflowed:\n{console}");
+    ensure!(fault.backtrace.first() == Some(&fault.rip), "{fault:x?}");
+    ensure!(backtrace_on(&console)? == fault.backtrace, "printed and sent differ: {fault:x?}\n{console}");
+    let calls = functions(&image, &fault.backtrace)?;
+    ensure!(calls.len() > 1 && calls.iter().any(|f| f.contains("early_main")), "backtrace {calls:?}: {fault:x?}");
+
+    let (transcript, console) = crashes(bench, "stack_overflow", ExitStatus::Panic)?;
+    let fault = transcript.fault.context("a stack overflow without a fault message")?;
+    ensure!(fault.vector == 14 && console.contains("the stack has overflowed"), "{fault:x?}\n{console}");
+    // The innermost calls, as many as a backtrace takes: the recursion, and nothing else.
+    let calls = functions(&image, &fault.backtrace)?;
+    ensure!(calls.len() == 32 && calls.iter().all(|f| f.contains("recurse")), "backtrace {calls:?}: {fault:x?}");
+
+    let (transcript, _) = crashes(bench, "out_of_memory", ExitStatus::Memory)?;
+    ensure!(transcript.fault.is_none(), "{:?}", transcript.fault);
+    let errors = error_notes(&transcript);
+    let says = |word| errors.len() == 1 && errors[0].contains(word);
+    ensure!(says("out of memory") && says("16777216 bytes") && says("-m"), "error notes {errors:?}");
+    let machine = bench.machine("kernel.crash=somehow");
+    bench.refused(&machine, ExitStatus::Fatal, &["kernel.crash=somehow", "stack_overflow"])
+}
+
+/// A boot that fails as `kind` says: it must end in order, with the exit code and the last message of `status`. Returns
+/// what it sent, and what it printed.
+fn crashes(bench: &Bench, kind: &str, status: ExitStatus) -> Result<(Transcript, String)> {
+    let deadlines = Deadlines { boot: DEADLINE, silence: DEADLINE };
+    let mut console = Vec::new();
+    let mut listen = |event: Event<'_>| {
+        if let Event::Console(bytes) = event {
+            console.extend_from_slice(bytes);
+        }
+    };
+    let machine = bench.machine(&format!("kernel.crash={kind}"));
+    let error = match Session::start(&bench.qemu, &machine, None)?.run(deadlines, &mut listen) {
+        Ok(_) => bail!("kernel.crash={kind}: the boot passed"),
+        Err(error) => error,
+    };
+    let exited = matches!(&error.failure, BootFailure::Guest { status: s, .. } if *s == status);
+    ensure!(exited, "kernel.crash={kind}: expected the exit code of {status:?}, found {error}");
+    let sent = error.transcript.messages;
+    ensure!(error.transcript.end == Some((status, sent)), "{:?} after {sent} messages", error.transcript.end);
+    ensure!(error.transcript.broken_frame.is_none(), "{:?}", error.transcript.broken_frame);
+    Ok((*error.transcript, String::from_utf8_lossy(&console).into_owned()))
+}
+
+fn error_notes(transcript: &Transcript) -> Vec<&str> {
+    let errors = transcript.notes.iter().filter(|(level, _)| *level == Level::Error);
+    errors.map(|(_, text)| text.as_str()).collect()
+}
+
+/// The addresses below the line that begins with `backtrace`.
+fn backtrace_on(console: &str) -> Result<Vec<u64>> {
+    let (_, below) = console.split_once("\nbacktrace ").context("no backtrace was printed")?;
+    let addresses = below.lines().skip(1).map_while(|line| line.strip_prefix("  0x"));
+    addresses
+        .map(|line| {
+            let digits = line.split_whitespace().next().unwrap_or_default();
+            u64::from_str_radix(digits, 16).with_context(|| format!("no address: {line}"))
+        })
+        .collect()
+}
+
+/// Names of the functions of the image that a backtrace goes through: where the first address lies, and for the others,
+/// which are return addresses, where the call before them does.
+fn functions(image: &[u8], backtrace: &[u64]) -> Result<Vec<String>> {
+    let file = object::File::parse(image)?;
+    let name = |(i, address): (usize, &u64)| {
+        let address = address - u64::from(i > 0);
+        let inside = |s: &object::Symbol<'_, '_>| (s.address()..s.address() + s.size()).contains(&address);
+        let symbol = file.symbols().find(inside).with_context(|| format!("{address:#x} is in no function"))?;
+        Ok(symbol.name()?.to_owned())
+    };
+    backtrace.iter().enumerate().map(name).collect()
+}
+
 fn cold_then_warm(bench: &mut Bench) -> Result<()> {
-    bench.new_disk()?;
     let tokens = bench.reference_tokens()?;
     let cold = bench.report(&bench.machine(""))?;
     ensure!(cold.snapshot.outcome == SnapshotOutcome::Cold, "first boot: {:?}", cold.snapshot);
@@ -302,6 +403,8 @@ fn cold_then_warm(bench: &mut Bench) -> Result<()> {
     ensure!(cold.kernels_compiled > 0, "the first boot compiled nothing");
     ensure!(cold.snapshot.generation_saved == Some(1), "first boot saved {:?}", cold.snapshot);
     ensure!(cold.token_ids == tokens, "cold tokens {:?}, reference {tokens:?}", cold.token_ids);
+    // How large it is says nothing under TCG; that it was measured does.
+    ensure!(cold.profiler_overhead > 0.0 && cold.profiler_overhead.is_finite(), "{}", cold.profiler_overhead);
     // Under TCG a compiled kernel may not win; whatever won is what must come back.
     let mut kept = cold.kernels_changed;
     for number in 2..=4 {
@@ -313,10 +416,14 @@ fn cold_then_warm(bench: &mut Bench) -> Result<()> {
         kept += warm.kernels_changed;
     }
     ensure!(kept > 0, "no boot kept a compiled kernel: nothing was restored or tested");
+    let learnt = bench.dir.join("learnt.img");
+    std::fs::copy(bench.disk(), &learnt)?;
+    bench.learnt = Some(learnt);
     Ok(())
 }
 
 fn damaged_newest(bench: &mut Bench) -> Result<()> {
+    bench.learnt_disk()?;
     let before = bench.report(&bench.machine(""))?;
     let generation = before.snapshot.generation_saved.context("nothing saved")?;
     // Generations alternate between the slots, A first.
@@ -330,6 +437,7 @@ fn damaged_newest(bench: &mut Bench) -> Result<()> {
 }
 
 fn torn_save(bench: &mut Bench) -> Result<()> {
+    bench.learnt_disk()?;
     let before = bench.report(&bench.machine(""))?;
     let generation = before.snapshot.generation_saved.context("nothing saved")?;
     // The newest slot as a power cut between its payload and its last header leaves it.
@@ -357,6 +465,7 @@ fn torn_save(bench: &mut Bench) -> Result<()> {
 }
 
 fn damaged_both(bench: &mut Bench) -> Result<()> {
+    bench.learnt_disk()?;
     let before = bench.report(&bench.machine(""))?;
     bench.damage("SNAPA.BIN")?;
     bench.damage("SNAPB.BIN")?;
@@ -383,12 +492,14 @@ fn rebuilds(bench: &Bench, machine: &Machine, before: &OnDisk) -> Result<()> {
 }
 
 fn other_cpu(bench: &mut Bench) -> Result<()> {
+    bench.learnt_disk()?;
     let mut machine = bench.machine("");
     machine.cpu_model = Some("max,stepping=9".to_owned());
     rebuilds(bench, &machine, &export_tool::read_snapshot(&bench.disk())?)
 }
 
 fn other_build(bench: &mut Bench) -> Result<()> {
+    bench.learnt_disk()?;
     let before = bench.edit_snapshot(|on_disk| on_disk.identity.build_id[0] ^= 1)?;
     rebuilds(bench, &bench.machine(""), &before)
 }
@@ -416,6 +527,7 @@ fn body(width: Width, reads_far: bool) -> Vec<u8> {
 fn bad_kernels(bench: &mut Bench) -> Result<()> {
     /// Not on the audit's list: never run.
     const UD2: [u8; 2] = [0x0f, 0x0b];
+    bench.learnt_disk()?;
     let mut replaced = Vec::new();
     bench.edit_snapshot(|on_disk| {
         // Which variants won does not matter here: one that was tried is put in the place of a winner.
@@ -458,6 +570,7 @@ fn bad_kernels(bench: &mut Bench) -> Result<()> {
 }
 
 fn other_model(bench: &mut Bench) -> Result<()> {
+    bench.learnt_disk()?;
     let mut machine = bench.machine("");
     machine.drives[1].path = bench.other_model.clone();
     let report = bench.report(&machine)?;
@@ -468,12 +581,17 @@ fn other_model(bench: &mut Bench) -> Result<()> {
 }
 
 fn read_only_volume(bench: &mut Bench) -> Result<()> {
+    bench.learnt_disk()?;
     let mut machine = bench.machine("");
     machine.drives[0].read_only = true;
     let before = std::fs::read(bench.disk())?;
     let transcript = bench.boot(&machine)?;
     let warned = transcript.notes.iter().any(|(level, text)| *level == Level::Warning && text.contains("read-only"));
     ensure!(warned, "no warning about the read-only volume: {:?}", transcript.notes);
+    let snapshot = transcript.report.context("no report")?.snapshot;
+    ensure!(snapshot.generation_loaded.is_some() && snapshot.generation_saved.is_none(), "{snapshot:?}");
+    let reason = snapshot.reason.unwrap_or_default();
+    ensure!(reason.contains("not saved: the boot volume is read-only"), "the report does not say why: {reason}");
     ensure!(std::fs::read(bench.disk())? == before, "the read-only volume was changed");
     Ok(())
 }
@@ -508,7 +626,6 @@ fn architectures(bench: &mut Bench) -> Result<()> {
 }
 
 fn beyond_four_gib(bench: &mut Bench) -> Result<()> {
-    bench.new_disk()?;
     let path = bench.dir.join("around-4-gib.gguf");
     let file = std::fs::File::create(&path)?;
     for (offset, bytes) in synthetic::gguf_around(&std::fs::read(&bench.model)?, 1 << 32)? {
@@ -538,7 +655,6 @@ fn k_types(bench: &mut Bench) -> Result<()> {
     let path = bench.dir.join("k-types.gguf");
     std::fs::write(&path, synthetic::gguf(&spec)?)?;
     let expected = bench.hosted_tokens(&path)?;
-    bench.new_disk()?;
     for (append, compiles) in [("tier=reference snapshot=false", false), ("", true), ("", true)] {
         let mut machine = bench.machine(append);
         machine.drives[1].path = path.clone();
@@ -562,7 +678,6 @@ fn signed(bench: &mut Bench) -> Result<()> {
     let files = vec![FileSpec { name: "MODEL.SIG".into(), path: signature }];
     let config = format!("prompt=ab ignore_eos=1 max_tokens={TOKENS} context=64 model.public_key={public}");
     bootimage::build(&ImageSpec { config, files, overwrite: true, ..ImageSpec::new(&bench.kernel) }, &disk)?;
-    bench.new_disk()?;
     let boot_from = |machine: Machine| {
         let mut machine = machine;
         machine.drives[0].path = disk.clone();
@@ -594,6 +709,7 @@ fn bad_config(bench: &mut Bench) -> Result<()> {
         bench.refused(&machine, ExitStatus::Settings, words)
     };
     refused("max_tokens=many\n".into(), &["max_tokens", "many"])?;
+    refused("kernel.cores=2\n".into(), &["kernel.cores", "command line"])?;
     // A file that is too long is not read up to some byte and then run with what was in that.
     refused(format!("#{}\nmax_tokens=1\n", " ".repeat(65 << 10)), &["BAREFLOW.CFG", "65536"])
 }
@@ -651,7 +767,6 @@ fn unknown_option(bench: &mut Bench) -> Result<()> {
 }
 
 fn no_avx2(bench: &mut Bench) -> Result<()> {
-    bench.new_disk()?;
     let tokens = bench.reference_tokens()?;
     let mut machine = bench.machine("");
     machine.cpu_model = Some("Nehalem".to_owned());
@@ -665,16 +780,16 @@ fn no_avx2(bench: &mut Bench) -> Result<()> {
 }
 
 fn exported(bench: &mut Bench) -> Result<()> {
-    bench.new_disk()?;
     let tokens = bench.reference_tokens()?;
-    let native = bench.dir.join("native.elf");
+    let (native, native_disk) = (bench.dir.join("native.elf"), bench.dir.join("native.img"));
     let export = ExportSpec {
         disk: bench.disk(),
         kernel_library: bench.library.clone(),
         linker_script: bench.linker_script.clone(),
         embed_model: None,
         out: native.clone(),
-        keep_debug: false,
+        disk_image: Some(DiskImageSpec { out: native_disk.clone(), config: None }),
+        keep_debug: true,
         allow_unconverged: false,
     };
     let mut boots = 0;
@@ -695,11 +810,8 @@ fn exported(bench: &mut Bench) -> Result<()> {
     ensure!(kept > 0, "no kernel was kept: there is nothing to export");
     let exported = export_tool::export(&export)?;
     ensure!(exported.audit.passed && !exported.kernels.is_empty(), "{:?}", exported.audit);
-    let boot_native = |elf: &Path, drives: Vec<Drive>| -> Result<()> {
-        let mut machine = bench.machine("");
-        machine.boot =
-            BootFrom::Kernel { elf: elf.to_owned(), append: setting("prompt", "ab") + " ignore_eos=1 max_tokens=12" };
-        machine.drives = drives;
+    let boot_native = |boot: BootFrom, drives: Vec<Drive>| -> Result<()> {
+        let machine = Machine { boot, drives, ..bench.machine("") };
         let report = bench.report(&machine)?;
         ensure!(report.image == report::ImageKind::Native, "image kind {:?}", report.image);
         ensure!(report.token_ids == tokens, "native tokens {:?}, reference {tokens:?}", report.token_ids);
@@ -707,26 +819,52 @@ fn exported(bench: &mut Bench) -> Result<()> {
         ensure!(report.kernels_compiled == 0, "a native image compiled something");
         Ok(())
     };
-    boot_native(&native, bench.machine("").drives)?;
+    // The report counts any image as if it had no symbols: from the file that has them, what the linker's own file has.
+    let counted = image_bytes(&bench.dir.join("native.elf.debug"))?;
+    let (written, with_symbols) = (image_bytes(&native)?, std::fs::metadata(bench.dir.join("native.elf.debug"))?.len());
+    ensure!(written.elf_bytes == std::fs::metadata(&native)?.len(), "{written:?}");
+    // Alignment.
+    ensure!(counted.elf_bytes.abs_diff(written.elf_bytes) <= 16, "{counted:?}, written {written:?}");
+    ensure!(counted.text_bytes == written.text_bytes && with_symbols > counted.elf_bytes, "{counted:?}");
+    let loaded = |elf: &Path, append: String| BootFrom::Kernel { elf: elf.to_owned(), append };
+    let drives = bench.machine("").drives;
+    boot_native(loaded(&native, String::new()), drives.clone())?;
+    // By itself, from a disk of its own: GRUB loads the stripped file, and the settings are those of the JIT image's disk.
+    let mut from_disk = drives;
+    from_disk[0] = Drive { path: native_disk.clone(), read_only: false };
+    let before = std::fs::read(&native_disk)?;
+    boot_native(BootFrom::Disk(Firmware::Bios), from_disk)?;
+    ensure!(std::fs::read(&native_disk)? == before, "the native image wrote on its disk");
     let embedded = bench.dir.join("native-embedded.elf");
-    export_tool::export(&ExportSpec { embed_model: Some(bench.model.clone()), out: embedded.clone(), ..export })?;
-    boot_native(&embedded, Vec::new())
+    let export =
+        ExportSpec { embed_model: Some(bench.model.clone()), out: embedded.clone(), disk_image: None, ..export };
+    let exported = export_tool::export(&export)?;
+    ensure!(exported.embedded_model_bytes == std::fs::metadata(&bench.model)?.len(), "{exported:?}");
+    boot_native(loaded(&embedded, setting("prompt", "ab") + " ignore_eos=1 max_tokens=12"), Vec::new())
 }
 
 fn boots_from_disk(bench: &mut Bench, firmware: Firmware) -> Result<()> {
     let expected = bench.reference_tokens()?;
     let settings = bench.settings();
-    let spec =
-        ImageSpec { config: settings, overwrite: true, slot_mib: 1, bootable: true, ..ImageSpec::new(&bench.kernel) };
+    let spec = ImageSpec {
+        config: settings,
+        overwrite: true,
+        slot_mib: 1,
+        bootable: true,
+        // Under TCG one core is used unless this says otherwise, and no file can say it.
+        append: "kernel.cores=2 tune.pairs=9".to_owned(),
+        ..ImageSpec::new(&bench.kernel)
+    };
     let disk = bench.dir.join("bootable.img");
     bootimage::build(&spec, &disk)?;
-    let mut machine = bench.machine("");
+    let mut machine = Machine { cpus: 2, ..bench.machine("") };
     machine.boot = BootFrom::Disk(firmware);
     machine.drives[0].path = disk;
     // Twice: the second boot finds what the first one left on the disk it booted from.
     for boot in 1..=2 {
         let report = bench.report(&machine)?;
         ensure!(report.boot == boot, "expected boot {boot}, found {}", report.boot);
+        ensure!(report.threads == 2, "{} threads: GRUB did not pass kernel.cores=2", report.threads);
         ensure!(report.token_ids == expected, "tokens {:?}, reference {expected:?}", report.token_ids);
     }
     Ok(())

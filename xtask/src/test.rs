@@ -1,9 +1,10 @@
 //! `cargo xtask test`: everything, in the order that fails fastest.
 
-use crate::{kernel_build, packages, scenarios};
-use anyhow::{Result, bail};
+use crate::{kernel_build, packages, real_model, scenarios};
+use anyhow::{Context, Result, bail};
+use std::io::{BufRead, BufReader};
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::Instant;
 
 /// Runs every test; prints what ran.
@@ -14,30 +15,36 @@ pub fn run(workspace: &Path) -> Result<()> {
     packages::ensure(&packages::SCENARIOS)?;
     let start = Instant::now();
     let mut steps = Steps { done: Vec::new() };
+    let fuzz = workspace.join("fuzz/Cargo.toml").display().to_string();
     steps.command("format", cargo(workspace, &["fmt", "--all", "--check"]))?;
-    steps.command(
-        "lints, host",
-        cargo(workspace, &["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]),
-    )?;
+    steps.command("format, fuzz targets", cargo(workspace, &["fmt", "--manifest-path", &fuzz, "--check"]))?;
+    steps.command("lints, host", lint(cargo(workspace, &["clippy", "--workspace", "--all-targets"])))?;
     for (name, features) in [("lints, JIT image", "bare-metal,jit,signature"), ("lints, native image", "bare-metal")] {
         let mut clippy = kernel_build::cargo(workspace, "clippy")?;
-        clippy.args(["--no-default-features", "--features", features, "--", "-D", "warnings"]);
-        steps.command(name, clippy)?;
+        clippy.args(["--no-default-features", "--features", features]);
+        steps.command(name, lint(clippy))?;
     }
-    steps.command("tests, host", cargo(workspace, &["test", "--workspace", "--no-fail-fast"]))?;
-    let fuzz = workspace.join("fuzz/Cargo.toml");
-    let mut fuzz_tests = cargo(workspace, &["test", "--manifest-path"]);
-    fuzz_tests.arg(fuzz).args(["--target-dir", "target/fuzz", "--", "--nocapture"]);
-    steps.command("fuzz targets, a second each", fuzz_tests)?;
+    let of_fuzz = ["--manifest-path", &fuzz, "--target-dir", "target/fuzz"];
+    let mut clippy = cargo(workspace, &["clippy", "--all-targets"]);
+    clippy.args(of_fuzz);
+    steps.command("lints, fuzz targets", lint(clippy))?;
+    let host_tests = steps.tests("tests, host", cargo(workspace, &["test", "--workspace", "--no-fail-fast"]))?;
+    let mut fuzz_tests = cargo(workspace, &["test"]);
+    fuzz_tests.args(of_fuzz).args(["--", "--nocapture"]);
+    let fuzz_tests = steps.tests("fuzz targets, a second each", fuzz_tests)?;
+    let real = steps.work("the demo model in F32", || real_model::run(workspace))?.unwrap_or(0);
     let kernel = steps.work("build of the JIT image", || kernel_build::jit_image(workspace))?;
     let library = steps.work("build of the native library", || kernel_build::native_library(workspace))?;
     let scenarios = || scenarios::run(&kernel, &library, workspace, &workspace.join("out/scenarios"), "");
-    let passed = steps.work("scenarios under QEMU", scenarios)?;
+    let scenarios = steps.work("scenarios under QEMU", scenarios)?;
     println!("\nall steps passed in {:.0} s:", start.elapsed().as_secs_f64());
     for (name, seconds) in &steps.done {
         println!("  {seconds:>6.1} s  {name}");
     }
-    println!("{passed} passed, 0 failed");
+    println!(
+        "{host_tests} host tests, {fuzz_tests} runs of the fuzz targets, {real} prompts of the demo model, {scenarios} scenarios"
+    );
+    println!("{} passed, 0 failed", host_tests + fuzz_tests + real + scenarios);
     Ok(())
 }
 
@@ -78,10 +85,76 @@ impl Steps {
             Ok(())
         })
     }
+
+    /// Runs a `cargo test` and returns how many tests passed.
+    fn tests(&mut self, name: &str, mut command: Command) -> Result<usize> {
+        self.work(name, || {
+            let mut child = command.stdout(Stdio::piped()).spawn()?;
+            let mut count = 0;
+            for line in BufReader::new(child.stdout.take().context("no output of cargo")?).lines() {
+                let line = line?;
+                count += passed(&line).unwrap_or(0);
+                println!("{line}");
+            }
+            let status = child.wait()?;
+            if !status.success() {
+                bail!("step `{name}` failed ({status}): {command:?}");
+            }
+            if count == 0 {
+                bail!("step `{name}` ran no test: {command:?}");
+            }
+            Ok(count)
+        })
+    }
 }
 
+/// Tests that passed, of the line that sums up a test binary: `test result: ok. 12 passed; 0 failed; ...`.
+fn passed(line: &str) -> Option<usize> {
+    line.strip_prefix("test result: ok. ")?.split_once(" passed;")?.0.parse().ok()
+}
+
+/// A clippy that takes no warning.
+fn lint(mut clippy: Command) -> Command {
+    clippy.args(["--", "-D", "warnings"]);
+    clippy
+}
+
+/// `cargo VERB ...` in the workspace, with the versions of `Cargo.lock`.
 fn cargo(workspace: &Path, args: &[&str]) -> Command {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    command.current_dir(workspace).args(args);
+    let (verb, args) = args.split_first().unwrap_or((&"", &[]));
+    command.current_dir(workspace).arg(verb);
+    // What formats resolves nothing, and does not know the flag.
+    if *verb != "fmt" {
+        command.arg("--locked");
+    }
+    command.args(args);
     command
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tests_are_counted_by_what_the_harness_says() {
+        let line = "test result: ok. 12 passed; 0 failed; 3 ignored; 0 measured; 0 filtered out; finished in 0.02s";
+        assert_eq!(passed(line), Some(12));
+        assert_eq!(passed("test result: ok. 0 passed; 0 failed; 9 ignored; 0 measured; 0 filtered out"), Some(0));
+        assert_eq!(passed("test result: FAILED. 11 passed; 1 failed; 0 ignored; 0 measured"), None);
+        assert_eq!(passed("test tests::passed ... ok"), None);
+    }
+
+    #[test]
+    fn a_step_without_a_test_fails() {
+        let says = |text: &str| {
+            let mut command = Command::new("printf");
+            command.arg(text);
+            Steps { done: Vec::new() }.tests("made up", command)
+        };
+        let result = |n: u32| format!("running {n} tests\ntest result: ok. {n} passed; 0 failed; 0 ignored\n");
+        assert_eq!(says(&(result(3) + &result(0) + &result(4))).unwrap(), 7);
+        let error = says(&(result(0) + &result(0))).unwrap_err().to_string();
+        assert!(error.contains("`made up` ran no test"), "{error}");
+    }
 }

@@ -1,4 +1,4 @@
-//! The symbols of `entry.s` and the two requests ring 3 can make of ring 0.
+//! The symbols of `entry.s` and the four requests ring 3 can make of ring 0.
 
 use super::area::*;
 use super::info::Range;

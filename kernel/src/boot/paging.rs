@@ -7,6 +7,8 @@
 //! # Source
 //! Intel SDM volume 3A, section 4.5 (4-level paging).
 
+use x86_64::structures::paging::PageTableFlags;
+
 /// Bytes of a small page.
 pub const PAGE_BYTES: u64 = 4096;
 /// Bytes of a large page.
@@ -14,13 +16,13 @@ pub const LARGE_PAGE_BYTES: u64 = 2 << 20;
 /// First virtual address the builder refuses: one PML4 entry each for RAM and for the executable alias.
 pub const LIMIT: u64 = 2 << 39;
 
-const PRESENT: u64 = 1;
-const WRITE: u64 = 1 << 1;
-const USER: u64 = 1 << 2;
-const WRITE_THROUGH: u64 = 1 << 3;
-const CACHE_DISABLE: u64 = 1 << 4;
-const LARGE: u64 = 1 << 7;
-const NO_EXECUTE: u64 = 1 << 63;
+const PRESENT: u64 = PageTableFlags::PRESENT.bits();
+const WRITE: u64 = PageTableFlags::WRITABLE.bits();
+const USER: u64 = PageTableFlags::USER_ACCESSIBLE.bits();
+const WRITE_THROUGH: u64 = PageTableFlags::WRITE_THROUGH.bits();
+const CACHE_DISABLE: u64 = PageTableFlags::NO_CACHE.bits();
+const LARGE: u64 = PageTableFlags::HUGE_PAGE.bits();
+const NO_EXECUTE: u64 = PageTableFlags::NO_EXECUTE.bits();
 const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 
 /// One page of page-table entries.

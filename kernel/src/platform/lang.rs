@@ -230,7 +230,7 @@ fn panic(info: &core::panic::PanicInfo<'_>) -> ! {
         );
         crate::println!("\nFATAL: {text}");
         power::send(&Message::Note { level: Level::Error, text });
-        power::end(ExitStatus::Fatal)
+        power::end(ExitStatus::Memory)
     }
     let text = format!("{info}");
     crate::println!("\nPANIC: {text}");

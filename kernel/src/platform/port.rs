@@ -1,16 +1,15 @@
 //! Port I/O from ring 3. The TSS bitmap lists the ports that may be used; any other raises #GP.
 
 use core::arch::asm;
+use x86_64::instructions::port::{PortReadOnly, PortWriteOnly};
 
 /// Reads a byte.
 ///
 /// # Safety
 /// Reading `port` must have no effect on memory.
 pub unsafe fn read_u8(port: u16) -> u8 {
-    let value;
     // SAFETY: the caller knows the device behind the port.
-    unsafe { asm!("in al, dx", in("dx") port, out("al") value, options(nostack, preserves_flags)) };
-    value
+    unsafe { PortReadOnly::new(port).read() }
 }
 
 /// Reads a double word.
@@ -18,10 +17,8 @@ pub unsafe fn read_u8(port: u16) -> u8 {
 /// # Safety
 /// As [`read_u8`].
 pub unsafe fn read_u32(port: u16) -> u32 {
-    let value;
     // SAFETY: the caller knows the device behind the port.
-    unsafe { asm!("in eax, dx", in("dx") port, out("eax") value, options(nostack, preserves_flags)) };
-    value
+    unsafe { PortReadOnly::new(port).read() }
 }
 
 /// Writes a byte.
@@ -30,7 +27,7 @@ pub unsafe fn read_u32(port: u16) -> u32 {
 /// The write must not make a device change memory that Rust owns.
 pub unsafe fn write_u8(port: u16, value: u8) {
     // SAFETY: the caller knows the device behind the port.
-    unsafe { asm!("out dx, al", in("dx") port, in("al") value, options(nostack, preserves_flags)) };
+    unsafe { PortWriteOnly::new(port).write(value) }
 }
 
 /// Writes a word.
@@ -39,7 +36,7 @@ pub unsafe fn write_u8(port: u16, value: u8) {
 /// As [`write_u8`].
 pub unsafe fn write_u16(port: u16, value: u16) {
     // SAFETY: the caller knows the device behind the port.
-    unsafe { asm!("out dx, ax", in("dx") port, in("ax") value, options(nostack, preserves_flags)) };
+    unsafe { PortWriteOnly::new(port).write(value) }
 }
 
 /// Writes a double word.
@@ -48,7 +45,7 @@ pub unsafe fn write_u16(port: u16, value: u16) {
 /// As [`write_u8`].
 pub unsafe fn write_u32(port: u16, value: u32) {
     // SAFETY: the caller knows the device behind the port.
-    unsafe { asm!("out dx, eax", in("dx") port, in("eax") value, options(nostack, preserves_flags)) };
+    unsafe { PortWriteOnly::new(port).write(value) }
 }
 
 /// Writes every byte of `bytes` to `port`, in order.
@@ -56,6 +53,7 @@ pub unsafe fn write_u32(port: u16, value: u32) {
 /// # Safety
 /// As [`write_u8`].
 pub unsafe fn write_all(port: u16, bytes: &[u8]) {
+    // The crate has no string form, and every single `out` is an exit to the hypervisor.
     // SAFETY: `rep outsb` reads exactly `bytes`; the caller knows the device behind the port.
     unsafe {
         asm!(

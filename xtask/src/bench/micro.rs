@@ -53,7 +53,7 @@ impl Micro<'_> {
     /// When it cannot be built or fails.
     pub fn gemm(&self) -> Result<Value> {
         let cargo = PathBuf::from(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-        let args = ["--release", "--quiet", "--package", "jit", "--example", "gemm"];
+        let args = ["--locked", "--release", "--quiet", "--package", "jit", "--example", "gemm"];
         let built = Command::new(&cargo).current_dir(self.workspace).arg("build").args(args).status()?;
         anyhow::ensure!(built.success(), "building the gemm example failed ({built}); the lines above say why");
         let mut command = pinned(self.cores, 1, &cargo);

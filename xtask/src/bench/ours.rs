@@ -49,7 +49,7 @@ impl Form {
 /// # Errors
 /// When the build fails.
 pub fn build(workspace: &Path) -> Result<PathBuf> {
-    let args = ["build", "--release", "--package", "hosted", "--bin", "bareflow"];
+    let args = ["build", "--locked", "--release", "--package", "hosted", "--bin", "bareflow"];
     println!("  $ cargo {}", args.join(" "));
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let status = Command::new(cargo).current_dir(workspace).args(args).status().context("starting cargo")?;
