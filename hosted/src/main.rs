@@ -122,6 +122,9 @@ enum Command {
         /// Type of the KV cache: auto, f32, f16 or q8_0.
         #[arg(long, default_value = "auto")]
         kv: String,
+        /// Write tokens and the logits of every scored position to this file, as `hosted/src/perplexity.rs` says.
+        #[arg(long)]
+        logits: Option<PathBuf>,
         /// Print JSON.
         #[arg(long)]
         json: bool,
@@ -239,12 +242,13 @@ fn main() -> ExitCode {
         Command::Tune { generate, exhaustive, keys, rounds } => tune(&generate, exhaustive, &keys, rounds),
         Command::Explain { key, snapshot, isa } => explain(&key, snapshot.as_deref(), &isa),
         Command::Limits { threads, avx2, json } => limits::print(threads, avx2, json),
-        Command::Perplexity { model, text, tokenizer, context, windows, threads, kv, json } => {
+        Command::Perplexity { model, text, tokenizer, context, windows, threads, kv, logits, json } => {
             let mut options = Options { threads, ..Options::default() };
             options.set("kv", &kv).map_err(Into::into).and_then(|()| {
                 let tokenizer = tokenizer.as_deref();
                 let (model, text) = (model.as_path(), text.as_path());
-                let request = perplexity::Request { model, tokenizer, text, context, windows, as_json: json };
+                let logits = logits.as_deref();
+                let request = perplexity::Request { model, tokenizer, text, context, windows, logits, as_json: json };
                 perplexity::run(&request, &options)
             })
         }
