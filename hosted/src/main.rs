@@ -46,15 +46,19 @@ enum Command {
         #[arg(long, default_value_t = 3)]
         rounds: u32,
     },
-    /// Write a GGUF file again with its weights in another type.
+    /// Write a GGUF file again with its weights in another type, or a llama2.c model as a GGUF file.
     Convert {
-        /// GGUF file to read.
+        /// GGUF file to read, or llama2.c .bin with --tokenizer.
         input: PathBuf,
         /// GGUF file to write.
         output: PathBuf,
-        /// Type of the matrices: F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, or (quickly made) Q2_K to Q6_K.
+        /// Tokenizer file of a llama2.c model.
+        #[arg(long)]
+        tokenizer: Option<PathBuf>,
+        /// Type of the matrices: F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, or (quickly made) Q2_K to Q6_K. A llama2.c
+        /// model keeps its weights without it: as F32, or Q8_0 where its int8 is just that.
         #[arg(long = "type")]
-        ty: String,
+        ty: Option<String>,
         /// Type of the token embedding and output head; default: as --type.
         #[arg(long)]
         embedding: Option<String>,
@@ -238,7 +242,13 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Generate(args) => generate(&args, entry_tsc),
         Command::Bench { generate, rounds } => bench(&generate, rounds),
-        Command::Convert { input, output, ty, embedding } => convert::run(&input, &output, &ty, embedding.as_deref()),
+        Command::Convert { input, output, tokenizer, ty, embedding } => convert::run(&convert::Request {
+            input: &input,
+            output: &output,
+            tokenizer: tokenizer.as_deref(),
+            matrices: ty.as_deref(),
+            embedding: embedding.as_deref(),
+        }),
         Command::Tune { generate, exhaustive, keys, rounds } => tune(&generate, exhaustive, &keys, rounds),
         Command::Explain { key, snapshot, isa } => explain(&key, snapshot.as_deref(), &isa),
         Command::Limits { threads, avx2, json } => limits::print(threads, avx2, json),
