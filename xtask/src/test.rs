@@ -25,6 +25,8 @@ pub fn run(workspace: &Path) -> Result<()> {
         steps.command(name, clippy)?;
     }
     steps.command("tests, host", cargo(workspace, &["test", "--workspace", "--no-fail-fast"]))?;
+    // By itself it has no compiler and no check of signatures, as the native image.
+    steps.command("tests, runtime of the native image", cargo(workspace, &["test", "--package", "runtime"]))?;
     let fuzz = workspace.join("fuzz/Cargo.toml");
     let mut fuzz_tests = cargo(workspace, &["test", "--manifest-path"]);
     fuzz_tests.arg(fuzz).args(["--target-dir", "target/fuzz", "--", "--nocapture"]);
