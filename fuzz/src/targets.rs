@@ -7,8 +7,9 @@ use model::synthetic::{self, Llama2cFiles, Spec, TokenizerKind};
 use model::{TensorType, gguf, llama2c};
 use report::wire;
 use runtime::Options;
-use snapshot_format::{DiskMedium, Identity, frozen, open};
-use storage::{BlockDevice, FatVolume, MemoryDisk};
+use snapshot_format::{DiskMedium, Identity, Slot, Snapshot, frozen, open, save};
+use std::io::{Cursor, Write};
+use storage::{ByteSource, FatVolume, FileSource, MemoryDisk, SECTOR_BYTES};
 
 /// One target.
 pub struct Target {
@@ -28,7 +29,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "quant", run: quantised_blocks, seeds: blocks_of_every_type },
     Target { name: "wire", run: wire_frames, seeds: frames },
     Target { name: "options", run: options, seeds: texts },
-    Target { name: "volume", run: volume, seeds: || vec![vec![0; 64 << 10]] },
+    Target { name: "volume", run: volume, seeds: volumes },
     Target { name: "frozen_table", run: frozen_table, seeds: || vec![frozen::encode(&[])] },
 ];
 
@@ -157,17 +158,74 @@ fn options(data: &[u8]) {
     }
 }
 
+/// Sectors of the volumes: clusters of one sector, a few more than the fewest that make FAT16.
+const VOLUME_BYTES: usize = 4300 * SECTOR_BYTES;
+/// Bytes of a snapshot slot on them.
+const SLOT_BYTES: usize = 16 << 10;
+
+/// A FAT16 volume with both snapshot slots, a file in pieces and a directory: bare, and behind a partition table. Only up
+/// to the last byte that is not 0: there the decisions are, and [`volume`] puts the zeros back.
+fn volumes() -> Vec<Vec<u8>> {
+    let mut image = vec![0; VOLUME_BYTES];
+    let options = fatfs::FormatVolumeOptions::new().fat_type(fatfs::FatType::Fat16).bytes_per_cluster(512);
+    fatfs::format_volume(Cursor::new(&mut *image), options).expect("formatting memory");
+    {
+        let system = fatfs::FileSystem::new(Cursor::new(&mut *image), fatfs::FsOptions::new()).expect("mounting it");
+        let root = system.root_dir();
+        let put = |dir: &fatfs::Dir<'_, _>, name: &str, bytes: &[u8]| {
+            dir.create_file(name).and_then(|mut file| file.write_all(bytes)).expect("writing to memory");
+        };
+        for slot in Slot::ALL {
+            put(&root, slot.file_name(), &[0; SLOT_BYTES]);
+        }
+        put(&root, "BAREFLOW.CFG", b"prompt=hello max_tokens=4");
+        put(&root, "GONE.TXT", &[1; 512]);
+        put(&root, "PIECES.BIN", &[2; 512]);
+        root.remove("GONE.TXT").expect("removing a file");
+        put(&root, "a long name.txt", &[3; 1500]);
+        put(&root.create_dir("MODELS").expect("making a directory"), "TINY.GGU", &[4; 700]);
+    }
+    let mut disk = MemoryDisk::new(image);
+    {
+        let mut medium = DiskMedium::open(&mut disk).expect("the volume is FAT16");
+        save(&mut medium, &IDENTITY, &Snapshot::default()).expect("the slots are there");
+        open(&mut medium, &IDENTITY).expect("it was just saved");
+    }
+    let mut image = disk.into_bytes();
+    let end = image.iter().rposition(|&byte| byte != 0).map_or(0, |last| last + 1);
+    image.truncate(end);
+
+    // A partition of type FAT16 with LBA, from sector 1 on.
+    let mut partitioned = vec![0; SECTOR_BYTES];
+    partitioned[446 + 4] = 0x0e;
+    partitioned[446 + 8] = 1;
+    partitioned[446 + 12..446 + 16].copy_from_slice(&((VOLUME_BYTES / SECTOR_BYTES) as u32).to_le_bytes());
+    partitioned[510..].copy_from_slice(&[0x55, 0xaa]);
+    partitioned.extend_from_slice(&image);
+    vec![image, partitioned]
+}
+
+const IDENTITY: Identity = Identity { build_id: [0; 32], model_id: [0; 32], machine: [0; 32] };
+
 fn volume(data: &[u8]) {
-    let mut disk = MemoryDisk::new(data.to_vec());
+    let mut image = vec![0; data.len().max(VOLUME_BYTES + SECTOR_BYTES)];
+    image[..data.len()].copy_from_slice(data);
+    let mut disk = MemoryDisk::new(image);
     if let Ok(volume) = FatVolume::open(&mut disk) {
-        for entry in volume.list(&mut disk, "").unwrap_or_default().iter().take(8) {
-            drop(volume.find(&mut disk, &entry.name));
+        for directory in ["", "MODELS"] {
+            for entry in volume.list(&mut disk, directory).unwrap_or_default().iter().take(8) {
+                let path = if directory.is_empty() { entry.name.clone() } else { format!("{directory}/{}", entry.name) };
+                let Ok(file) = volume.find(&mut disk, &path) else { continue };
+                let sectors: u64 = file.extents.iter().map(|extent| extent.sectors).sum();
+                assert_eq!(sectors, file.len_bytes.div_ceil(SECTOR_BYTES as u64), "extents of {path}");
+                let mut bytes = [0; 1024];
+                let len = bytes.len().min(file.len_bytes as usize);
+                drop(FileSource::new(&mut disk, &file).read_at(0, &mut bytes[..len]));
+            }
         }
     }
-    let _ = disk.len_bytes();
-    let identity = Identity { build_id: [0; 32], model_id: [0; 32], machine: [0; 32] };
     if let Ok(mut medium) = DiskMedium::open(&mut disk) {
-        drop(open(&mut medium, &identity));
+        drop(open(&mut medium, &IDENTITY));
     }
 }
 

@@ -1,25 +1,47 @@
-//! `bareflow convert`: a GGUF file again, with its weights in another type.
+//! `bareflow convert`: a GGUF file again with its weights in another type, or a llama2.c model as GGUF.
 
-use anyhow::{Context, Result, bail};
+use crate::read_file;
+use anyhow::{Context, Result, bail, ensure};
 use indicatif::{ProgressBar, ProgressDrawTarget};
 use model::TensorType;
-use model::convert::{ConvertError, Target, convert};
-use model::formats::HeaderBytes;
+use model::convert::{ConvertError, Target, convert, convert_llama2c};
+use model::formats::{FileFormat, HeaderBytes, sniff};
 use std::fs::{File, Permissions};
 use std::io::{BufWriter, IntoInnerError, IsTerminal, Write};
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::Path;
 
-/// Writes `input` to `output` with matrices of type `matrices`, and the embedding and head of type `embedding`
-/// (`None`: the same).
+/// What to convert to what.
+pub struct Request<'a> {
+    /// GGUF file, or llama2.c .bin.
+    pub input: &'a Path,
+    /// GGUF file to write.
+    pub output: &'a Path,
+    /// Tokenizer file of a llama2.c model.
+    pub tokenizer: Option<&'a Path>,
+    /// Type of the matrices; a llama2.c model needs none.
+    pub matrices: Option<&'a str>,
+    /// Type of the embedding and head; `None`: as the matrices.
+    pub embedding: Option<&'a str>,
+}
+
+/// Writes `request.output`.
 ///
 /// # Errors
-/// An input that is no GGUF model, an unsupported type, or a file that cannot be read or written. `output` appears only
-/// when it is complete.
-pub fn run(input: &Path, output: &Path, matrices: &str, embedding: Option<&str>) -> Result<()> {
-    let target = Target { matrices: tensor_type(matrices)?, embedding: tensor_type(embedding.unwrap_or(matrices))? };
+/// An input that is no model, an unsupported type, or a file that cannot be read or written. The output appears only when
+/// it is complete.
+pub fn run(request: &Request<'_>) -> Result<()> {
+    let &Request { input, output, tokenizer, matrices, embedding } = request;
+    let target = match (matrices, embedding) {
+        (Some(matrices), embedding) => {
+            Some(Target { matrices: tensor_type(matrices)?, embedding: tensor_type(embedding.unwrap_or(matrices))? })
+        }
+        (None, Some(_)) => bail!("--embedding is given without --type, the type of all other matrices"),
+        (None, None) => None,
+    };
     let file = File::open(input).with_context(|| format!("opening {}", input.display()))?;
     let file_bytes = file.metadata()?.len();
+    let tokenizer_bin = read_file(tokenizer)?;
     // A file of its own beside the output, whatever lies there; gone again unless it becomes the output.
     let dir = output.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let writing = || format!("writing {}", output.display());
@@ -32,18 +54,33 @@ pub fn run(input: &Path, output: &Path, matrices: &str, embedding: Option<&str>)
     let summary = loop {
         let mut header = vec![0; len.len()];
         file.read_exact_at(&mut header, 0).with_context(|| format!("reading {}", input.display()))?;
+        let format = sniff(&header, file_bytes).with_context(|| input.display().to_string())?;
         let part = tempfile::Builder::new().permissions(Permissions::from_mode(0o666)).tempfile_in(dir);
         let mut out = BufWriter::new(part.with_context(|| format!("creating a file in {}", dir.display()))?);
-        let result = convert::<std::io::Error>(
-            &header,
-            file_bytes,
-            target,
-            &mut |offset, buf| {
-                bar.set_position(offset);
-                file.read_exact_at(buf, offset)
-            },
-            &mut |bytes| out.write_all(bytes),
-        );
+        let mut read = |offset: u64, buf: &mut [u8]| {
+            bar.set_position(offset);
+            file.read_exact_at(buf, offset)
+        };
+        let mut write = |bytes: &[u8]| out.write_all(bytes);
+        let result = match (format, &tokenizer_bin) {
+            (FileFormat::Gguf, tokenizer) => {
+                ensure!(
+                    tokenizer.is_none(),
+                    "{}: a GGUF file has its own tokenizer: leave --tokenizer out",
+                    input.display()
+                );
+                let target =
+                    target.context("--type is missing: the type that the matrices are to have, such as Q8_0")?;
+                convert::<std::io::Error>(&header, file_bytes, target, &mut read, &mut write)
+            }
+            (FileFormat::Llama2c, Some(tokenizer)) => {
+                let name = input.file_stem().unwrap_or_default().to_string_lossy();
+                convert_llama2c(&header, file_bytes, tokenizer, &name, target, &mut read, &mut write)
+            }
+            (FileFormat::Llama2c, None) => {
+                bail!("{}: a llama2.c model, whose tokenizer is a file of its own: give --tokenizer", input.display())
+            }
+        };
         match result {
             Ok(summary) => {
                 let part = out.into_inner().map_err(IntoInnerError::into_error).with_context(writing)?;

@@ -46,15 +46,19 @@ enum Command {
         #[arg(long, default_value_t = 3)]
         rounds: u32,
     },
-    /// Write a GGUF file again with its weights in another type.
+    /// Write a GGUF file again with its weights in another type, or a llama2.c model as a GGUF file.
     Convert {
-        /// GGUF file to read.
+        /// GGUF file to read, or llama2.c .bin with --tokenizer.
         input: PathBuf,
         /// GGUF file to write.
         output: PathBuf,
-        /// Type of the matrices: F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, or (quickly made) Q2_K to Q6_K.
+        /// Tokenizer file of a llama2.c model.
+        #[arg(long)]
+        tokenizer: Option<PathBuf>,
+        /// Type of the matrices: F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, or (quickly made) Q2_K to Q6_K. A llama2.c
+        /// model keeps its weights without it: as F32, or Q8_0 where its int8 is just that.
         #[arg(long = "type")]
-        ty: String,
+        ty: Option<String>,
         /// Type of the token embedding and output head; default: as --type.
         #[arg(long)]
         embedding: Option<String>,
@@ -122,6 +126,9 @@ enum Command {
         /// Type of the KV cache: auto, f32, f16 or q8_0.
         #[arg(long, default_value = "auto")]
         kv: String,
+        /// Write tokens and the logits of every scored position to this file, as `hosted/src/perplexity.rs` says.
+        #[arg(long)]
+        logits: Option<PathBuf>,
         /// Print JSON.
         #[arg(long)]
         json: bool,
@@ -235,16 +242,23 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Generate(args) => generate(&args, entry_tsc),
         Command::Bench { generate, rounds } => bench(&generate, rounds),
-        Command::Convert { input, output, ty, embedding } => convert::run(&input, &output, &ty, embedding.as_deref()),
+        Command::Convert { input, output, tokenizer, ty, embedding } => convert::run(&convert::Request {
+            input: &input,
+            output: &output,
+            tokenizer: tokenizer.as_deref(),
+            matrices: ty.as_deref(),
+            embedding: embedding.as_deref(),
+        }),
         Command::Tune { generate, exhaustive, keys, rounds } => tune(&generate, exhaustive, &keys, rounds),
         Command::Explain { key, snapshot, isa } => explain(&key, snapshot.as_deref(), &isa),
         Command::Limits { threads, avx2, json } => limits::print(threads, avx2, json),
-        Command::Perplexity { model, text, tokenizer, context, windows, threads, kv, json } => {
+        Command::Perplexity { model, text, tokenizer, context, windows, threads, kv, logits, json } => {
             let mut options = Options { threads, ..Options::default() };
             options.set("kv", &kv).map_err(Into::into).and_then(|()| {
                 let tokenizer = tokenizer.as_deref();
                 let (model, text) = (model.as_path(), text.as_path());
-                let request = perplexity::Request { model, tokenizer, text, context, windows, as_json: json };
+                let logits = logits.as_deref();
+                let request = perplexity::Request { model, tokenizer, text, context, windows, logits, as_json: json };
                 perplexity::run(&request, &options)
             })
         }

@@ -4,6 +4,10 @@
 //! is left over is not used. Each window is run from an empty context, its first token replaced by BOS where the model has
 //! one, and every token of its second half is scored by the logits before it. The perplexity is the exponential of the mean
 //! negative log-likelihood; its error is that mean's standard error times the perplexity.
+//!
+//! `--logits` writes what was scored, for comparison with another program (`cargo xtask agree`): four u32 (vocabulary,
+//! context, windows, index of the first scored position), the tokens of all windows as u32, and then the logits after every
+//! scored position, window by window, as f32 rows; everything little-endian.
 
 use crate::platform::{FileDisk, Process};
 use crate::read_file;
@@ -13,6 +17,8 @@ use runtime::load::Companions;
 use runtime::platform::Platform;
 use runtime::{Options, boot, load};
 use serde_json::json;
+use std::fs::File;
+use std::io::{BufWriter, Write};
 use std::path::Path;
 
 /// What to score.
@@ -27,6 +33,8 @@ pub struct Request<'a> {
     pub context: usize,
     /// Windows to score at most; 0 is all.
     pub windows: usize,
+    /// File to write tokens and logits to.
+    pub logits: Option<&'a Path>,
     /// Print JSON.
     pub as_json: bool,
 }
@@ -63,6 +71,37 @@ impl Score {
     }
 }
 
+/// The file of `--logits`.
+struct Dump {
+    out: BufWriter<File>,
+    /// First error of a row: rows come from where nothing can be returned.
+    result: std::io::Result<()>,
+}
+
+impl Dump {
+    /// Begins the file for `tokens`, whole windows of `context`.
+    fn create(path: &Path, vocab_size: u32, context: usize, tokens: &[u32]) -> std::io::Result<Self> {
+        let mut out = BufWriter::new(File::create(path)?);
+        // All below 2^32: the model's context length bounds the window, and tokens fit memory.
+        for number in [vocab_size, context as u32, (tokens.len() / context) as u32, (context / 2) as u32] {
+            out.write_all(&number.to_le_bytes())?;
+        }
+        tokens.iter().try_for_each(|token| out.write_all(&token.to_le_bytes()))?;
+        Ok(Self { out, result: Ok(()) })
+    }
+
+    fn row(&mut self, logits: &[f32]) {
+        if self.result.is_ok() {
+            self.result = logits.iter().try_for_each(|logit| self.out.write_all(&logit.to_le_bytes()));
+        }
+    }
+
+    fn finish(mut self) -> std::io::Result<()> {
+        self.result?;
+        self.out.flush()
+    }
+}
+
 /// Scores the text and prints the perplexity.
 ///
 /// # Errors
@@ -90,19 +129,31 @@ pub fn run(request: &Request<'_>, options: &Options) -> Result<()> {
     let shape = Shape { isa, threads, context };
     let (mut engine, mut session, _) = boot::load_session(&mut process, &location, &description, options, shape)?;
     let mut score = Score::default();
-    for (index, window) in tokens.chunks_exact_mut(context).take(windows).enumerate() {
-        if let Some(bos) = bos {
-            window[0] = bos;
+    let windows_tokens = &mut tokens[..windows * context];
+    if let Some(bos) = bos {
+        windows_tokens.iter_mut().step_by(context).for_each(|first| *first = bos);
+    }
+    let mut dump = match request.logits {
+        Some(path) => {
+            let dump = Dump::create(path, description.config.vocab_size, context, windows_tokens);
+            Some(dump.with_context(|| format!("writing {}", path.display()))?)
         }
+        None => None,
+    };
+    for (index, window) in windows_tokens.chunks_exact(context).enumerate() {
         session.truncate(0);
         // The last token is only a target.
         let (known, targets) = (&window[..context - 1], &window[1..]);
         session.prefill_each(&mut engine, process.workers(), known, context / 2, &mut |i, logits| {
             score.add(logits, targets[i]);
+            dump.iter_mut().for_each(|dump| dump.row(logits));
         })?;
         eprint!("\rwindow {} of {windows}: perplexity {:.4}", index + 1, score.perplexity());
     }
     eprintln!();
+    if let Some((dump, path)) = dump.zip(request.logits) {
+        dump.finish().with_context(|| format!("writing {}", path.display()))?;
+    }
     if request.as_json {
         let value = json!({
             "perplexity": score.perplexity(),

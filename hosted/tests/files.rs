@@ -73,6 +73,37 @@ fn a_llama2c_model_asks_for_its_tokenizer() {
 }
 
 #[test]
+fn a_llama2c_model_says_the_same_as_a_gguf_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let spec = Spec { tokenizer: synthetic::TokenizerKind::SentencePiece, ..Spec::default() };
+    for version in 0..=2 {
+        let synthetic::Llama2cFiles { model, tokenizer } = synthetic::llama2c_version(&spec, version).unwrap();
+        std::fs::write(dir.path().join("tiny.bin"), model).unwrap();
+        std::fs::write(dir.path().join("tok.bin"), tokenizer).unwrap();
+        let error = refused(&["convert", "tiny.bin", "tiny.gguf"], dir.path());
+        assert!(error.contains("--tokenizer") && !dir.path().join("tiny.gguf").exists(), "{error}");
+        let output = bareflow(&["convert", "tiny.bin", "tiny.gguf", "--tokenizer", "tok.bin"], dir.path());
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let ids = |model: &[&str]| {
+            let run =
+                ["generate", "--threads", "1", "--max-tokens", "12", "--ignore-eos", "--prompt", "Once upon", "--json"];
+            let output = bareflow(&[&run[..], model].concat(), dir.path());
+            assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+            let json: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+            json["token_ids"].as_array().unwrap().clone()
+        };
+        let from_bin = ids(&["--model", "tiny.bin", "--tokenizer", "tok.bin"]);
+        assert_eq!(from_bin.len(), 12);
+        assert_eq!(ids(&["--model", "tiny.gguf"]), from_bin, "version {version}");
+        let error = refused(&["convert", "tiny.gguf", "again.gguf"], dir.path());
+        assert!(error.contains("--type"), "{error}");
+        let args = ["convert", "tiny.gguf", "again.gguf", "--type", "F16", "--tokenizer", "tok.bin"];
+        assert!(refused(&args, dir.path()).contains("its own tokenizer"));
+        std::fs::remove_file(dir.path().join("tiny.gguf")).unwrap();
+    }
+}
+
+#[test]
 fn tune_refuses_what_it_would_ignore() {
     let dir = tempfile::tempdir().unwrap();
     for (args, word) in [

@@ -20,8 +20,10 @@ use crate::cursor::Cursor;
 use crate::description::{Format, ModelDescription, Role, Tensor, check_tensors, grouped_bytes, uneven_groups};
 use crate::error::ModelError;
 use crate::formats;
+use crate::gguf::{Value, WriteError, Writer};
 use crate::quant::TensorType;
 use crate::tokenizer::{Spm, TokenKind, Tokenizer, Vocab, parse_byte_token};
+use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 
@@ -201,15 +203,38 @@ pub fn read(header: &[u8], file_bytes: u64, tokenizer_bin: &[u8]) -> Result<Mode
 /// [`ModelError::FileEnds`] and [`ModelError::TrailingBytes`] when it does not hold exactly `vocab_size` tokens;
 /// [`ModelError::Tokenizer`] when they make no vocabulary.
 pub fn read_tokenizer(bytes: &[u8], vocab_size: u32) -> Result<Tokenizer, ModelError> {
+    let pieces = read_pieces(bytes, vocab_size)?;
+    let scores = pieces.iter().map(|piece| piece.score).collect();
+    let tokens = pieces.iter().map(|piece| (piece.text, piece.kind));
+    let vocab = Vocab::sentence_piece(tokens, pieces.len())?;
+    let mut tokenizer = Tokenizer::sentence_piece(Spm::new(&vocab, scores, true)?, vocab);
+    let mut special = tokenizer.special().clone();
+    (special.bos, special.eos, special.unknown) = (Some(BOS), Some(EOS), Some(UNK));
+    // run.c stops at BOS, which separates texts in its training data; its chat mode stops at EOS.
+    special.eog.push(BOS);
+    tokenizer.set_special(special)?;
+    Ok(tokenizer)
+}
+
+/// One token of a `tokenizer.bin`.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Piece<'a> {
+    /// Its text; those of kind [`TokenKind::Byte`] are written `<0x41>`.
+    text: &'a [u8],
+    score: f32,
+    kind: TokenKind,
+}
+
+/// The tokens of a whole `tokenizer.bin`, by id.
+pub(crate) fn read_pieces(bytes: &[u8], vocab_size: u32) -> Result<Vec<Piece<'_>>, ModelError> {
     const WHAT: &str = "the tokenizer file";
     let mut cursor = Cursor::new(bytes, bytes.len() as u64);
     // The longest token's length is a buffer size for run.c; nothing here depends on it.
     cursor.u32(WHAT)?;
     cursor.require(u64::from(vocab_size) * 8, WHAT)?;
-    let mut scores = Vec::with_capacity(vocab_size as usize);
-    let mut tokens = Vec::with_capacity(vocab_size as usize);
+    let mut pieces = Vec::with_capacity(vocab_size as usize);
     for id in 0..vocab_size {
-        scores.push(f32::from_bits(cursor.u32(WHAT)?));
+        let score = f32::from_bits(cursor.u32(WHAT)?);
         // A negative length reads as one far beyond the file.
         let len = cursor.u32(WHAT)?;
         let text = cursor.take(len.into(), WHAT)?;
@@ -220,18 +245,36 @@ pub fn read_tokenizer(bytes: &[u8], vocab_size: u32) -> Result<Tokenizer, ModelE
             _ => TokenKind::Normal,
         };
         // run.c's exporter writes `<s>` as "\n<s>\n".
-        tokens.push((if kind == TokenKind::Control { text.trim_ascii() } else { text }, kind));
+        pieces.push(Piece { text: if kind == TokenKind::Control { text.trim_ascii() } else { text }, score, kind });
     }
     if cursor.pos() != bytes.len() as u64 {
         let (expected_bytes, found_bytes) = (cursor.pos(), bytes.len() as u64);
         return Err(ModelError::TrailingBytes { what: WHAT, expected_bytes, found_bytes });
     }
-    let vocab = Vocab::sentence_piece(tokens.into_iter(), vocab_size as usize)?;
-    let mut tokenizer = Tokenizer::sentence_piece(Spm::new(&vocab, scores, true)?, vocab);
-    let mut special = tokenizer.special().clone();
-    (special.bos, special.eos, special.unknown) = (Some(BOS), Some(EOS), Some(UNK));
-    // run.c stops at BOS, which separates texts in its training data; its chat mode stops at EOS.
-    special.eog.push(BOS);
-    tokenizer.set_special(special)?;
-    Ok(tokenizer)
+    Ok(pieces)
+}
+
+/// Writes the tokens of a `tokenizer.bin` as GGUF metadata that means the same: [`read_tokenizer`] of the file and
+/// [`crate::gguf::read`] of the metadata make the same tokenizer.
+pub(crate) fn write_pieces(pieces: &[Piece<'_>], writer: &mut Writer) -> Result<(), WriteError> {
+    // Special tokens are taken literally on both sides.
+    let text = |piece: &Piece<'_>| match piece.kind.is_special() {
+        true => piece.text.to_vec(),
+        false => piece.text.split(|&byte| byte == b' ').collect::<Vec<_>>().join(Vocab::SPACE),
+    };
+    let texts: Vec<Vec<u8>> = pieces.iter().map(text).collect();
+    let scores: Vec<f32> = pieces.iter().map(|piece| piece.score).collect();
+    let kinds: Vec<i32> = pieces.iter().map(|piece| piece.kind.to_gguf()).collect();
+    writer.set("tokenizer.ggml.model", Value::String("llama"))?;
+    writer.set_strings("tokenizer.ggml.tokens", &texts)?;
+    writer.set_f32s("tokenizer.ggml.scores", &scores)?;
+    writer.set_i32s("tokenizer.ggml.token_type", &kinds)?;
+    // A second token that ends a generation, as BOS does here, is what GGUF calls "end of turn".
+    for (name, id) in [("unknown", UNK), ("bos", BOS), ("eos", EOS), ("eot", BOS)] {
+        writer.set(&format!("tokenizer.ggml.{name}_token_id"), Value::U32(id))?;
+    }
+    for (name, adds) in [("bos_token", true), ("eos_token", false), ("space_prefix", true)] {
+        writer.set(&format!("tokenizer.ggml.add_{name}"), Value::Bool(adds))?;
+    }
+    Ok(())
 }

@@ -167,6 +167,7 @@ pub(crate) fn chosen_hash(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use alloc::vec;
 
     fn fingerprint(bytes: &[u8], chunk: usize) -> [u8; 32] {
         let mut fingerprint = Fingerprint::new(bytes.len() as u64);

@@ -1,6 +1,7 @@
 //! `cargo xtask`: the commands of the README, and their parts.
 #![forbid(unsafe_code)]
 
+mod agree;
 mod bench;
 mod demo;
 mod demo_model;
@@ -47,6 +48,8 @@ enum Command {
     },
     /// Measure BareFlow against llama.cpp on the same files, interleaved, and write docs/BENCHMARKS.md.
     Bench(bench::BenchArgs),
+    /// Compare the logits of a GGUF model on a text with llama.cpp's, as it is and with its weights as F32.
+    Agree(agree::AgreeArgs),
     /// Build the self-optimising image and print its path.
     JitImage,
     /// Build the compiler-free kernel library for export-tool and print its path.
@@ -68,6 +71,7 @@ fn run(workspace: &Path, command: Command) -> Result<()> {
     match command {
         Command::Demo(args) => demo::run(workspace, &args),
         Command::Bench(args) => bench::run(workspace, &args),
+        Command::Agree(args) => agree::run(workspace, &args),
         Command::Test => test::run(workspace),
         Command::Fuzz { cases, seed, targets } => test::fuzz(workspace, cases, seed, &targets),
         Command::Scenarios { only } => {

@@ -29,6 +29,9 @@ pub fn run(workspace: &Path) -> Result<()> {
     clippy.args(of_fuzz);
     steps.command("lints, fuzz targets", lint(clippy))?;
     let host_tests = steps.tests("tests, host", cargo(workspace, &["test", "--workspace", "--no-fail-fast"]))?;
+    // By itself it has no compiler and no check of signatures, as the native image.
+    let native = cargo(workspace, &["test", "--package", "runtime"]);
+    let host_tests = host_tests + steps.tests("tests, runtime of the native image", native)?;
     let mut fuzz_tests = cargo(workspace, &["test"]);
     fuzz_tests.args(of_fuzz).args(["--", "--nocapture"]);
     let fuzz_tests = steps.tests("fuzz targets, a second each", fuzz_tests)?;

@@ -123,7 +123,10 @@ impl BlockDevice for FileDisk {
                     }
                 }
             });
-            rx.into_iter().try_for_each(|chunk| Ok(sink(&chunk?)))
+            for chunk in rx {
+                sink(&chunk?);
+            }
+            Ok(())
         })
     }
 }

@@ -2,8 +2,11 @@
 
 use super::metadata::{Value, ValueType};
 use super::{DEFAULT_ALIGNMENT, MAGIC, MAX_DIMS};
+use crate::architecture::Positions;
+use crate::config::Config;
 use crate::quant::TensorType;
 use alloc::collections::BTreeSet;
+use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 
@@ -120,6 +123,39 @@ impl Writer {
         self.begin(key, value.ty())?;
         value.put(&mut self.entries);
         Ok(())
+    }
+
+    /// Adds the architecture, `name`, and what `config` says, except for scaled rotary frequencies.
+    ///
+    /// # Errors
+    /// [`WriteError::Duplicate`].
+    pub fn set_config(&mut self, name: &str, config: &Config) -> Result<(), WriteError> {
+        let architecture = config.architecture.name();
+        self.set("general.architecture", Value::String(architecture))?;
+        self.set("general.name", Value::String(name))?;
+        for (key, value) in [
+            ("block_count", config.n_layers),
+            ("context_length", config.seq_len),
+            ("embedding_length", config.dim),
+            ("feed_forward_length", config.hidden_dim),
+            ("attention.head_count", config.n_heads),
+            ("attention.head_count_kv", config.n_kv_heads),
+            ("attention.key_length", config.head_dim),
+            ("attention.value_length", config.head_dim),
+            ("rope.dimension_count", config.rope_dim),
+            ("vocab_size", config.vocab_size),
+            ("attention.sliding_window", config.window),
+        ] {
+            // What is 0 does not apply.
+            if value > 0 {
+                self.set(&format!("{architecture}.{key}"), Value::U32(value))?;
+            }
+        }
+        let blueprint = config.architecture.blueprint();
+        if blueprint.positions != Positions::Learned {
+            self.set(&format!("{architecture}.rope.freq_base"), Value::F32(config.rope_base))?;
+        }
+        self.set(&format!("{architecture}.{}", blueprint.norm_eps_key()), Value::F32(config.norm_eps))
     }
 
     /// Adds an array of strings.

@@ -277,36 +277,12 @@ pub fn gguf(spec: &Spec) -> Result<Vec<u8>, SyntheticError> {
 pub fn gguf_with(mut writer: Writer, spec: &Spec) -> Result<Vec<u8>, SyntheticError> {
     let config = spec.config();
     config.check()?;
-    writer.set("general.architecture", Value::String(config.architecture.name()))?;
-    writer.set("general.name", Value::String("synthetic"))?;
-    let name = config.architecture.name();
-    for (key, value) in [
-        ("block_count", config.n_layers),
-        ("context_length", config.seq_len),
-        ("embedding_length", config.dim),
-        ("feed_forward_length", config.hidden_dim),
-        ("attention.head_count", config.n_heads),
-        ("attention.head_count_kv", config.n_kv_heads),
-        ("attention.key_length", config.head_dim),
-        ("attention.value_length", config.head_dim),
-        ("rope.dimension_count", config.rope_dim),
-        ("vocab_size", config.vocab_size),
-        ("attention.sliding_window", config.window),
-    ] {
-        // What is 0 does not apply.
-        if value > 0 {
-            writer.set(&format!("{name}.{key}"), Value::U32(value))?;
-        }
-    }
-    if spec.is_rotary() {
-        writer.set(&format!("{name}.rope.freq_base"), Value::F32(config.rope_base))?;
-    }
+    writer.set_config("synthetic", &config)?;
     if spec.rope_stretch != 1.0 {
+        let name = config.architecture.name();
         writer.set(&format!("{name}.rope.scaling.type"), Value::String("linear"))?;
         writer.set(&format!("{name}.rope.scaling.factor"), Value::F32(spec.rope_stretch))?;
     }
-    let eps_key = config.architecture.blueprint().norm_eps_key();
-    writer.set(&format!("{name}.{eps_key}"), Value::F32(config.norm_eps))?;
     spec.tokenizer.write_gguf(&mut writer)?;
 
     let mut data = Vec::new();

@@ -95,6 +95,9 @@ impl core::fmt::Debug for Vocab {
 }
 
 impl Vocab {
+    /// What stands for a space in SentencePiece vocabularies.
+    pub(crate) const SPACE: &[u8] = "\u{2581}".as_bytes();
+
     /// A vocabulary of byte-level BPE: texts in the GPT-2 alphabet, special tokens as they are.
     ///
     /// # Errors
@@ -119,7 +122,6 @@ impl Vocab {
         tokens: impl Iterator<Item = (&'a [u8], TokenKind)>,
         count: usize,
     ) -> Result<Self, TokenizerError> {
-        const SPACE: &[u8] = "\u{2581}".as_bytes();
         Self::build(tokens, count, |mut text, kind, out| {
             if kind == TokenKind::Byte
                 && let Some(byte) = parse_byte_token(text)
@@ -128,7 +130,7 @@ impl Vocab {
                 return;
             }
             while let Some((&first, rest)) = text.split_first() {
-                match text.strip_prefix(SPACE).filter(|_| !kind.is_special()) {
+                match text.strip_prefix(Self::SPACE).filter(|_| !kind.is_special()) {
                     Some(rest) => {
                         out.push(b' ');
                         text = rest;

@@ -14,8 +14,8 @@ mod guest;
 mod machine;
 mod micro;
 mod models;
-mod ours;
-mod peers;
+pub mod ours;
+pub mod peers;
 mod rows;
 mod stats;
 

@@ -107,6 +107,16 @@ pub fn obtain(cache: &Path, machine: &MachineFacts) -> (Vec<Peer>, Vec<PeerStatu
     (peers, statuses)
 }
 
+/// The Python with llama.cpp's AVX2 build, built here when missing.
+///
+/// # Errors
+/// A tool that is missing, or a step that fails.
+pub fn python(cache: &Path) -> Result<PathBuf> {
+    let build = Build::new(cache, Flavour::Avx2);
+    build.ensure()?;
+    Ok(build.python())
+}
+
 /// How one peer is built.
 struct Build {
     flavour: Flavour,
