@@ -143,7 +143,7 @@ mod tests {
         File::create(&path).unwrap().write_all(&content).unwrap();
         let mut disk = FileDisk::open(&path, false).unwrap();
         std::fs::remove_file(&path).unwrap();
-        assert_eq!(disk.len_bytes(), (3 * CHUNK_BYTES + 1024) as u64);
+        assert_eq!(disk.len_bytes(), 3 * CHUNK_BYTES + 1024);
         let mut got = Vec::new();
         disk.stream(1, disk.len_bytes() - 512, &mut |chunk| got.extend_from_slice(chunk)).unwrap();
         assert_eq!(got[..content.len() - 512], content[512..]);
