@@ -214,7 +214,8 @@ fn volume(data: &[u8]) {
     if let Ok(volume) = FatVolume::open(&mut disk) {
         for directory in ["", "MODELS"] {
             for entry in volume.list(&mut disk, directory).unwrap_or_default().iter().take(8) {
-                let path = if directory.is_empty() { entry.name.clone() } else { format!("{directory}/{}", entry.name) };
+                let path =
+                    if directory.is_empty() { entry.name.clone() } else { format!("{directory}/{}", entry.name) };
                 let Ok(file) = volume.find(&mut disk, &path) else { continue };
                 let sectors: u64 = file.extents.iter().map(|extent| extent.sectors).sum();
                 assert_eq!(sectors, file.len_bytes.div_ceil(SECTOR_BYTES as u64), "extents of {path}");

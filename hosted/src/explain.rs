@@ -89,7 +89,7 @@ fn print_record(record: &KeyRecord, tried_all: bool) {
         "  hand-written op: {} cycles a call, median",
         or_dash(record.baseline_median_cycles.map(|c| c.to_string()))
     );
-    println!("  {} variants tried{}", record.trials.len(), if tried_all { ": all worth trying" } else { "" });
+    println!("  {} variants tried{}", record.variants_tried(), if tried_all { ": all worth trying" } else { "" });
     println!(
         "\n  {:<4} {:<28} {:<28} {:>6} {:<8} {:>8} {:>6}",
         "boot", "variant", "against", "ratio", "outcome", "compile", "bytes"
@@ -118,6 +118,7 @@ fn outcome(outcome: TrialOutcome) -> &'static str {
         TrialOutcome::Refused => "refused",
         TrialOutcome::Wrong => "wrong",
         TrialOutcome::Faulted => "faulted",
+        TrialOutcome::Undecided => "unclear",
     }
 }
 

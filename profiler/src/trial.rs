@@ -79,6 +79,8 @@ pub struct Verdict {
     /// The candidate is faster by at least the smallest win, or a match where that is enough, and this is not chance:
     /// install it.
     pub significant: bool,
+    /// The candidate looks fast enough, but that may be chance.
+    pub undecided: bool,
 }
 
 /// A trial under way.
@@ -160,8 +162,9 @@ impl Trial {
         let against = self.win_log.max(0.0);
         let shifted: Vec<f64> = logs.iter().map(|log| log - against).collect();
         let p_value = signed_rank_p(&shifted);
-        let significant = pairs >= *PAIRS_RANGE.start() && p_value <= level && log <= self.win_log;
-        Verdict { ratio: libm::exp(log), pairs, p_value, significant }
+        let fast = pairs >= *PAIRS_RANGE.start() && log <= self.win_log;
+        let significant = fast && p_value <= level;
+        Verdict { ratio: libm::exp(log), pairs, p_value, significant, undecided: fast && !significant }
     }
 }
 
@@ -305,7 +308,10 @@ mod tests {
     #[test]
     fn a_budget_that_runs_out_leaves_a_cautious_verdict() {
         let mut trial = Trial::new(TrialConfig::default());
-        assert_eq!(trial.verdict(), Verdict { ratio: 1.0, pairs: 0, p_value: 1.0, significant: false });
+        assert_eq!(
+            trial.verdict(),
+            Verdict { ratio: 1.0, pairs: 0, p_value: 1.0, significant: false, undecided: false }
+        );
         for _ in 0..7 {
             assert_eq!(trial.push(1000, 900), None);
         }
@@ -317,7 +323,7 @@ mod tests {
     fn odd_inputs_are_numbers_too() {
         let mut trial = Trial::new(TrialConfig { max_pairs: 0, min_win: f64::NAN });
         let verdict = (0..64).find_map(|_| trial.push(0, 0)).unwrap();
-        assert_eq!(verdict, Verdict { ratio: 1.0, pairs: 8, p_value: 1.0, significant: false });
+        assert_eq!(verdict, Verdict { ratio: 1.0, pairs: 8, p_value: 1.0, significant: false, undecided: false });
         let mut trial = Trial::new(TrialConfig { max_pairs: usize::MAX, min_win: -1.0 });
         let verdict = (0..200).find_map(|i| trial.push(u64::MAX - i % 2, u64::MAX)).unwrap();
         assert!(verdict.ratio.is_finite() && verdict.pairs <= 128, "{verdict:?}");

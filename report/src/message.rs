@@ -5,7 +5,7 @@ use alloc::vec::Vec;
 use serde::{Deserialize, Serialize};
 
 /// Version of the serial protocol; a host refuses any other.
-pub const PROTOCOL: u32 = 3;
+pub const PROTOCOL: u32 = 4;
 
 /// Which image is talking.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -303,6 +303,8 @@ pub enum TrialOutcome {
     Wrong,
     /// It faulted; quarantined.
     Faulted,
+    /// It looked faster, but that may have been chance; it gets another trial.
+    Undecided,
 }
 
 /// Why the run is, or is not, converged.

@@ -194,6 +194,7 @@ fn tuning(screen: &mut Screen, report: &BootReport) {
     let outcomes: Vec<String> = [
         (TrialOutcome::Kept, "kept"),
         (TrialOutcome::Slower, "not faster"),
+        (TrialOutcome::Undecided, "not clear"),
         (TrialOutcome::Refused, "refused by the compiler"),
         (TrialOutcome::Wrong, "WRONG (quarantined)"),
         (TrialOutcome::Faulted, "FAULTED (quarantined)"),

@@ -119,7 +119,7 @@ impl<'a> Kernels<'a> {
         let available = space::variants(key, isa).len();
         Remembered {
             baseline_cycles: record.and_then(|record| record.baseline_median_cycles),
-            tried: record.map_or(0, |record| record.trials.len() as u32),
+            tried: record.map_or(0, |record| record.variants_tried() as u32),
             variants: space_len(self.options, available) as u32,
             // Without AVX2 there is no space at all, and nothing was searched.
             exhausted: isa.avx2 && record.is_some_and(|record| untried(record, self.options, isa).is_none()),

@@ -5,7 +5,7 @@
 //! snapshot's history, so no boot repeats another's work.
 
 use crate::boot::TuningWork;
-use crate::kernels::{RunningKernels, reference_answer, verify};
+use crate::kernels::{Rejected, RunningKernels, reference_answer, verify};
 use crate::options::Options;
 use crate::platform::Platform;
 use crate::reporter::Reporter;
@@ -151,52 +151,33 @@ impl<'a> Tuner<'a> {
         slot: usize,
         variant: Variant,
     ) {
-        let incumbent = running.variant(slot);
-        let start = engine::cycles();
-        let compiled = self.compiler.compile(&record.key, &variant);
-        let compile_us = self.us_since(start);
-        self.work.compile_ms += compile_us / 1e3;
-        let (outcome, ratio, code_bytes) = match compiled {
-            Err(error) => {
-                reporter.note(platform, Level::Info, format!("{} {variant}: refused: {error}", record.key));
-                (TrialOutcome::Refused, None, 0)
+        let (key, incumbent) = (record.key, running.variant(slot));
+        let Some(Attempt { ended, code, compile_us }) = self.attempt(platform, reporter, engine, slot, &key, &variant)
+        else {
+            return;
+        };
+        let code_bytes = code.len() as u32;
+        let (outcome, ratio) = match ended {
+            Ended::Refused(why) => {
+                reporter.note(platform, Level::Info, format!("{key} {variant}: refused: {why}"));
+                (TrialOutcome::Refused, None)
             }
-            Ok(compiled) => {
-                self.work.compiled += 1;
-                let code_bytes = compiled.code.len() as u32;
-                match platform.publish(record.key, &compiled.code) {
-                    Err(full) => {
-                        // Not the variant's fault: leave it untried for a boot with room.
-                        reporter.note(platform, Level::Warning, format!("tuning stops: {full}"));
-                        self.end_tsc = 0;
-                        return;
-                    }
-                    Ok(kernel) => match verify(platform, engine, slot, kernel, compiled.code.len()) {
-                        Err(rejected) => {
-                            let text = format!("{} {variant}: {rejected}; quarantined", record.key);
-                            reporter.note(platform, Level::Warning, text);
-                            record.quarantined.push(variant);
-                            (rejected.outcome(), None, code_bytes)
-                        }
-                        Ok(()) => {
-                            let verdict = self.measure(platform, engine, slot, kernel);
-                            if verdict.significant && engine.table_mut().install(slot, kernel).is_ok() {
-                                running.set(slot, variant);
-                                record.incumbent = Some(StoredKernel::new(variant, compiled.code));
-                                record.changed_at_boot = self.boot;
-                                if record.answer_sha256.is_none() {
-                                    record.answer_sha256 = reference_answer(engine, slot);
-                                }
-                                if !self.changed_keys.contains(&record.key) {
-                                    self.changed_keys.push(record.key);
-                                }
-                                (TrialOutcome::Kept, Some(verdict.ratio), code_bytes)
-                            } else {
-                                (TrialOutcome::Slower, Some(verdict.ratio), code_bytes)
-                            }
-                        }
-                    },
-                }
+            Ended::Rejected(rejected) => {
+                reporter.note(platform, Level::Warning, format!("{key} {variant}: {rejected}; quarantined"));
+                record.quarantined.push(variant);
+                (rejected.outcome(), None)
+            }
+            Ended::Measured(kernel, verdict) => {
+                let outcome = if verdict.significant && engine.table_mut().install(slot, kernel).is_ok() {
+                    running.set(slot, variant);
+                    self.keep(engine, record, slot, StoredKernel::new(variant, code));
+                    TrialOutcome::Kept
+                } else if verdict.undecided {
+                    TrialOutcome::Undecided
+                } else {
+                    TrialOutcome::Slower
+                };
+                (outcome, Some(verdict.ratio))
             }
         };
         record.trials.push(Trial {
@@ -209,7 +190,7 @@ impl<'a> Tuner<'a> {
             code_bytes,
         });
         self.work.trials.push(TrialRow {
-            key: record.key.to_string(),
+            key: key.to_string(),
             variant: variant.to_string(),
             incumbent: incumbent.map_or_else(|| String::from(engine.table().own_name()), |v| v.to_string()),
             ratio,
@@ -219,8 +200,64 @@ impl<'a> Tuner<'a> {
         });
     }
 
-    /// Pairs of candidate and incumbent on the weights of one layer after another.
-    fn measure(&mut self, platform: &dyn Platform, engine: &mut Engine, slot: usize, candidate: Kernel) -> Verdict {
+    /// Makes `kernel`, which is installed in `slot`, the one the snapshot keeps.
+    fn keep(&mut self, engine: &Engine, record: &mut KeyRecord, slot: usize, kernel: StoredKernel) {
+        record.incumbent = Some(kernel);
+        record.changed_at_boot = self.boot;
+        if record.answer_sha256.is_none() {
+            record.answer_sha256 = reference_answer(engine, slot);
+        }
+        if !self.changed_keys.contains(&record.key) {
+            self.changed_keys.push(record.key);
+        }
+    }
+
+    /// Compiles, publishes, checks and measures `variant`; `None` where room or time ran out before it was measured, which
+    /// leaves it untried for another boot.
+    fn attempt(
+        &mut self,
+        platform: &mut dyn Platform,
+        reporter: &mut Reporter,
+        engine: &mut Engine,
+        slot: usize,
+        key: &KernelKey,
+        variant: &Variant,
+    ) -> Option<Attempt> {
+        let start = engine::cycles();
+        let compiled = self.compiler.compile(key, variant);
+        let compile_us = self.us_since(start);
+        self.work.compile_ms += compile_us / 1e3;
+        let code = match compiled {
+            Ok(compiled) => compiled.code,
+            Err(error) => {
+                return Some(Attempt { ended: Ended::Refused(error.to_string()), code: Vec::new(), compile_us });
+            }
+        };
+        self.work.compiled += 1;
+        let kernel = match platform.publish(*key, &code) {
+            Ok(kernel) => kernel,
+            Err(full) => {
+                reporter.note(platform, Level::Warning, format!("tuning stops: {full}"));
+                self.end_tsc = 0;
+                return None;
+            }
+        };
+        let ended = match verify(platform, engine, slot, kernel, code.len()) {
+            Ok(()) => Ended::Measured(kernel, self.measure(platform, engine, slot, kernel)?),
+            Err(rejected) => Ended::Rejected(rejected),
+        };
+        Some(Attempt { ended, code, compile_us })
+    }
+
+    /// Pairs of candidate and incumbent on the weights of one layer after another; `None` when the budget ended before
+    /// the trial.
+    fn measure(
+        &mut self,
+        platform: &dyn Platform,
+        engine: &mut Engine,
+        slot: usize,
+        candidate: Kernel,
+    ) -> Option<Verdict> {
         let config = TrialConfig { max_pairs: self.options.tune_pairs as usize, ..TrialConfig::default() };
         let incumbent = engine.table().runs(slot).unwrap_or(Runs::Baseline);
         // Only compiled kernels can be exported: one that matches the hand-written op is worth more than it.
@@ -240,15 +277,34 @@ impl<'a> Tuner<'a> {
                 Order::CandidateFirst => time(candidate).and_then(|new| Ok((time(incumbent)?, new))),
             };
             // A slot of the table always has a matrix and takes its own kernel; without pairs nothing is significant.
-            let Ok((old, new)) = pair else { return trial.verdict() };
+            let Ok((old, new)) = pair else { return Some(trial.verdict()) };
             if let Some(verdict) = trial.push(old, new) {
-                return verdict;
+                return Some(verdict);
             }
-            if engine::cycles() >= self.end_tsc {
-                return trial.verdict();
+            // The first trial of a boot goes on to its end: however small the budget, the search gets there.
+            if engine::cycles() >= self.end_tsc && !self.work.trials.is_empty() {
+                return None;
             }
         }
     }
+}
+
+/// How a variant's trial ended.
+enum Ended {
+    /// The compiler refused it; why.
+    Refused(String),
+    /// It may not run.
+    Rejected(Rejected),
+    /// It was measured.
+    Measured(Kernel, Verdict),
+}
+
+/// A variant that was tried.
+struct Attempt {
+    ended: Ended,
+    /// Machine code; empty where there is none.
+    code: Vec<u8>,
+    compile_us: f64,
 }
 
 /// The instruction sets kernels may be compiled for.
@@ -263,7 +319,9 @@ pub fn untried(record: &KeyRecord, options: &Options, isa: TargetIsa) -> Option<
     space::variants(&record.key, isa)
         .into_iter()
         .take(space_len(options, usize::MAX))
-        .find(|variant| Some(*variant) != incumbent && !record.knows(variant))
+        .filter(|variant| Some(*variant) != incumbent && !record.knows(variant))
+        // In the order of the search; those that were tried without a clear outcome come last.
+        .min_by_key(|variant| record.trials_of(variant))
 }
 
 /// Variants of a key that are in the search, of `available`.
@@ -281,6 +339,7 @@ fn shown(outcome: TrialOutcome) -> Shown {
         TrialOutcome::Refused => Shown::Refused,
         TrialOutcome::Wrong => Shown::Wrong,
         TrialOutcome::Faulted => Shown::Faulted,
+        TrialOutcome::Undecided => Shown::Undecided,
     }
 }
 
@@ -317,5 +376,13 @@ mod tests {
         record.trials.truncate(2);
         assert_eq!(untried(&record, &few, avx2), None);
         assert!(untried(&record, &all, avx2).is_some());
+
+        // What was not clear is tried once more, after what was never tried.
+        let again = record.trials[0].variant;
+        record.trials[0].outcome = TrialOutcome::Undecided;
+        assert_ne!(untried(&record, &all, avx2), Some(again));
+        assert_eq!(untried(&record, &few, avx2), Some(again));
+        record.trials.push(record.trials[0]);
+        assert_eq!((untried(&record, &few, avx2), record.variants_tried()), (None, 2));
     }
 }

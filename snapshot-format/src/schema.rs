@@ -11,6 +11,9 @@ use sha2::{Digest, Sha256};
 /// Boot lines kept: enough for the longest convergence window in use, and few enough to be read at every boot.
 pub const MAX_BOOT_LINES: usize = 1024;
 
+/// Trials after which a variant whose outcome was never clear gets no other.
+pub const MAX_UNDECIDED: usize = 2;
+
 /// Everything one boot leaves to the next.
 #[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
 pub struct Snapshot {
@@ -59,9 +62,22 @@ impl KeyRecord {
         }
     }
 
-    /// True when `variant` was tried or quarantined.
+    /// True when `variant` needs no other trial: it is quarantined, or was tried with a clear outcome, or
+    /// [`MAX_UNDECIDED`] times without.
     pub fn knows(&self, variant: &Variant) -> bool {
-        self.quarantined.contains(variant) || self.trials.iter().any(|trial| trial.variant == *variant)
+        let clear = |trial: &Trial| trial.variant == *variant && trial.outcome != TrialOutcome::Undecided;
+        self.quarantined.contains(variant) || self.trials.iter().any(clear) || self.trials_of(variant) >= MAX_UNDECIDED
+    }
+
+    /// Trials of `variant`.
+    pub fn trials_of(&self, variant: &Variant) -> usize {
+        self.trials.iter().filter(|trial| trial.variant == *variant).count()
+    }
+
+    /// Variants that were tried, each counted once.
+    pub fn variants_tried(&self) -> usize {
+        let is_first = |(at, trial): &(usize, &Trial)| self.trials[..*at].iter().all(|t| t.variant != trial.variant);
+        self.trials.iter().enumerate().filter(is_first).count()
     }
 }
 
@@ -121,6 +137,8 @@ pub enum TrialOutcome {
     Wrong,
     /// It faulted; quarantined.
     Faulted,
+    /// It looked faster, but that may have been chance.
+    Undecided,
 }
 
 /// One boot, as the convergence decision and the progress plot need it.

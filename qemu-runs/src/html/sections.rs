@@ -16,9 +16,10 @@ const HEIGHT: f64 = 230.0;
 /// Relative cycles spread further than this are drawn on a logarithmic axis.
 const LOG_FROM_SPREAD: f64 = 4.0;
 
-const OUTCOMES: [(TrialOutcome, &str, &str); 5] = [
+const OUTCOMES: [(TrialOutcome, &str, &str); 6] = [
     (TrialOutcome::Kept, "kept", "kept"),
     (TrialOutcome::Slower, "not faster", "slower"),
+    (TrialOutcome::Undecided, "not clear, tried again", "slower"),
     (TrialOutcome::Refused, "refused by the compiler", "refused"),
     (TrialOutcome::Wrong, "wrong result, quarantined", "wrong"),
     (TrialOutcome::Faulted, "faulted, quarantined", "wrong"),
@@ -389,7 +390,7 @@ fn trials(boot: &BootRecord, out: &mut String) {
     let rank = |t: &TrialRow| match t.outcome {
         TrialOutcome::Wrong | TrialOutcome::Faulted => 0,
         TrialOutcome::Kept => 1,
-        TrialOutcome::Slower => 2,
+        TrialOutcome::Slower | TrialOutcome::Undecided => 2,
         TrialOutcome::Refused => 3,
     };
     rows.sort_by_key(|t| rank(t));
@@ -398,7 +399,7 @@ fn trials(boot: &BootRecord, out: &mut String) {
         let class = match t.outcome {
             TrialOutcome::Kept => "good",
             TrialOutcome::Wrong | TrialOutcome::Faulted => "bad",
-            TrialOutcome::Slower | TrialOutcome::Refused => "soft",
+            TrialOutcome::Slower | TrialOutcome::Undecided | TrialOutcome::Refused => "soft",
         };
         let _ = write!(
             out,
