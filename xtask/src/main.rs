@@ -5,6 +5,7 @@ mod agree;
 mod bench;
 mod demo;
 mod demo_model;
+mod hosted_program;
 mod kernel_build;
 mod packages;
 mod real_model;

@@ -5,6 +5,7 @@
 //! from the same file, converted to F32; here the conversion is ours.
 
 use crate::demo_model;
+use crate::hosted_program;
 use anyhow::{Context, Result, ensure};
 use serde::Deserialize;
 use std::path::Path;
@@ -61,8 +62,8 @@ pub fn run(workspace: &Path) -> Result<Option<usize>> {
 
 /// Standard output of `bareflow` with what `arguments` adds.
 fn bareflow(workspace: &Path, arguments: impl FnOnce(&mut Command) -> &mut Command) -> Result<Vec<u8>> {
-    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    command.current_dir(workspace).args(["run", "--quiet", "--locked", "--package", "hosted", "--"]);
+    let mut command = Command::new(hosted_program::of_tests(workspace)?);
+    command.current_dir(workspace);
     let output = arguments(&mut command).stderr(Stdio::inherit()).output()?;
     ensure!(output.status.success(), "{command:?} failed ({})", output.status);
     Ok(output.stdout)

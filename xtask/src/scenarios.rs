@@ -3,6 +3,7 @@
 //! All run under TCG on a tiny model made here, so they need neither KVM nor a network, and nothing in them depends on
 //! time. Every boot of every scenario must give the same tokens.
 
+use crate::hosted_program;
 use anyhow::{Context, Result, bail, ensure};
 use bootimage::{FileSpec, ImageSpec};
 use ed25519_dalek::{Signer, SigningKey};
@@ -217,17 +218,8 @@ impl Bench {
 
     /// The same generation by the runtime as a process.
     fn hosted_tokens(&self, model: &Path) -> Result<Vec<u32>> {
-        let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-        command.current_dir(&self.workspace).args([
-            "run",
-            "--quiet",
-            "--locked",
-            "--package",
-            "hosted",
-            "--",
-            "generate",
-            "--json",
-        ]);
+        let mut command = Command::new(hosted_program::of_tests(&self.workspace)?);
+        command.current_dir(&self.workspace).args(["generate", "--json"]);
         command.arg("--model").arg(model).args(["--prompt", "ab", "--ignore-eos", "--context", "64"]);
         let output = command.args(["--max-tokens", &TOKENS.to_string()]).stderr(Stdio::inherit()).output()?;
         ensure!(output.status.success(), "the hosted run failed: {}", output.status);
