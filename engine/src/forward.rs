@@ -270,33 +270,33 @@ pub struct Session<'m> {
     kv: &'m mut [f32],
     /// Tokens in the context.
     pos: usize,
-    buffers: Buffers<'m>,
+    buffers: Buffers<&'m mut [f32]>,
 }
 
 /// Activations of one chunk, `x` those of all chunks of a group; `rows` is that of the bucket, at most 64. Each starts on a
 /// cache line.
 #[derive(Debug)]
-struct Buffers<'m> {
+struct Buffers<B> {
     /// Residual stream, `(GROUP * rows, dim)`, row stride `padded(dim)`.
-    x: &'m mut [f32],
+    x: B,
     /// Its norm, `(rows, dim)`.
-    normed: &'m mut [f32],
+    normed: B,
     /// Quantised input of the next matmul, `(rows, k / 32)` blocks of 48 bytes.
-    quantised: &'m mut [f32],
+    quantised: B,
     /// Query, key and value, `(rows, q_dim + 2 kv_dim)`, row stride `Sizes::qkv_stride`.
-    qkv: &'m mut [f32],
+    qkv: B,
     /// Attention output, `(rows, q_dim)`.
-    attended: &'m mut [f32],
+    attended: B,
     /// Inner activations of the feed-forward block, `(rows, hidden_dim)`, row stride `padded(hidden_dim)`.
-    hidden: &'m mut [f32],
+    hidden: B,
     /// The up half where it is not fused, as `hidden`.
-    up: &'m mut [f32],
+    up: B,
     /// Output of a block that is normalised before it joins `x`, as `x`; empty where none is.
-    projected: &'m mut [f32],
+    projected: B,
     /// Partial results of one position's attention.
-    partials: &'m mut [f32],
+    partials: B,
     /// `(padded(vocab_size))`.
-    logits: &'m mut [f32],
+    logits: B,
 }
 
 /// Every size a session depends on.
@@ -344,76 +344,120 @@ impl Sizes {
         padded(self.q_dim) + 2 * padded(self.kv_dim)
     }
 
-    /// Elements of each buffer, KV cache first, in the order [`Session::new`] takes them.
-    fn lens(&self) -> [usize; 11] {
+    /// Elements of the KV cache.
+    fn kv_len(&self) -> usize {
+        self.kv.len_bytes().div_ceil(size_of::<f32>())
+    }
+
+    /// Cuts the buffers with `cut`, which is given the elements of each.
+    fn buffers<B>(&self, mut cut: impl FnMut(usize) -> Option<B>) -> Option<Buffers<B>> {
         let longest_k = self.dim.max(self.q_dim).max(self.hidden_dim);
-        [
-            self.kv.len_bytes().div_ceil(size_of::<f32>()),
-            GROUP * MAX_ROWS * padded(self.dim),
-            MAX_ROWS * self.dim,
-            MAX_ROWS * x_row_bytes(DType::Q8_0, longest_k).div_ceil(size_of::<f32>()),
-            MAX_ROWS * self.qkv_stride(),
-            MAX_ROWS * self.q_dim,
-            MAX_ROWS * padded(self.hidden_dim),
-            MAX_ROWS * padded(self.hidden_dim),
-            MAX_ROWS * self.projected,
-            self.kv.partials_len(),
-            padded(self.vocab_size),
-        ]
+        Some(Buffers {
+            x: cut(GROUP * MAX_ROWS * padded(self.dim))?,
+            normed: cut(MAX_ROWS * self.dim)?,
+            quantised: cut(MAX_ROWS * x_row_bytes(DType::Q8_0, longest_k).div_ceil(size_of::<f32>()))?,
+            qkv: cut(MAX_ROWS * self.qkv_stride())?,
+            attended: cut(MAX_ROWS * self.q_dim)?,
+            hidden: cut(MAX_ROWS * padded(self.hidden_dim))?,
+            up: cut(MAX_ROWS * padded(self.hidden_dim))?,
+            projected: cut(MAX_ROWS * self.projected)?,
+            partials: cut(self.kv.partials_len())?,
+            logits: cut(padded(self.vocab_size))?,
+        })
+    }
+}
+
+/// The two pieces of memory a session lives in.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct SessionMemory<B> {
+    /// Keys and values: most of it, used as the context fills.
+    pub kv: B,
+    /// Everything that is computed on the way to a token.
+    pub activations: B,
+}
+
+impl<B> SessionMemory<B> {
+    /// Both pieces by `make`.
+    pub fn map<C>(self, mut make: impl FnMut(B) -> C) -> SessionMemory<C> {
+        SessionMemory { kv: make(self.kv), activations: make(self.activations) }
+    }
+}
+
+impl SessionMemory<Vec<u8>> {
+    /// The memory itself, for one session.
+    pub fn lend(&mut self) -> SessionMemory<&mut [u8]> {
+        SessionMemory { kv: &mut self.kv, activations: &mut self.activations }
+    }
+}
+
+/// Cuts pieces off the front of memory, each at the start of a cache line.
+struct Cutter<'m>(&'m mut [f32]);
+
+impl<'m> Cutter<'m> {
+    /// Elements in a cache line.
+    const LINE: usize = WEIGHT_ALIGN / size_of::<f32>();
+
+    /// Bytes of memory that pieces of `lens` elements need, wherever it starts.
+    fn need_bytes(lens: impl Iterator<Item = usize>) -> usize {
+        WEIGHT_ALIGN + lens.map(|len| len.next_multiple_of(Self::LINE) * size_of::<f32>()).sum::<usize>()
+    }
+
+    fn new(memory: &'m mut [u8]) -> Self {
+        let start = memory.as_ptr().align_offset(WEIGHT_ALIGN).min(memory.len());
+        let whole = (memory.len() - start) / WEIGHT_ALIGN * WEIGHT_ALIGN;
+        Self(<[f32]>::mut_from_bytes(&mut memory[start..start + whole]).unwrap_or_default())
+    }
+
+    fn cut(&mut self, len: usize) -> Option<&'m mut [f32]> {
+        let (piece, rest) = core::mem::take(&mut self.0).split_at_mut_checked(len.next_multiple_of(Self::LINE))?;
+        self.0 = rest;
+        Some(&mut piece[..len])
     }
 }
 
 impl<'m> Session<'m> {
     /// Bytes of memory a session of `context` tokens on `threads` cores needs, with a KV cache of type `kv`.
-    pub fn memory_bytes(config: &Config, context: usize, threads: usize, kv: KvType) -> usize {
-        let lens = Sizes::new(config, context, threads, kv).lens();
-        let cut = |len: usize| (len * size_of::<f32>()).next_multiple_of(WEIGHT_ALIGN);
-        WEIGHT_ALIGN + lens.into_iter().map(cut).sum::<usize>()
+    pub fn memory_bytes(config: &Config, context: usize, threads: usize, kv: KvType) -> SessionMemory<usize> {
+        let sizes = Sizes::new(config, context, threads, kv);
+        let mut lens = Vec::new();
+        let _ = sizes.buffers(|len| {
+            lens.push(len);
+            Some(())
+        });
+        SessionMemory {
+            kv: Cutter::need_bytes([sizes.kv_len()].into_iter()),
+            activations: Cutter::need_bytes(lens.into_iter()),
+        }
     }
 
     /// An empty context of `context` tokens in `memory` ([`Session::memory_bytes`], content arbitrary).
     ///
     /// # Errors
     /// [`EngineError::SessionMemory`] when the memory is too small.
-    pub fn new(engine: &Engine<'_>, context: usize, kv: KvType, memory: &'m mut [u8]) -> Result<Self, EngineError> {
+    pub fn new(
+        engine: &Engine<'_>,
+        context: usize,
+        kv: KvType,
+        memory: SessionMemory<&'m mut [u8]>,
+    ) -> Result<Self, EngineError> {
         let threads = engine.plan.threads;
         let sizes = Sizes::new(engine.config(), context, threads, kv);
-        let need_bytes = Self::memory_bytes(engine.config(), context, threads, kv);
-        let have_bytes = memory.len();
+        let need = Self::memory_bytes(engine.config(), context, threads, kv);
+        let (need_bytes, have_bytes) = (need.kv + need.activations, memory.kv.len() + memory.activations.len());
         let too_small = EngineError::SessionMemory { context, need_bytes, have_bytes };
-        if have_bytes < need_bytes {
+        if memory.kv.len() < need.kv || memory.activations.len() < need.activations {
             return Err(too_small);
         }
-        let mut rest = {
-            let start = memory.as_ptr().align_offset(WEIGHT_ALIGN);
-            let whole = (have_bytes - start) / WEIGHT_ALIGN * WEIGHT_ALIGN;
-            <[f32]>::mut_from_bytes(&mut memory[start..start + whole]).map_err(|_| too_small.clone())?
-        };
-        let mut buffers = sizes.lens().map(|len| {
-            let line = WEIGHT_ALIGN / size_of::<f32>();
-            let (buffer, after) = core::mem::take(&mut rest).split_at_mut(len.next_multiple_of(line));
-            rest = after;
-            Some(&mut buffer[..len])
+        // The cache clears itself as it is used.
+        let kv = Cutter::new(memory.kv).cut(sizes.kv_len()).ok_or(too_small.clone())?;
+        let mut activations = Cutter::new(memory.activations);
+        let buffers = sizes.buffers(|len| {
+            let buffer = activations.cut(len)?;
+            // Spare rows and padding columns are read: they must be finite.
+            buffer.fill(0.0);
+            Some(buffer)
         });
-        // Spare rows and padding columns are read: they must be finite. The cache, most of the memory, clears itself as
-        // it is used.
-        buffers.iter_mut().skip(1).flatten().for_each(|buffer| buffer.fill(0.0));
-        let mut taken = buffers.iter_mut().map(|buffer| buffer.take().unwrap_or_default());
-        let mut next = || taken.next().unwrap_or_default();
-        let kv = next();
-        let buffers = Buffers {
-            x: next(),
-            normed: next(),
-            quantised: next(),
-            qkv: next(),
-            attended: next(),
-            hidden: next(),
-            up: next(),
-            projected: next(),
-            partials: next(),
-            logits: next(),
-        };
-        Ok(Self { sizes, kv, pos: 0, buffers })
+        Ok(Self { sizes, kv, pos: 0, buffers: buffers.ok_or(too_small)? })
     }
 
     /// Tokens in the context.

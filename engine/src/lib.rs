@@ -37,7 +37,7 @@ pub mod weights;
 pub mod workers;
 
 pub use error::EngineError;
-pub use forward::{Engine, Session};
+pub use forward::{Engine, Session, SessionMemory};
 pub use isa::Isa;
 pub use loader::{LoadedModel, Loader};
 pub use random::SplitMix64;

@@ -7,7 +7,7 @@ use engine::attention::KvType;
 use engine::operands::AlignedBytes;
 use engine::simd::Level;
 use engine::workers::Single;
-use engine::{Engine, EngineError, Isa, Loader, Plan, Session, Tier};
+use engine::{Engine, EngineError, Isa, Loader, Plan, Session, SessionMemory, Tier};
 use model::architecture::{Activation, Norm, Positions, RopeOrder};
 use model::quant::{dequantise, quantise};
 use model::synthetic::{self, Spec, TokenizerKind};
@@ -133,7 +133,7 @@ fn a_prompt_in_any_pieces_is_the_same_context() {
     let prompt: Vec<u32> = (0..150).map(|i| i * 37 % 300).collect();
     for kv in [KvType::F32, KvType::F16, KvType::Q8_0] {
         let mut memory = session_memory(&engine, 160, kv);
-        let mut session = Session::new(&engine, 160, kv, &mut memory).unwrap();
+        let mut session = Session::new(&engine, 160, kv, memory.lend()).unwrap();
         let whole = session.prefill(&mut engine, &Threads(2), &prompt).unwrap().to_vec();
         assert_eq!(session.pos(), 150);
         for piece in [1, 3, 5, 16, 40, 64, 100] {
@@ -432,11 +432,15 @@ fn sessions_refuse_what_they_cannot_do() {
     let (model, file) = gguf(&Spec::default());
     let mut engine = load(&model, &file, 1, 1 << 20, Isa::detect(), Tier::Baseline);
     let mut memory = session_memory(&engine, 10, KvType::F16);
-    let need_bytes = memory.len();
-    let short = Session::new(&engine, 10, KvType::F16, &mut memory[1..]).err();
-    let have_bytes = need_bytes - 1;
-    assert_eq!(short, Some(EngineError::SessionMemory { context: 10, need_bytes, have_bytes }));
-    let mut session = Session::new(&engine, 10, KvType::F16, &mut memory).unwrap();
+    let need_bytes = memory.kv.len() + memory.activations.len();
+    let refused = EngineError::SessionMemory { context: 10, need_bytes, have_bytes: need_bytes - 1 };
+    let lent = memory.lend();
+    let short = SessionMemory { kv: &mut lent.kv[1..], ..lent };
+    assert_eq!(Session::new(&engine, 10, KvType::F16, short).err(), Some(refused.clone()));
+    let lent = memory.lend();
+    let short = SessionMemory { activations: &mut lent.activations[1..], ..lent };
+    assert_eq!(Session::new(&engine, 10, KvType::F16, short).err(), Some(refused));
+    let mut session = Session::new(&engine, 10, KvType::F16, memory.lend()).unwrap();
     assert_eq!(session.prefill(&mut engine, &Single, &[]).err(), Some(EngineError::NoTokens));
     let outside = session.decode(&mut engine, &Single, 300).err();
     assert_eq!(outside, Some(EngineError::Token { token: 300, vocab_size: 300 }));

@@ -158,7 +158,7 @@ fn smollm2_rates() {
     let mut engine = engine_of(&model, &file, 1);
     println!("load: {:.2} GB/s", file.len() as f64 / 1e9 / (cpu_time() - start).as_secs_f64());
     let mut memory = support::session_memory(&engine, 512, KvType::F16);
-    let mut session = engine::Session::new(&engine, 512, KvType::F16, &mut memory).unwrap();
+    let mut session = engine::Session::new(&engine, 512, KvType::F16, memory.lend()).unwrap();
     let prompt: Vec<u32> = (0..128).map(|i| 1000 + 7 * i).collect();
     for _ in 0..3 {
         session.truncate(0);

@@ -118,7 +118,8 @@ fn facts_of(description: &ModelDescription) -> Facts {
     let context = (config.seq_len as usize).min(2048);
     let plan = Plan::new(description, 1);
     let kv = KvType::for_model(description);
-    let session_bytes = Session::memory_bytes(config, context, 1, kv);
+    let session = Session::memory_bytes(config, context, 1, kv);
+    let session_bytes = session.kv + session.activations;
     let weights_bytes = plan.as_ref().map(Plan::arena_bytes).ok();
     facts.json.insert("session_bytes".to_owned(), json!(session_bytes));
     facts.json.insert("kv_cache".to_owned(), json!(kv.name()));

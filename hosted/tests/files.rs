@@ -49,7 +49,7 @@ fn memory_is_asked_for_before_the_weights_are_read() {
     let context = (1 << 22).to_string();
     let args = ["generate", "--model", "long.gguf", "--context", &context, "--threads", "1", "--set", &hash];
     let error = refused(&args, dir.path());
-    assert!(error.contains("not enough memory for session"), "{error}");
+    assert!(error.contains("not enough memory for kv"), "{error}");
 }
 
 #[test]

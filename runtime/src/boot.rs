@@ -23,7 +23,7 @@ use engine::attention::KvType;
 use engine::dispatch::MAX_PARTS;
 use engine::simd::limits;
 use engine::workers::Workers;
-use engine::{Engine, Isa, Loader, Plan, Session};
+use engine::{Engine, Isa, Loader, Plan, Session, SessionMemory};
 use model::ModelDescription;
 use report::{BootReport, ExitStatus, ImageKind, Level, Message, TrialRow, screen};
 use storage::{FatVolume, write_in_place};
@@ -276,7 +276,7 @@ pub struct Reserved {
     shape: Shape,
     plan: Plan,
     kv: KvType,
-    session: &'static mut [u8],
+    session: SessionMemory<&'static mut [u8]>,
     weights: &'static mut [u8],
     /// The angles go to the heap as the context fills: their room is held until the engine takes it.
     angles: Vec<u8>,
@@ -297,7 +297,11 @@ impl Reserved {
         let Shape { threads, context, .. } = shape;
         let plan = Plan::new(description, threads)?;
         let kv = kv_type(options, description);
-        let session = platform.arena("session", Session::memory_bytes(&description.config, context, threads, kv))?;
+        let bytes = Session::memory_bytes(&description.config, context, threads, kv);
+        let session = SessionMemory {
+            kv: platform.arena("kv", bytes.kv)?,
+            activations: platform.arena("activations", bytes.activations)?,
+        };
         let weights = platform.arena("weights", plan.arena_bytes())?;
         let need_bytes = plan.angle_bytes(context);
         let no_room = RunError::NoRoomForAngles { context, need_bytes };

@@ -100,8 +100,8 @@ mod tests {
         let loaded = loader.finish().unwrap();
         let mut engine = Engine::new(loaded, arena, Isa::PORTABLE, engine::Tier::Reference).unwrap();
         let kv = engine::attention::KvType::F32;
-        let mut memory = vec![0; Session::memory_bytes(&model.config, 16, 1, kv)];
-        let mut session = Session::new(&engine, 16, kv, &mut memory).unwrap();
+        let mut memory = Session::memory_bytes(&model.config, 16, 1, kv).map(|len| vec![0; len]);
+        let mut session = Session::new(&engine, 16, kv, memory.lend()).unwrap();
         session.prefill(&mut engine, &One, &[5]).unwrap();
 
         // A machine whose limit is what the hottest kernel took.

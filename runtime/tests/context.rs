@@ -5,7 +5,7 @@ mod support;
 use engine::attention::KvType;
 use engine::simd::Level;
 use engine::workers::Single;
-use engine::{Engine, Isa, Loader, Plan, Session, Tier, sampler};
+use engine::{Engine, Isa, Loader, Plan, Session, SessionMemory, Tier, sampler};
 use model::Architecture;
 use model::synthetic::{self, Spec};
 use runtime::RunError;
@@ -24,7 +24,7 @@ fn tokens(file: &[u8], settings: &str) -> (Vec<u32>, String) {
 /// An engine of its own for runs from an empty context.
 struct Fresh {
     engine: Engine<'static>,
-    memory: Vec<u8>,
+    memory: SessionMemory<Vec<u8>>,
     kv: KvType,
 }
 
@@ -37,12 +37,12 @@ impl Fresh {
         loader.feed(0, file).unwrap();
         let engine = Engine::new(loader.finish().unwrap(), arena, Isa::detect(), Tier::Baseline).unwrap();
         let kv = KvType::for_model(&description);
-        Self { engine, memory: vec![0; Session::memory_bytes(&description.config, CONTEXT, 1, kv)], kv }
+        Self { engine, memory: Session::memory_bytes(&description.config, CONTEXT, 1, kv).map(|len| vec![0; len]), kv }
     }
 
     /// Greedy tokens after `window`.
     fn tokens(&mut self, window: &[u32], count: usize) -> Vec<u32> {
-        let mut session = Session::new(&self.engine, CONTEXT, self.kv, &mut self.memory).unwrap();
+        let mut session = Session::new(&self.engine, CONTEXT, self.kv, self.memory.lend()).unwrap();
         let mut token = sampler::greedy(session.prefill(&mut self.engine, &Single, window).unwrap());
         let mut out = vec![token];
         while out.len() < count {

@@ -745,7 +745,7 @@ fn large_context(bench: &mut Bench) -> Result<()> {
     std::fs::write(&path, model)?;
     let mut machine = bench.machine("snapshot=false context=4194304");
     machine.drives[1].path = path;
-    bench.refused(&machine, ExitStatus::Memory, &["not enough memory for session", "needed"])
+    bench.refused(&machine, ExitStatus::Memory, &["not enough memory for kv", "needed"])
 }
 
 fn bad_prompts(bench: &mut Bench) -> Result<()> {

@@ -5,7 +5,7 @@ use engine::attention::KvType;
 use engine::operands::AlignedBytes;
 use engine::simd::Level;
 use engine::workers::Workers;
-use engine::{Engine, Isa, Loader, Plan, Session, Tier, sampler};
+use engine::{Engine, Isa, Loader, Plan, Session, SessionMemory, Tier, sampler};
 use model::ModelDescription;
 
 /// Scoped threads, started anew for each job: slow, and as unordered as it gets.
@@ -50,8 +50,8 @@ pub fn load(
 }
 
 /// Memory for a session.
-pub fn session_memory(engine: &Engine<'_>, context: usize, kv: KvType) -> Vec<u8> {
-    vec![0xff; Session::memory_bytes(engine.config(), context, engine.plan().threads(), kv)]
+pub fn session_memory(engine: &Engine<'_>, context: usize, kv: KvType) -> SessionMemory<Vec<u8>> {
+    Session::memory_bytes(engine.config(), context, engine.plan().threads(), kv).map(|len| vec![0xff; len])
 }
 
 /// Runs `prompt` and then `forced` tokens one by one; returns the logits after the prompt and after each forced token.
@@ -64,7 +64,7 @@ pub fn forced_logits(
 ) -> Vec<Vec<f32>> {
     let context = prompt.len() + forced.len();
     let mut memory = session_memory(engine, context, kv);
-    let mut session = Session::new(engine, context, kv, &mut memory).unwrap();
+    let mut session = Session::new(engine, context, kv, memory.lend()).unwrap();
     let mut all = vec![session.prefill(engine, workers, prompt).unwrap().to_vec()];
     for &token in forced {
         all.push(session.decode(engine, workers, token).unwrap().to_vec());
@@ -76,7 +76,7 @@ pub fn forced_logits(
 pub fn generate(engine: &mut Engine<'_>, workers: &dyn Workers, prompt: &[u32], count: usize, kv: KvType) -> Vec<u32> {
     let context = prompt.len() + count;
     let mut memory = session_memory(engine, context, kv);
-    let mut session = Session::new(engine, context, kv, &mut memory).unwrap();
+    let mut session = Session::new(engine, context, kv, memory.lend()).unwrap();
     let mut token = sampler::greedy(session.prefill(engine, workers, prompt).unwrap());
     let mut tokens = vec![token];
     while tokens.len() < count {
