@@ -1,7 +1,7 @@
 //! Streams a model file once, in order and in any chunking, and packs every weight straight into the arena.
 //!
 //! Input: chunks `(file offset, bytes)`. Output: a filled arena and a [`LoadedModel`] that `Engine::new` joins with it.
-//! Between chunks only the unfinished row of one tensor is kept aside; no weight is stored twice.
+//! Between chunks only the unfinished panel (or row) of one tensor is kept aside; no weight is stored twice.
 
 use crate::error::EngineError;
 use crate::pack::{ColumnMap, pack_rows, scale_groups, zero_padding};
@@ -9,6 +9,7 @@ use crate::simd::Level;
 use crate::weights::{Destination, Plan, PlannedTensor};
 use alloc::vec;
 use alloc::vec::Vec;
+use model::layout::PANEL;
 
 /// A model whose weights are in an arena.
 #[derive(Clone, Debug)]
@@ -31,7 +32,7 @@ pub struct Loader<'a> {
     tensor: usize,
     /// Bytes of it that were taken in, `carry` included.
     have_bytes: u64,
-    /// Start of a row whose end is in the next chunk.
+    /// Start of a panel or row whose end is in the next chunk.
     carry: Vec<u8>,
 }
 
@@ -83,28 +84,41 @@ impl<'a> Loader<'a> {
         Ok(())
     }
 
-    /// Takes in the next bytes of the current tensor: whole rows directly, the rest through `carry`.
+    /// Takes in the next bytes of the current tensor: whole panels directly, the rest through `carry`.
     fn take_in(&mut self, bytes: &[u8]) {
         let planned = &self.plan.tensors[self.tensor];
         let row_bytes = planned.row_bytes;
-        let mut row = (self.have_bytes / row_bytes as u64) as usize;
+        let first = ((self.have_bytes - self.carry.len() as u64) / row_bytes as u64) as usize;
+        // Columns in front of this tensor's, and how many rows are stored together.
+        let (offset, unit) = match &planned.destination {
+            Destination::Packed { map, .. } => (map.offset, PANEL),
+            _ => (0, 1),
+        };
+        let is_end = self.have_bytes + bytes.len() as u64 == planned.tensor.len_bytes;
+        // Of `rows` rows from `first` on, those up to the end of the last unit.
+        let whole = |first: usize, rows: usize| {
+            if is_end { rows } else { rows.saturating_sub((offset + first + rows) % unit) }
+        };
         let mut sink = Sink { plan: &self.plan, level: self.level, arena: self.arena, vectors: &mut self.vectors };
-        let mut bytes = bytes;
+        let (mut first, mut bytes) = (first, bytes);
         if !self.carry.is_empty() {
-            let missing = row_bytes - self.carry.len();
+            let rows_left = unit - (offset + first) % unit;
+            let missing = rows_left * row_bytes - self.carry.len();
             let (head, rest) = bytes.split_at(missing.min(bytes.len()));
             self.carry.extend_from_slice(head);
             bytes = rest;
-            if self.carry.len() < row_bytes {
+            let rows = whole(first, self.carry.len() / row_bytes);
+            if rows == 0 {
                 return;
             }
-            sink.rows(planned, row, &self.carry);
+            sink.rows(planned, first, &self.carry);
             self.carry.clear();
-            row += 1;
+            first += rows;
         }
-        let (rows, rest) = bytes.split_at(bytes.len() / row_bytes * row_bytes);
+        let rows = whole(first, bytes.len() / row_bytes);
+        let (rows, rest) = bytes.split_at(rows * row_bytes);
         if !rows.is_empty() {
-            sink.rows(planned, row, rows);
+            sink.rows(planned, first, rows);
         }
         self.carry.extend_from_slice(rest);
     }

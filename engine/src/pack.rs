@@ -176,22 +176,22 @@ pub fn pack_rows(
     let mut rows = rows;
     while !rows.is_empty() {
         let (panel, lane) = map.place(column);
-        let panel = &mut packed[panel * panel_bytes..][..panel_bytes];
-        let count = (rows.len() / row_bytes).min(PANEL - lane);
+        let packed = &mut packed[panel * panel_bytes..];
+        let fast = match level {
+            Level::Avx2(avx2) if has_panel_code(format) && lane == 0 => Some(avx2),
+            _ => None,
+        };
+        let panels = rows.len() / (PANEL * row_bytes);
+        let count = match fast {
+            Some(_) if panels > 0 => panels * PANEL,
+            _ => (rows.len() / row_bytes).min(PANEL - lane),
+        };
         let (now, later) = rows.split_at(count * row_bytes);
-        if pack_lanes(format, now, row_bytes, lane, panel) {
-            // Formats without code of their own, whatever the level.
-        } else if count == PANEL {
-            match level {
-                Level::Avx2(avx2) if format != RowFormat::Int8 => {
-                    crate::simd::pack::pack_panel(avx2, format, now, row_bytes, panel)
-                }
-                _ => pack_panel(format, now, row_bytes, panel),
+        match fast {
+            Some(avx2) if panels > 0 => {
+                crate::simd::pack::pack_panels(avx2, format, now, row_bytes, map.panel_step, packed);
             }
-        } else {
-            for (i, row) in now.chunks_exact(row_bytes).enumerate() {
-                pack_row(format, row, lane + i, panel);
-            }
+            _ => pack_lanes(format, now, row_bytes, lane, &mut packed[..panel_bytes]),
         }
         column += count;
         rows = later;
@@ -263,15 +263,6 @@ const fn quants_offset(format: RowFormat) -> usize {
     if matches!(format, RowFormat::Q4_1) { 4 } else { 2 }
 }
 
-/// Packs one row into one lane: the path for rows at the edge of a chunk or of a panel.
-fn pack_row(format: RowFormat, row: &[u8], lane: usize, panel: &mut [u8]) {
-    let dtype = format.dtype();
-    let (block_bytes, _) = format.block();
-    for (step, block) in panel.chunks_exact_mut(step_bytes(dtype)).zip(row.chunks_exact(block_bytes)) {
-        pack_block(format, block, lane, step);
-    }
-}
-
 /// Packs one file block into one lane of one step.
 #[inline(always)]
 fn pack_block(format: RowFormat, block: &[u8], lane: usize, step: &mut [u8]) {
@@ -301,17 +292,6 @@ fn pack_block(format: RowFormat, block: &[u8], lane: usize, step: &mut [u8]) {
     }
 }
 
-/// Packs 32 rows into a whole panel, writing it front to back: on CPUs without AVX2, and what has no code there.
-fn pack_panel(format: RowFormat, rows: &[u8], row_bytes: usize, panel: &mut [u8]) {
-    let (block_bytes, _) = format.block();
-    let steps = panel.chunks_exact_mut(step_bytes(format.dtype()));
-    for (step, at) in steps.zip((0..row_bytes).step_by(block_bytes)) {
-        for lane in 0..PANEL {
-            pack_block(format, &rows[lane * row_bytes + at..][..block_bytes], lane, step);
-        }
-    }
-}
-
 /// Calls a function generic over a block format with that of the quantised `$dtype`.
 macro_rules! with_block_format {
     ($dtype:expr, $call:ident ( $($arg:expr),* )) => {
@@ -331,15 +311,25 @@ macro_rules! with_block_format {
     };
 }
 
-/// Packs `rows` into the lanes of `panel` from `lane` on, code by code. False, and nothing done, for the formats that
-/// have faster code.
-fn pack_lanes(format: RowFormat, rows: &[u8], row_bytes: usize, lane: usize, panel: &mut [u8]) -> bool {
-    match format {
-        RowFormat::F32 | RowFormat::F16 | RowFormat::Bf16 | RowFormat::Int8 => return false,
-        RowFormat::Q8_0 | RowFormat::Q4_0 | RowFormat::Q4_1 => return false,
-        _ => with_block_format!(format.dtype(), pack_lanes_of(rows, row_bytes, lane, panel)),
+/// Whether `simd::pack` has code for panels of the format.
+fn has_panel_code(format: RowFormat) -> bool {
+    use RowFormat::{Bf16, F16, F32, Q4_0, Q4_1, Q8_0};
+    matches!(format, F32 | F16 | Bf16 | Q8_0 | Q4_0 | Q4_1)
+}
+
+/// Packs `rows` into the lanes of `panel` from `lane` on, block by block through all rows, so that the panel is written
+/// front to back.
+fn pack_lanes(format: RowFormat, rows: &[u8], row_bytes: usize, lane: usize, panel: &mut [u8]) {
+    if !has_panel_code(format) && format != RowFormat::Int8 {
+        return with_block_format!(format.dtype(), pack_lanes_of(rows, row_bytes, lane, panel));
     }
-    true
+    let (block_bytes, _) = format.block();
+    let steps = panel.chunks_exact_mut(step_bytes(format.dtype()));
+    for (step, at) in steps.zip((0..row_bytes).step_by(block_bytes)) {
+        for (j, row) in rows.chunks_exact(row_bytes).enumerate() {
+            pack_block(format, &row[at..at + block_bytes], lane + j, step);
+        }
+    }
 }
 
 fn pack_lanes_of<F: BlockFormat<LEN, BYTES>, const LEN: usize, const BYTES: usize>(

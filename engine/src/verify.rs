@@ -43,8 +43,10 @@ pub struct Mismatch {
 impl fmt::Display for Mismatch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Mismatch { case, row, column, want_bits, got_bits } = *self;
-        let (want, got) = (f32::from_bits(want_bits), f32::from_bits(got_bits));
-        write!(f, "{case} operands: y[{row}][{column}] is {got:.6} ({got_bits:08x}), not {want:.6} ({want_bits:08x})")
+        // Neighbouring floats have neighbouring numbers.
+        let number = |bits: u32| if bits >> 31 == 0 { i64::from(bits) } else { -i64::from(bits & i32::MAX as u32) };
+        let ulps = number(got_bits) - number(want_bits);
+        write!(f, "{case} operands: y[{row}][{column}] is {got_bits:08x}, not {want_bits:08x} ({ulps:+} ulp)")
     }
 }
 

@@ -2,6 +2,7 @@
 
 use crate::architecture::{Architecture, Positions, Windowed};
 use crate::error::ModelError;
+use crate::scientific::Scientific;
 use alloc::format;
 use alloc::string::{String, ToString};
 use serde::{Deserialize, Serialize};
@@ -137,7 +138,7 @@ impl Config {
             ("norm_eps", self.norm_eps),
         ] {
             if !(value.is_finite() && value > 0.0) {
-                return invalid(field, value.to_string(), "a finite number above zero".to_string());
+                return invalid(field, Scientific(value.into()).to_string(), "a finite number above zero".to_string());
             }
         }
         Ok(())

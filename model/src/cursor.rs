@@ -49,9 +49,8 @@ impl<'a> Cursor<'a> {
 
     /// Consumes `N` bytes as an array.
     pub(crate) fn array<const N: usize>(&mut self, what: &'static str) -> Result<[u8; N], ModelError> {
-        let mut out = [0; N];
-        out.copy_from_slice(self.take(N as u64, what)?);
-        Ok(out)
+        // `take` gave exactly `N` bytes.
+        Ok(self.take(N as u64, what)?.first_chunk().copied().unwrap_or([0; N]))
     }
 
     pub(crate) fn u32(&mut self, what: &'static str) -> Result<u32, ModelError> {

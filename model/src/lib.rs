@@ -34,6 +34,7 @@ pub mod llama2c;
 pub mod numerics;
 pub mod order;
 pub mod quant;
+mod scientific;
 pub mod synthetic;
 pub mod tokenizer;
 

@@ -83,7 +83,7 @@ fn facts(screen: &mut Screen, report: &BootReport) {
     let tsc = if report.tsc_hz == 0 {
         "TSC -".to_string()
     } else {
-        format!("TSC{TIE}{:.2}{TIE}GHz", report.tsc_hz as f64 / 1e9)
+        format!("TSC{TIE}{}{TIE}GHz", decimal(report.tsc_hz as f64 / 1e9, 2))
     };
     screen.fact("machine", &format!("{cpu}{hypervisor}, {cores}, {}, {tsc}", report.isa), 2);
     screen.fact(
@@ -374,7 +374,7 @@ fn quoted(text: &str, columns: usize) -> String {
 /// At most five characters: `9999`, `12.3k`, `123k`, `1.23M`.
 fn count(value: f64) -> String {
     if value < 9999.5 {
-        return format!("{value:.0}");
+        return decimal(value, 0);
     }
     let (mut value, mut unit) = (value / 1e3, 0);
     const UNITS: [char; 5] = ['k', 'M', 'G', 'T', 'P'];
@@ -385,6 +385,19 @@ fn count(value: f64) -> String {
     format!("{}{}", three_digits(value), UNITS[unit])
 }
 
+/// `value` with `digits` digits behind the point. The standard library's way to write floats would be 15 KB of the native
+/// image, for numbers of every size; these are below 2^64 when scaled, and what is not is written as the nearest that is.
+fn decimal(value: f64, digits: u32) -> String {
+    let scale = 10u64.pow(digits);
+    let scaled = (value.abs() * scale as f64 + 0.5) as u64;
+    let sign = if value < 0.0 && scaled > 0 { "-" } else { "" };
+    let (whole, fraction) = (scaled / scale, scaled % scale);
+    match digits {
+        0 => format!("{sign}{whole}"),
+        _ => format!("{sign}{whole}.{fraction:0width$}", width = digits as usize),
+    }
+}
+
 /// Three significant digits, at most five characters below 100 000.
 fn three_digits(value: f64) -> String {
     if !value.is_finite() {
@@ -392,11 +405,11 @@ fn three_digits(value: f64) -> String {
     } else if value == 0.0 {
         "0".to_string()
     } else if value < 9.995 {
-        format!("{value:.2}")
+        decimal(value, 2)
     } else if value < 99.95 {
-        format!("{value:.1}")
+        decimal(value, 1)
     } else if value < 99_999.5 {
-        format!("{value:.0}")
+        decimal(value, 0)
     } else {
         ">99k".to_string()
     }
@@ -406,7 +419,7 @@ fn percent(share: f64) -> String {
     match share * 100.0 {
         p if !p.is_finite() => "-".to_string(),
         p if p > 0.0 && p < 0.05 => "<0.1%".to_string(),
-        p => format!("{p:.1}%"),
+        p => decimal(p, 1) + "%",
     }
 }
 
@@ -414,8 +427,8 @@ fn percent(share: f64) -> String {
 fn percent_short(share: Option<f64>) -> String {
     match share {
         Some(share) if share.is_finite() => match share * 100.0 {
-            p if p < 9.95 => format!("{p:.1}%"),
-            p if p < 999.5 => format!("{p:.0}%"),
+            p if p < 9.95 => decimal(p, 1) + "%",
+            p if p < 999.5 => decimal(p, 0) + "%",
             _ => ">999".to_string(),
         },
         _ => "-".to_string(),

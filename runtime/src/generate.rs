@@ -9,6 +9,7 @@ use alloc::vec::Vec;
 use engine::sampler::Sampler;
 use engine::{Engine, Session};
 use model::ModelDescription;
+use model::order::sorted_by_key;
 use model::tokenizer::{StopStrings, TextStream};
 use profiler::Part;
 use report::{Level, Message};
@@ -147,7 +148,5 @@ fn shift_text(context: usize, keep: usize, dropped: usize) -> String {
 
 /// Median of ticks; `None` of none.
 pub fn median(ticks: &[u64]) -> Option<u64> {
-    let mut sorted = ticks.to_vec();
-    sorted.sort_unstable();
-    sorted.get(sorted.len() / 2).copied()
+    sorted_by_key(ticks, |&ticks| ticks).get(ticks.len() / 2).copied()
 }

@@ -85,6 +85,10 @@ pub trait BlockDevice {
     /// [`DeviceError`]; which of the earlier writes are durable is then unknown.
     fn flush(&mut self) -> Result<(), DeviceError>;
 
+    /// Takes the memory that [`BlockDevice::stream`] works with, and touches it: what a hypervisor gives only then costs its
+    /// time here. `stream` does it itself where this was not called.
+    fn prepare_stream(&mut self) {}
+
     /// Reads `len_bytes` (a whole number of sectors) from sector `lba` on and hands consecutive chunks to `sink`, each
     /// a whole number of sectors, in order. An implementation may have later chunks under way while `sink` runs; this
     /// default reads [`STREAM_CHUNK_BYTES`] at a time.

@@ -1,47 +1,106 @@
-//! Packing a whole panel with in-register transposes, so that both file rows and panel are read and written in runs.
+//! Packing a whole panel with in-register transposes, at the speed of memory.
+//!
+//! Packed weights are read next when the model runs, long after they have left the caches. So they are written past these,
+//! each cache line as a whole by consecutive stores, which saves reading it first. And because 32 short rows at a time are too
+//! little for the hardware's prefetchers, a panel fetches the rows of the one behind it while it is packed.
 
 use super::Avx2;
 use crate::pack::RowFormat;
 use core::arch::x86_64::*;
-use model::layout::{PANEL, panel_bytes, scales_offset, step_bytes};
+use model::layout::{PANEL, WEIGHT_ALIGN, panel_bytes, scales_offset, step_bytes};
 
-/// Packs 32 rows of `row_bytes` bytes each into `panel`.
+/// Bytes of a cache line.
+const LINE: usize = 64;
+const _: () = assert!(WEIGHT_ALIGN.is_multiple_of(LINE));
+
+/// Packs panels of 32 rows of `row_bytes` bytes each: panel `i` of `rows` into panel `i * panel_step` of `packed`.
 ///
 /// # Panics
-/// When `rows` or `panel` is not exactly as long as 32 rows need.
-pub(crate) fn pack_panel(_: Avx2, format: RowFormat, rows: &[u8], row_bytes: usize, panel: &mut [u8]) {
+/// When `rows` is not whole panels, or `packed` does not begin at a cache line or is too short for them.
+pub(crate) fn pack_panels(
+    _: Avx2,
+    format: RowFormat,
+    rows: &[u8],
+    row_bytes: usize,
+    panel_step: usize,
+    packed: &mut [u8],
+) {
     let k = row_bytes / format.row_bytes(format.block_elements()) * format.block_elements();
-    assert_eq!(rows.len(), PANEL * row_bytes);
-    assert_eq!(panel.len(), panel_bytes(format.dtype(), k));
+    let panel_bytes = panel_bytes(format.dtype(), k);
+    assert!(rows.len().is_multiple_of(PANEL * row_bytes));
     assert_eq!(format.row_bytes(k), row_bytes);
-    let (rows, panel) = (rows.as_ptr(), panel.as_mut_ptr());
-    // SAFETY: `Avx2` proves the features. The functions read `row_bytes` bytes of each of the 32 rows and write
-    // `panel_bytes` bytes of the panel, which are the lengths just checked.
-    unsafe {
-        match format {
-            RowFormat::F32 => pack_f32(rows, row_bytes, k, panel),
-            RowFormat::F16 => pack_u16::<false>(rows, row_bytes, k, panel),
-            RowFormat::Bf16 => pack_u16::<true>(rows, row_bytes, k, panel),
-            RowFormat::Q8_0 => pack_blocks::<34, 2, 2>(rows, row_bytes, panel, format),
-            RowFormat::Q4_0 => pack_blocks::<18, 2, 1>(rows, row_bytes, panel, format),
-            RowFormat::Q4_1 => pack_blocks::<20, 4, 1>(rows, row_bytes, panel, format),
-            _ => unreachable!("{format:?} is packed lane by lane"),
+    assert!(packed.as_ptr().addr().is_multiple_of(LINE), "packed weights begin at a cache line");
+    let sources = rows.chunks_exact(PANEL * row_bytes);
+    let count = sources.len();
+    let panels = packed.chunks_mut(panel_step * panel_bytes).take(count);
+    assert_eq!(panels.len(), count, "{count} panels do not fit");
+    for (rows, panel) in sources.zip(panels) {
+        let panel = &mut panel[..panel_bytes];
+        let (rows, panel) = (rows.as_ptr(), panel.as_mut_ptr());
+        // SAFETY: `Avx2` proves the features. The functions read `row_bytes` bytes of each of the 32 rows and write
+        // `panel_bytes` bytes of the panel, which is as long as that and begins at a cache line, as `packed` does and a
+        // panel's length is whole lines.
+        unsafe {
+            match format {
+                RowFormat::F32 => pack_f32(rows, row_bytes, k, panel),
+                RowFormat::F16 => pack_u16::<false>(rows, row_bytes, k, panel),
+                RowFormat::Bf16 => pack_u16::<true>(rows, row_bytes, k, panel),
+                RowFormat::Q8_0 => pack_blocks::<34, 2, 2>(rows, row_bytes, panel, format),
+                RowFormat::Q4_0 => pack_blocks::<18, 2, 1>(rows, row_bytes, panel, format),
+                RowFormat::Q4_1 => pack_blocks::<20, 4, 1>(rows, row_bytes, panel, format),
+                _ => unreachable!("{format:?} is packed lane by lane"),
+            }
         }
+    }
+    // Other cores may read the panels next; stores past the caches are ordered by this only.
+    // SAFETY: part of SSE, which every x86-64 CPU has.
+    unsafe { _mm_sfence() };
+}
+
+/// Fetches the lines of `from..to` (offsets in bytes) of the 32 rows behind those at `rows`, which may not exist.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn fetch_behind(rows: *const u8, row_bytes: usize, from: usize, to: usize) {
+    let behind = rows.wrapping_add(PANEL * row_bytes);
+    for line in (from.next_multiple_of(LINE)..to).step_by(LINE) {
+        _mm_prefetch::<_MM_HINT_T1>(behind.wrapping_add(line).cast());
+    }
+}
+
+/// Writes a whole cache line past the caches.
+///
+/// # Safety
+/// `at` is 64 bytes at a cache line.
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn stream_line(at: *mut u8, [low, high]: [__m256i; 2]) {
+    // SAFETY: the caller's.
+    unsafe {
+        _mm256_stream_si256(at.cast(), low);
+        _mm256_stream_si256(at.add(LINE / 2).cast(), high);
     }
 }
 
 #[target_feature(enable = "avx2")]
 unsafe fn pack_f32(rows: *const u8, row_bytes: usize, k: usize, panel: *mut u8) {
     let whole = k / 8 * 8;
-    for k0 in (0..whole).step_by(8) {
-        for lane in (0..PANEL).step_by(8) {
-            // SAFETY: rows `lane..lane + 8` have `4 k` bytes and `k0 + 8 <= k`; step `k0 + i` of the panel is 128 bytes.
-            unsafe {
-                let source = rows.add(lane * row_bytes + 4 * k0);
-                let row = |i: usize| _mm256_loadu_ps(source.add(i * row_bytes).cast());
-                let columns = transpose8(core::array::from_fn(row));
-                for (i, column) in columns.into_iter().enumerate() {
-                    _mm256_storeu_ps(panel.add((k0 + i) * 4 * PANEL + 4 * lane).cast(), column);
+    for k0 in (0..whole).step_by(16) {
+        let k_end = (k0 + 16).min(whole);
+        fetch_behind(rows, row_bytes, PANEL * 4 * k0, PANEL * 4 * k_end);
+        for lane in (0..PANEL).step_by(16) {
+            // Eight and eight elements of a row's cache line in turn: the rows of many shapes share few sets of the cache.
+            for k0 in (k0..k_end).step_by(8) {
+                // SAFETY: rows `lane..lane + 16` have `4 k` bytes and `k0 + 8 <= k`; step `k0 + i` of the panel is 128
+                // bytes, of which these lanes are one line.
+                unsafe {
+                    let eight = |lane: usize| {
+                        let source = rows.add(lane * row_bytes + 4 * k0);
+                        transpose8(core::array::from_fn(|i| _mm256_loadu_ps(source.add(i * row_bytes).cast())))
+                    };
+                    for (i, (low, high)) in eight(lane).into_iter().zip(eight(lane + 8)).enumerate() {
+                        let at = panel.add((k0 + i) * 4 * PANEL + 4 * lane);
+                        stream_line(at, [_mm256_castps_si256(low), _mm256_castps_si256(high)]);
+                    }
                 }
             }
         }
@@ -90,19 +149,22 @@ unsafe fn pack_u16<const WIDEN: bool>(rows: *const u8, row_bytes: usize, k: usiz
     let element_bytes = if WIDEN { 4 } else { 2 };
     let whole = k / 8 * 8;
     for k0 in (0..whole).step_by(8) {
-        for lane in (0..PANEL).step_by(8) {
-            // SAFETY: rows `lane..lane + 8` have `2 k` bytes and `k0 + 8 <= k`; a step is 32 elements.
-            unsafe {
+        fetch_behind(rows, row_bytes, PANEL * 2 * k0, PANEL * 2 * (k0 + 8));
+        // SAFETY: all 32 rows have `2 k` bytes and `k0 + 8 <= k`; a step is 32 elements, one line or two.
+        unsafe {
+            let eight = |lane: usize| {
                 let source = rows.add(lane * row_bytes + 2 * k0);
-                let row = |i: usize| _mm_loadu_si128(source.add(i * row_bytes).cast());
-                let columns = transpose8_u16(core::array::from_fn(row));
-                for (i, column) in columns.into_iter().enumerate() {
-                    let at = panel.add(((k0 + i) * PANEL + lane) * element_bytes);
-                    if WIDEN {
-                        _mm256_storeu_si256(at.cast(), _mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(column)));
-                    } else {
-                        _mm_storeu_si128(at.cast(), column);
-                    }
+                transpose8_u16(core::array::from_fn(|i| _mm_loadu_si128(source.add(i * row_bytes).cast())))
+            };
+            let (a, b, c, d) = (eight(0), eight(8), eight(16), eight(24));
+            for i in 0..8 {
+                let at = panel.add((k0 + i) * PANEL * element_bytes);
+                if WIDEN {
+                    let widened = |column: __m128i| _mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(column));
+                    stream_line(at, [widened(a[i]), widened(b[i])]);
+                    stream_line(at.add(LINE), [widened(c[i]), widened(d[i])]);
+                } else {
+                    stream_line(at, [_mm256_set_m128i(b[i], a[i]), _mm256_set_m128i(d[i], c[i])]);
                 }
             }
         }
@@ -158,33 +220,43 @@ unsafe fn pack_blocks<const BLOCK_BYTES: usize, const QUANTS: usize, const SIXTE
     let step_bytes = step_bytes(format.dtype());
     let scales = scales_offset(format.dtype());
     for block in 0..row_bytes / BLOCK_BYTES {
+        fetch_behind(rows, row_bytes, PANEL * BLOCK_BYTES * block, PANEL * BLOCK_BYTES * (block + 1));
         // SAFETY: every row has `row_bytes / BLOCK_BYTES` blocks and the panel as many steps; all offsets below stay
-        // inside the block and the step.
+        // inside the block and the step, which is whole lines.
         unsafe {
             let source = rows.add(block * BLOCK_BYTES);
             let step = panel.add(block * step_bytes);
-            for lane in (0..PANEL).step_by(8) {
+            for lane in (0..PANEL).step_by(16) {
                 for sixteen in 0..SIXTEENS {
-                    let source = source.add(lane * row_bytes + QUANTS + 16 * sixteen);
                     // Rows i and i + 4 share a register, so that a 4x4 transpose within each half yields 8 lanes in order.
-                    let rows: [__m256; 4] = core::array::from_fn(|i| {
-                        let low = source.add(i * row_bytes).cast();
-                        let high = source.add((i + 4) * row_bytes).cast();
-                        _mm256_castsi256_ps(_mm256_loadu2_m128i(high, low))
-                    });
-                    for (i, group) in transpose4_halves(rows).into_iter().enumerate() {
+                    let eight = |lane: usize| {
+                        let source = source.add(lane * row_bytes + QUANTS + 16 * sixteen);
+                        transpose4_halves(core::array::from_fn(|i| {
+                            let low = source.add(i * row_bytes).cast();
+                            let high = source.add((i + 4) * row_bytes).cast();
+                            _mm256_castsi256_ps(_mm256_loadu2_m128i(high, low))
+                        }))
+                    };
+                    for (i, (low, high)) in eight(lane).into_iter().zip(eight(lane + 8)).enumerate() {
                         let at = step.add((4 * sixteen + i) * 4 * PANEL + 4 * lane);
-                        _mm256_storeu_ps(at.cast(), group);
+                        stream_line(at, [_mm256_castps_si256(low), _mm256_castps_si256(high)]);
                     }
                 }
             }
-            for lane in 0..PANEL {
-                let block = source.add(lane * row_bytes).cast::<u16>();
-                step.add(scales + 2 * lane).cast::<u16>().write_unaligned(block.read_unaligned());
-                if QUANTS == 4 {
-                    let mins = step.add(scales + 2 * PANEL + 2 * lane).cast::<u16>();
-                    mins.write_unaligned(block.add(1).read_unaligned());
-                }
+            // The block's first four bytes: d, and m or quants.
+            let eight = |lane: usize| {
+                let word = |i: usize| source.add((lane + i) * row_bytes).cast::<i32>().read_unaligned();
+                let half = |i: usize| _mm_set_epi32(word(i + 3), word(i + 2), word(i + 1), word(i));
+                _mm256_set_m128i(half(4), half(0))
+            };
+            // Packing works within halves, so its eight-byte pieces come as 0 2 1 3.
+            let sixteen = |a: __m256i, b: __m256i| _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packus_epi32(a, b));
+            let words = [eight(0), eight(8), eight(16), eight(24)];
+            let low = words.map(|w| _mm256_blend_epi16::<0b1010_1010>(w, _mm256_setzero_si256()));
+            stream_line(step.add(scales), [sixteen(low[0], low[1]), sixteen(low[2], low[3])]);
+            if QUANTS == 4 {
+                let high = words.map(|w| _mm256_srli_epi32::<16>(w));
+                stream_line(step.add(scales + LINE), [sixteen(high[0], high[1]), sixteen(high[2], high[3])]);
             }
         }
     }

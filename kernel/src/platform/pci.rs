@@ -7,6 +7,7 @@ use super::port;
 use crate::boot::fixed::FixedList;
 use crate::boot::info::{MapEntry, Range};
 use crate::boot::paging::PAGE_BYTES;
+use core::cmp::Reverse;
 use virtio_drivers::transport::pci::bus::{BarInfo, ConfigurationAccess, DeviceFunction, MemoryBarType, PciRoot};
 
 /// Most disks that are used.
@@ -275,17 +276,20 @@ pub fn find_disks(map: &[MapEntry]) -> FixedList<Disk, MAX_DISKS> {
 
 /// The pages that hold the registers of `disks`: sorted, disjoint.
 pub fn register_pages(disks: &[Disk]) -> FixedList<Range, { MAX_DISKS * BARS }> {
-    let mut bars: FixedList<Range, { MAX_DISKS * BARS }> = FixedList::new();
-    for bar in disks.iter().flat_map(|d| d.bars.as_slice()) {
-        let _ = bars.push(Range { start: bar.start & !(PAGE_BYTES - 1), end: bar.end.next_multiple_of(PAGE_BYTES) });
-    }
-    bars.as_mut_slice().sort_unstable_by_key(|r| r.start);
+    let bars = disks
+        .iter()
+        .flat_map(|d| d.bars.as_slice())
+        .map(|bar| Range { start: bar.start & !(PAGE_BYTES - 1), end: bar.end.next_multiple_of(PAGE_BYTES) });
     let mut pages: FixedList<Range, { MAX_DISKS * BARS }> = FixedList::new();
-    for bar in bars.as_slice() {
+    // They are few: looking for the next one is less code than sorting them.
+    let mut behind = 0;
+    while let Some(bar) = bars.clone().filter(|bar| bar.start >= behind).min_by_key(|bar| (bar.start, Reverse(bar.end)))
+    {
+        behind = bar.start + 1;
         match pages.as_mut_slice().last_mut() {
             Some(last) if bar.start <= last.end => last.end = last.end.max(bar.end),
             _ => {
-                let _ = pages.push(*bar);
+                let _ = pages.push(bar);
             }
         }
     }

@@ -7,6 +7,7 @@ use crate::chat::ChatTemplate;
 use crate::config::Config;
 use crate::description::{Format, ModelDescription, Role, Tensor, check_tensors};
 use crate::error::ModelError;
+use crate::scientific::Scientific;
 use crate::tokenizer::{Bpe, Pretokenizer, SpecialTokens, Spm, TokenKind, Tokenizer, TokenizerError, Vocab};
 use alloc::format;
 use alloc::string::{String, ToString};
@@ -202,7 +203,7 @@ fn refuse_unsupported(keys: &Keys<'_, '_>) -> Result<(), ModelError> {
         if let Some(found) = keys.f32(suffix)?
             && found != harmless
         {
-            return keys.refuse(feature, suffix, found.to_string());
+            return keys.refuse(feature, suffix, Scientific(found.into()).to_string());
         }
     }
     Ok(())

@@ -3,6 +3,7 @@
 use crate::cursor::Cursor;
 use crate::error::ModelError;
 use crate::order::order;
+use crate::scientific::Scientific;
 use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
@@ -173,13 +174,13 @@ impl<'a> Value<'a> {
             Value::I16(v) => format!("an i16 ({v})"),
             Value::U32(v) => format!("a u32 ({v})"),
             Value::I32(v) => format!("an i32 ({v})"),
-            Value::F32(v) => format!("an f32 ({v})"),
+            Value::F32(v) => format!("an f32 ({})", Scientific((*v).into())),
             Value::Bool(v) => format!("a bool ({v})"),
             Value::String(v) => format!("a string (\"{}\")", v.chars().take(40).collect::<String>()),
             Value::Array(v) => format!("an array of {} values, each {}", v.len, v.element.name()),
             Value::U64(v) => format!("a u64 ({v})"),
             Value::I64(v) => format!("an i64 ({v})"),
-            Value::F64(v) => format!("an f64 ({v})"),
+            Value::F64(v) => format!("an f64 ({})", Scientific(*v)),
         }
     }
 

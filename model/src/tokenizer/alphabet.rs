@@ -50,26 +50,31 @@ pub(crate) const fn char_of(byte: u8) -> char {
 /// Appends the bytes that `text` stands for to `out`; on `None` (something outside the alphabet) `out` is unchanged.
 pub(super) fn decode(text: &[u8], out: &mut Vec<u8>) -> Option<()> {
     let start = out.len();
-    let mut rest = text;
-    while let Some((&first, after)) = rest.split_first() {
+    // Room at once: a call to grow for every byte is most of the work where code is built for size.
+    out.resize(start + text.len(), 0);
+    let decoded = decode_into(text, &mut out[start..]);
+    out.truncate(start + decoded.unwrap_or(0));
+    decoded.map(|_| ())
+}
+
+/// Writes the bytes that `text` stands for to the start of `out`, which is as long as `text`; their number.
+fn decode_into(text: &[u8], out: &mut [u8]) -> Option<usize> {
+    let mut len = 0;
+    let mut rest = text.iter();
+    while let Some(&first) = rest.next() {
         // Every character of the alphabet is below U+0144, so one or two bytes of UTF-8.
-        let (code, after) = match (first, after) {
-            (0..0x80, after) => (usize::from(first), after),
-            (0xc2..=0xc5, [second @ 0x80..=0xbf, after @ ..]) => {
-                (usize::from(first & 0x1f) << 6 | usize::from(second & 0x3f), after)
-            }
-            _ => (usize::MAX, after),
+        let code = match first {
+            0..0x80 => usize::from(first),
+            0xc2..=0xc5 => match rest.next() {
+                Some(&second @ 0x80..=0xbf) => usize::from(first & 0x1f) << 6 | usize::from(second & 0x3f),
+                _ => return None,
+            },
+            _ => return None,
         };
-        match BYTES.get(code).copied().flatten() {
-            Some(byte) => out.push(byte),
-            None => {
-                out.truncate(start);
-                return None;
-            }
-        }
-        rest = after;
+        *out.get_mut(len)? = BYTES.get(code).copied().flatten()?;
+        len += 1;
     }
-    Some(())
+    Some(len)
 }
 
 #[cfg(test)]
