@@ -12,11 +12,12 @@ use core::sync::atomic::{AtomicU64, Ordering};
 use model::kernel::KernelKey;
 use model::layout::{WEIGHT_ALIGN, op_weight_bytes, padded, x_row_bytes};
 
-/// ABI of every compiled kernel: `(x, w, y, ldy_bytes)`, System V, no stack arguments.
+/// ABI of every compiled kernel: `(x, w, y, ldy_bytes, rows)`, System V, no stack arguments.
 ///
-/// Every other shape is a constant in the code. Kernels are leaf functions, touch no globals, and end in `vzeroupper`
+/// Of the key's `m` rows it does at least the first `rows` (1 to `m`), and up to where its last register tile ends. Every
+/// other shape is a constant in the code. Kernels are leaf functions, touch no globals, and end in `vzeroupper`
 /// when they used vectors wider than 128 bits.
-type Entry = unsafe extern "sysv64" fn(x: *const u8, w: *const u8, y: *mut f32, ldy_bytes: usize);
+type Entry = unsafe extern "sysv64" fn(x: *const u8, w: *const u8, y: *mut f32, ldy_bytes: usize, rows: usize);
 
 /// A compiled kernel and the problem it computes.
 #[derive(Clone, Copy)]
@@ -35,6 +36,8 @@ pub struct KernelArgs<'a> {
     pub y: &'a mut [f32],
     /// Elements from one row of `y` to the next, at least `padded(n)`.
     pub ldy: usize,
+    /// Rows that are wanted, 1 to `m`; the content of the others is then either what it was or what it would be.
+    pub rows: usize,
 }
 
 impl Kernel {
@@ -43,7 +46,7 @@ impl Kernel {
     /// # Safety
     /// `entry` must point at code that stays mapped and executable, unchanged, for the life of the program, follows
     /// the ABI above, uses only instructions this CPU runs, and for operands of the sizes [`KernelArgs`] states reads
-    /// only `x` and `w` and writes only `y[r * ldy .. r * ldy + padded(n)]` for `r < m`. The publisher keeps this by
+    /// only `x` and `w` and writes only `y[r * ldy .. r * ldy + padded(n)]` for `r < m`, for any `rows` from 1 to `m`. The publisher keeps this by
     /// publishing only `jit` output or hash-checked snapshot code, and `verify` tests it before first use.
     pub unsafe fn from_entry(key: KernelKey, entry: *const u8) -> Kernel {
         // SAFETY: the caller promises that `entry` is code of this ABI.
@@ -64,20 +67,21 @@ impl Kernel {
     /// Runs the kernel.
     ///
     /// # Panics
-    /// When an operand is shorter than the key needs or `w` is not aligned.
+    /// When an operand is shorter than the key needs, `w` is not aligned, or `rows` is not 1 to `m`.
     pub fn call(&self, args: KernelArgs<'_>) {
-        let KernelArgs { x, w, y, ldy } = args;
-        self.call_columns(x, w, ColumnsMut::new(y, self.key.m as usize, padded(self.key.n as usize), ldy));
+        let KernelArgs { x, w, y, ldy, rows } = args;
+        self.call_columns(x, w, ColumnsMut::new(y, self.key.m as usize, padded(self.key.n as usize), ldy), rows);
     }
 
-    /// Runs the kernel on one window of a larger output matrix.
+    /// Runs the kernel on one window of a larger output matrix, for `rows` rows of it (as in [`KernelArgs`]).
     ///
     /// # Panics
     /// As [`Kernel::call`].
-    pub fn call_columns(&self, x: &[u8], w: &[u8], mut y: ColumnsMut<'_>) {
+    pub fn call_columns(&self, x: &[u8], w: &[u8], mut y: ColumnsMut<'_>, rows: usize) {
         check_operands(&self.key, x, w, &y);
+        check_rows(&self.key, rows);
         // SAFETY: `from_entry`'s caller promised the ABI and the memory behaviour for operands of the sizes just checked.
-        unsafe { (self.entry)(x.as_ptr(), w.as_ptr(), y.as_mut_ptr(), y.stride * size_of::<f32>()) }
+        unsafe { (self.entry)(x.as_ptr(), w.as_ptr(), y.as_mut_ptr(), y.stride * size_of::<f32>(), rows) }
     }
 }
 
@@ -101,6 +105,11 @@ pub(crate) fn check_operands(key: &KernelKey, x: &[u8], w: &[u8], y: &ColumnsMut
     assert!(x.as_ptr().addr().is_multiple_of(align_of::<f32>()), "{key}: x at {:p} is not 4-aligned", x);
     assert!(y.rows >= m, "{key}: y has {} rows, {m} needed", y.rows);
     assert!(y.columns >= padded(n), "{key}: y has {} columns, {} needed", y.columns, padded(n));
+}
+
+/// Asserts that a kernel can do `rows` rows.
+fn check_rows(key: &KernelKey, rows: usize) {
+    assert!((1..=key.m as usize).contains(&rows), "{key}: {rows} rows");
 }
 
 /// A `(rows, columns)` window of a row-major f32 matrix, writable by its holder alone.
@@ -262,7 +271,7 @@ pub mod guard {
     //! One guarded call runs at a time (others wait); the platform makes it on one core and must not send faults of
     //! other cores or threads to the recovery address.
 
-    use super::{ColumnsMut, Kernel, KernelArgs, check_operands};
+    use super::{ColumnsMut, Kernel, KernelArgs, check_operands, check_rows};
     use core::arch::global_asm;
     use core::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
     use model::layout::padded;
@@ -290,7 +299,7 @@ pub mod guard {
         ".globl bareflow_guard_call",
         ".globl bareflow_guard_recover",
         ".p2align 4",
-        "bareflow_guard_call:", // (x, w, y, ldy_bytes, entry) -> 0 | 1
+        "bareflow_guard_call:", // (x, w, y, ldy_bytes, rows, entry) -> 0 | 1
         "push rbx",
         "push rbp",
         "push r12",
@@ -300,7 +309,7 @@ pub mod guard {
         "sub rsp, 8", // entry had rsp = 8 mod 16, six pushes keep it: now 0 mod 16, as a call needs
         "stmxcsr [rsp]",
         "mov [rip + {rsp}], rsp",
-        "call r8",
+        "call r9",
         "xor eax, eax",
         "2:",
         "mov qword ptr [rip + {rsp}], 0",
@@ -323,7 +332,14 @@ pub mod guard {
     );
 
     unsafe extern "sysv64" {
-        fn bareflow_guard_call(x: *const u8, w: *const u8, y: *mut f32, ldy_bytes: usize, entry: usize) -> u64;
+        fn bareflow_guard_call(
+            x: *const u8,
+            w: *const u8,
+            y: *mut f32,
+            ldy_bytes: usize,
+            rows: usize,
+            entry: usize,
+        ) -> u64;
         /// A label, not a function: it is never called, only jumped to by a fault handler.
         fn bareflow_guard_recover();
     }
@@ -334,11 +350,12 @@ pub mod guard {
     /// [`Faulted`], with what the platform's handler noted.
     ///
     /// # Panics
-    /// When an operand is shorter than the key needs or `w` is not aligned.
+    /// When an operand is shorter than the key needs, `w` is not aligned, or `rows` is not 1 to `m`.
     pub fn call(kernel: Kernel, args: KernelArgs<'_>) -> Result<(), Faulted> {
-        let KernelArgs { x, w, y, ldy } = args;
+        let KernelArgs { x, w, y, ldy, rows } = args;
         let mut y = ColumnsMut::new(y, kernel.key.m as usize, padded(kernel.key.n as usize), ldy);
         check_operands(&kernel.key, x, w, &y);
+        check_rows(&kernel.key, rows);
         while BUSY.compare_exchange_weak(false, true, Ordering::Acquire, Ordering::Relaxed).is_err() {
             core::hint::spin_loop();
         }
@@ -347,8 +364,9 @@ pub mod guard {
         let ldy_bytes = y.stride() * size_of::<f32>();
         // SAFETY: the trampoline keeps the callee-saved registers, and `Kernel::from_entry`'s contract covers the
         // kernel for operands of the sizes just checked. After a fault nothing of the kernel's frame is used again.
-        let faulted =
-            unsafe { bareflow_guard_call(x.as_ptr(), w.as_ptr(), y.as_mut_ptr(), ldy_bytes, kernel.entry_address()) };
+        let faulted = unsafe {
+            bareflow_guard_call(x.as_ptr(), w.as_ptr(), y.as_mut_ptr(), ldy_bytes, rows, kernel.entry_address())
+        };
         let fault = Faulted { vector: FAULT_VECTOR.load(Ordering::Relaxed), rip: FAULT_RIP.load(Ordering::Relaxed) };
         BUSY.store(false, Ordering::Release);
         if faulted == 0 {

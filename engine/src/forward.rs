@@ -1,8 +1,8 @@
 //! The forward pass of every architecture: tokens in, logits of the last one out.
 //!
 //! Key types: [`Engine`] (weights, kernel table, rope angles) and [`Session`] (one context: KV cache, position, buffers).
-//! A prompt runs in chunks of up to 64 rows; a chunk runs in the smallest batch bucket that holds it, its spare rows
-//! zero. Several chunks go through a layer one after the other before the next layer, which then finds its weights in a
+//! A prompt runs in chunks of up to 64 rows; a chunk runs in the smallest batch bucket that holds it, whose
+//! kernels stop behind its last row. Several chunks go through a layer one after the other before the next layer, which then finds its weights in a
 //! cache for all but the first. Every row is computed on its own, so neither the chunks nor the bucket show in the result.
 
 use crate::attention::{self, KvShape, KvType, Queries};
@@ -52,10 +52,24 @@ impl Chunk {
         M_BUCKETS[self.bucket] as usize
     }
 
+    /// What products run on.
+    fn batch(&self) -> Batch {
+        Batch { bucket: self.bucket, rows: self.rows }
+    }
+
     /// Its part of `x`, of rows of `stride` elements.
     fn of<'a>(&self, x: &'a mut [f32], stride: usize) -> &'a mut [f32] {
         &mut x[self.first * stride..(self.first + self.m()) * stride]
     }
+}
+
+/// Rows of one product.
+#[derive(Clone, Copy)]
+struct Batch {
+    /// Index into `M_BUCKETS`.
+    bucket: usize,
+    /// How many of the bucket's rows are wanted, from the first on.
+    rows: usize,
 }
 
 /// A model ready to run.
@@ -243,17 +257,21 @@ impl<'w> Engine<'w> {
         }
     }
 
-    /// `y = op(x, matrix)`, on all workers, through the kernel table.
-    fn run(&mut self, matrix: usize, bucket: usize, x: &[u8], y: ColumnsMut<'_>, workers: &dyn Workers) {
+    /// `y = op(x, matrix)` for the `batch`'s rows, on all workers, through the kernel table.
+    fn run(&mut self, matrix: usize, batch: Batch, x: &[u8], y: ColumnsMut<'_>, workers: &dyn Workers) {
+        let Batch { bucket, rows } = batch;
         for slot in self.plan.matrices[matrix].slots(bucket) {
             if self.captured[slot].is_none() {
-                self.captured[slot] = Some(AlignedBytes::copy_of(x));
+                let mut captured = AlignedBytes::copy_of(x);
+                // Spare rows hold whatever was there.
+                captured[x.len() / M_BUCKETS[bucket] as usize * rows..].fill(0);
+                self.captured[slot] = Some(captured);
             }
         }
         // What was done since the last product, other than the parts with laps of their own, was to make its input.
         self.lap(Part::Norm);
         let matrix = &self.plan.matrices[matrix];
-        self.table.run(&OpCall { matrix, weights: self.weights, bucket, x }, y, workers);
+        self.table.run(&OpCall { matrix, weights: self.weights, bucket, x, rows }, y, workers);
         self.lap(Part::Product);
     }
 
@@ -561,11 +579,9 @@ impl<'m> Session<'m> {
         let Buffers { x, normed, .. } = &mut self.buffers;
         let mut tokens = tokens.iter();
         for chunk in chunks {
-            for (r, x) in chunk.of(x, stride).chunks_exact_mut(stride).enumerate() {
-                match if r < chunk.rows { tokens.next() } else { None } {
-                    Some(&token) => engine.embed(token, chunk.pos + r, &mut x[..dim], &mut normed[..dim]),
-                    None => x.fill(0.0),
-                }
+            let rows = chunk.of(x, stride).chunks_exact_mut(stride).take(chunk.rows);
+            for (r, (x, &token)) in rows.zip(tokens.by_ref()).enumerate() {
+                engine.embed(token, chunk.pos + r, &mut x[..dim], &mut normed[..dim]);
             }
         }
         engine.lap(Part::Embed);
@@ -582,14 +598,14 @@ impl<'m> Session<'m> {
     fn attention_block(&mut self, engine: &mut Engine<'_>, workers: &dyn Workers, layer: usize, chunk: &Chunk) {
         let level = engine.table.level();
         let weights = engine.plan.layers[layer];
-        let (m, Chunk { rows, bucket, .. }) = (chunk.m(), *chunk);
+        let (m, rows, batch) = (chunk.m(), chunk.rows, chunk.batch());
         let Sizes { dim, q_dim, kv_dim, .. } = self.sizes;
         let qkv_stride = self.sizes.qkv_stride();
         let input = match weights.qkv {
             QkvWeights::Fused(matrix) => Some(engine.dtype(matrix)),
             QkvWeights::Separate { .. } => None,
         };
-        self.norm_rows(engine, &weights.attn_norm, chunk.first..chunk.first + m, input);
+        self.norm_rows(engine, &weights.attn_norm, chunk.first..chunk.first + rows, input);
         let Buffers { x, normed, quantised, qkv, attended, projected, partials, .. } = &mut self.buffers;
         let normed = &normed[..m * dim];
 
@@ -597,15 +613,15 @@ impl<'m> Session<'m> {
         let (k_at, v_at) = match weights.qkv {
             QkvWeights::Fused(matrix) => {
                 let input = normed_activations(engine.dtype(matrix), normed, dim, quantised);
-                engine.run(matrix, bucket, input, ColumnsMut::new(qkv, m, qkv_stride, qkv_stride), workers);
+                engine.run(matrix, batch, input, ColumnsMut::new(qkv, m, qkv_stride, qkv_stride), workers);
                 (q_dim, q_dim + kv_dim)
             }
             QkvWeights::Separate { q, k, v } => {
                 let (k_at, v_at) = (padded(q_dim), padded(q_dim) + padded(kv_dim));
                 for (matrix, at) in [(q, 0), (k, k_at), (v, v_at)] {
-                    let input = activations(level, engine.dtype(matrix), normed, dim, quantised);
+                    let input = activations(level, engine.dtype(matrix), normed, dim, rows, quantised);
                     let y = ColumnsMut::new(&mut qkv[at..], m, qkv_stride - at, qkv_stride);
-                    engine.run(matrix, bucket, input, y, workers);
+                    engine.run(matrix, batch, input, y, workers);
                 }
                 (k_at, v_at)
             }
@@ -647,28 +663,28 @@ impl<'m> Session<'m> {
             window: weights.window,
             scale: engine.config().query_scale / libm::sqrtf(kv.head_dim as f32),
         };
-        attended[rows * q_dim..m * q_dim].fill(0.0);
         attention::attend(level, &queries, workers, self.sizes.threads, attended, partials);
         engine.lap(Part::Attention);
 
-        let input = activations(level, engine.dtype(weights.attn_out), &attended[..m * q_dim], q_dim, quantised);
+        let attended = &attended[..m * q_dim];
+        let input = activations(level, engine.dtype(weights.attn_out), attended, q_dim, rows, quantised);
         let out = if weights.attn_post_norm.is_some() { &mut **projected } else { chunk.of(x, padded(dim)) };
-        engine.run(weights.attn_out, bucket, input, ColumnsMut::new(out, m, padded(dim), padded(dim)), workers);
+        engine.run(weights.attn_out, batch, input, ColumnsMut::new(out, m, padded(dim), padded(dim)), workers);
         self.finish_block(engine, weights.attn_out_bias, weights.attn_post_norm, chunk);
     }
 
     /// What follows a block's last product, for `chunk`: its bias, or the norm of its output and the residual.
     fn finish_block(&mut self, engine: &Engine<'_>, bias: Option<Vector>, post_norm: Option<Vector>, chunk: &Chunk) {
-        let (dim, stride, m) = (self.sizes.dim, padded(self.sizes.dim), chunk.m());
+        let (dim, stride, rows) = (self.sizes.dim, padded(self.sizes.dim), chunk.rows);
         let Buffers { x, projected, normed, .. } = &mut self.buffers;
         let x = chunk.of(x, stride);
         if let Some(bias) = bias {
             let out = if post_norm.is_some() { &mut **projected } else { &mut *x };
-            out.chunks_exact_mut(stride).take(m).for_each(|row| add(&mut row[..dim], engine.vector(bias)));
+            out.chunks_exact_mut(stride).take(rows).for_each(|row| add(&mut row[..dim], engine.vector(bias)));
         }
         if let Some(gain) = post_norm {
             let normed = &mut normed[..dim];
-            for (x, projected) in x.chunks_exact_mut(stride).zip(projected.chunks_exact(stride)).take(m) {
+            for (x, projected) in x.chunks_exact_mut(stride).zip(projected.chunks_exact(stride)).take(rows) {
                 engine.norm(&NormWeights { gain, bias: None }, &projected[..dim], normed);
                 add(&mut x[..dim], normed);
             }
@@ -679,48 +695,49 @@ impl<'m> Session<'m> {
     fn feed_forward_block(&mut self, engine: &mut Engine<'_>, workers: &dyn Workers, layer: usize, chunk: &Chunk) {
         let level = engine.table.level();
         let weights = engine.plan.layers[layer];
-        let (m, bucket) = (chunk.m(), chunk.bucket);
+        let (m, rows, batch) = (chunk.m(), chunk.rows, chunk.batch());
         let Sizes { dim, hidden_dim, .. } = self.sizes;
         let stride = padded(hidden_dim);
         let input = match weights.up {
             UpWeights::Fused(matrix) => Some(engine.dtype(matrix)),
             UpWeights::Separate { .. } | UpWeights::Plain { .. } => None,
         };
-        self.norm_rows(engine, &weights.ffn_norm, chunk.first..chunk.first + m, input);
+        self.norm_rows(engine, &weights.ffn_norm, chunk.first..chunk.first + rows, input);
         let activation = engine.config().architecture.blueprint().activation;
         let Buffers { x, normed, quantised, hidden, up: up_rows, projected, .. } = &mut self.buffers;
         let normed = &normed[..m * dim];
         match weights.up {
             UpWeights::Fused(matrix) => {
                 let input = normed_activations(engine.dtype(matrix), normed, dim, quantised);
-                engine.run(matrix, bucket, input, ColumnsMut::new(hidden, m, stride, stride), workers);
+                engine.run(matrix, batch, input, ColumnsMut::new(hidden, m, stride, stride), workers);
             }
             UpWeights::Separate { gate, up } => {
                 for (matrix, out) in [(gate, &mut *hidden), (up, &mut *up_rows)] {
-                    let input = activations(level, engine.dtype(matrix), normed, dim, quantised);
-                    engine.run(matrix, bucket, input, ColumnsMut::new(out, m, stride, stride), workers);
+                    let input = activations(level, engine.dtype(matrix), normed, dim, rows, quantised);
+                    engine.run(matrix, batch, input, ColumnsMut::new(out, m, stride, stride), workers);
                 }
-                activate(level, activation, &mut hidden[..m * stride], Some(&up_rows[..m * stride]));
+                activate(level, activation, &mut hidden[..rows * stride], Some(&up_rows[..rows * stride]));
             }
             UpWeights::Plain { up, bias } => {
-                let input = activations(level, engine.dtype(up), normed, dim, quantised);
-                engine.run(up, bucket, input, ColumnsMut::new(hidden, m, stride, stride), workers);
+                let input = activations(level, engine.dtype(up), normed, dim, rows, quantised);
+                engine.run(up, batch, input, ColumnsMut::new(hidden, m, stride, stride), workers);
                 if let Some(bias) = bias {
                     let bias = engine.vector(bias);
-                    hidden.chunks_exact_mut(stride).take(m).for_each(|row| add(&mut row[..hidden_dim], bias));
+                    hidden.chunks_exact_mut(stride).take(rows).for_each(|row| add(&mut row[..hidden_dim], bias));
                 }
-                activate(level, activation, &mut hidden[..m * stride], None);
+                activate(level, activation, &mut hidden[..rows * stride], None);
             }
         }
         if stride != hidden_dim {
             // The next op reads rows without padding.
-            for r in 1..m {
+            for r in 1..rows {
                 hidden.copy_within(r * stride..r * stride + hidden_dim, r * hidden_dim);
             }
         }
-        let input = activations(level, engine.dtype(weights.down), &hidden[..m * hidden_dim], hidden_dim, quantised);
+        let hidden = &hidden[..m * hidden_dim];
+        let input = activations(level, engine.dtype(weights.down), hidden, hidden_dim, rows, quantised);
         let out = if weights.ffn_post_norm.is_some() { &mut **projected } else { chunk.of(x, padded(dim)) };
-        engine.run(weights.down, bucket, input, ColumnsMut::new(out, m, padded(dim), padded(dim)), workers);
+        engine.run(weights.down, batch, input, ColumnsMut::new(out, m, padded(dim), padded(dim)), workers);
         self.finish_block(engine, weights.down_bias, weights.ffn_post_norm, chunk);
     }
 
@@ -731,7 +748,7 @@ impl<'m> Session<'m> {
         let Buffers { normed, quantised, logits, .. } = &mut self.buffers;
         let input = normed_activations(engine.dtype(head), &normed[..dim], dim, quantised);
         let columns = logits.len();
-        engine.run(head, 0, input, ColumnsMut::new(logits, 1, columns, columns), workers);
+        engine.run(head, Batch { bucket: 0, rows: 1 }, input, ColumnsMut::new(logits, 1, columns, columns), workers);
     }
 
     /// `norm(x)` for `rows` of `x`; the first goes to row 0. Left in `normed`, or where `input` is a quantised type, quantised
@@ -773,7 +790,8 @@ fn normed_activations<'a>(dtype: DType, normed: &'a [f32], dim: usize, quantised
 
 /// Rows of the next chunk and the index of its bucket, one of `buckets`, for a prompt of which `left` tokens are left.
 ///
-/// A bucket that would be less than half full is not worth its spare rows: the next smaller one runs full first.
+/// Spare rows cost little, a second pass over the weights more: one chunk takes all that is left, unless it would fill less
+/// than a quarter of its bucket, which runs the last, shorter row tile and one full one whatever is wanted.
 fn next_chunk(left: usize, buckets: &[bool; M_BUCKETS.len()]) -> (usize, usize) {
     let usable = |bucket: &usize| buckets[*bucket];
     for bucket in (0..M_BUCKETS.len()).rev().filter(usable) {
@@ -782,7 +800,7 @@ fn next_chunk(left: usize, buckets: &[bool; M_BUCKETS.len()]) -> (usize, usize) 
         if left >= m {
             return (m, bucket);
         }
-        if left > below && (2 * left >= m || below == 0) {
+        if left > below && (4 * left >= m || below == 0) {
             return (left, bucket);
         }
     }
@@ -804,14 +822,21 @@ fn next_group(tokens: &[u32], pos: usize, buckets: &[bool; M_BUCKETS.len()]) -> 
     (chunks, count)
 }
 
-/// The rows of `x`, `(m, k)`, as matmuls with weights of type `dtype` read them.
-fn activations<'a>(level: Level, dtype: DType, x: &'a [f32], k: usize, quantised: &'a mut [f32]) -> &'a [u8] {
+/// `x`, `(m, k)`, as matmuls with weights of type `dtype` read it: its first `rows` rows, and whatever lies behind them.
+fn activations<'a>(
+    level: Level,
+    dtype: DType,
+    x: &'a [f32],
+    k: usize,
+    rows: usize,
+    quantised: &'a mut [f32],
+) -> &'a [u8] {
     if !dtype.is_quantised() {
         return x.as_bytes();
     }
     let row_bytes = x_row_bytes(dtype, k);
     let quantised = &mut quantised.as_mut_bytes()[..x.len() / k * row_bytes];
-    for (x, out) in x.chunks_exact(k).zip(quantised.chunks_exact_mut(row_bytes)) {
+    for (x, out) in x.chunks_exact(k).zip(quantised.chunks_exact_mut(row_bytes)).take(rows) {
         quantise_activations(level, x, out);
     }
     quantised
@@ -824,13 +849,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn prompts_are_cut_into_buckets_that_are_half_full_at_least() {
+    fn prompts_are_cut_into_buckets_that_are_a_quarter_full_at_least() {
         for prompt in 1..300 {
             let mut left = prompt;
             while left > 0 {
                 let (rows, bucket) = next_chunk(left, &[true; M_BUCKETS.len()]);
                 let m = M_BUCKETS[bucket] as usize;
-                assert!(rows >= 1 && rows <= m.min(left) && 2 * rows >= m, "{prompt}: {rows} rows in a bucket of {m}");
+                assert!(rows >= 1 && rows <= m.min(left) && 4 * rows >= m, "{prompt}: {rows} rows in a bucket of {m}");
                 left -= rows;
             }
         }
@@ -845,13 +870,14 @@ mod tests {
             .collect()
         };
         assert_eq!(chunks_of(11, [true, true, false, false]), [4, 4, 3]);
+        assert_eq!(chunks_of(18, [true, false, false, true]), [18]);
+        assert_eq!(chunks_of(3, [true, false, false, true]), [1, 1, 1]);
         assert_eq!(chunks_of(20, [false, false, true, false]), [16, 4]);
         assert_eq!(chunks_of(3, [true, false, false, false]), [1, 1, 1]);
         let chunks = |left: usize| chunks_of(left, [true; M_BUCKETS.len()]);
-        assert_eq!(chunks(20), [16, 4]);
-        assert_eq!(chunks(40), [40]);
+        assert_eq!(chunks(20), [20]);
         assert_eq!(chunks(2), [2]);
         assert_eq!(chunks(100), [64, 36]);
-        assert_eq!(chunks(7), [4, 3]);
+        assert_eq!(chunks(69), [64, 5]);
     }
 }

@@ -74,7 +74,7 @@ impl Engine<'_> {
                 if y.len() < m * stride {
                     y.resize(m * stride, 0.0);
                 }
-                let op = OpCall { matrix, weights: self.weights, bucket, x };
+                let op = OpCall { matrix, weights: self.weights, bucket, x, rows: m };
                 Ok(self.table.replay(&op, ColumnsMut::new(y, m, stride, stride), workers, slot, runs))
             }
             None => Err(no_instance),

@@ -167,12 +167,14 @@ impl KernelTable {
         self.level
     }
 
-    /// Runs one slice.
-    fn run_slice(&self, runs: Runs, key: &KernelKey, x: &[u8], w: &[u8], y: ColumnsMut<'_>) {
+    /// Runs one slice for the op's rows.
+    fn run_slice(&self, runs: Runs, key: &KernelKey, op: &OpCall<'_>, w: &[u8], y: ColumnsMut<'_>) {
+        // This crate's own ops take any number of rows.
+        let key = &KernelKey { m: op.rows as u32, ..*key };
         match runs {
-            Runs::Compiled(kernel) => kernel.call_columns(x, w, y),
-            Runs::Baseline => ops::run_baseline(self.level, key, x, w, y),
-            Runs::Reference => ops::run_reference(self.level, key, x, w, y),
+            Runs::Compiled(kernel) => kernel.call_columns(op.x, w, y, op.rows),
+            Runs::Baseline => ops::run_baseline(self.level, key, op.x, w, y),
+            Runs::Reference => ops::run_reference(self.level, key, op.x, w, y),
         }
     }
 
@@ -203,10 +205,10 @@ impl KernelTable {
                 let key = &self.entries[slot].key;
                 if timed {
                     let start = cycles();
-                    self.run_slice(runs, key, op.x, w, y);
+                    self.run_slice(runs, key, op, w, y);
                     self.slice_cycles[part].0.store(cycles().wrapping_sub(start), Ordering::Relaxed);
                 } else {
-                    self.run_slice(runs, key, op.x, w, y);
+                    self.run_slice(runs, key, op, w, y);
                 }
             }
         };
@@ -225,7 +227,7 @@ impl KernelTable {
         if self.timing {
             for slot in op.matrix.slots(op.bucket) {
                 let cycles = self.longest(op.matrix, op.bucket, slot);
-                self.profile.record(slot, cycles);
+                self.profile.record(slot, op.rows as u32, cycles);
             }
         }
     }
@@ -254,4 +256,6 @@ pub(crate) struct OpCall<'a> {
     pub bucket: usize,
     /// Activation rows, as many as the bucket.
     pub x: &'a [u8],
+    /// Of these, from the first on, the ones that are wanted.
+    pub rows: usize,
 }

@@ -80,7 +80,7 @@ fn run(code: &[u8]) -> (Result<(), Faulted>, f32, Kernel) {
     let mut y = [0f32; 32];
     let x = Aligned([0; 128]);
     let control = mxcsr();
-    let result = guard::call(kernel, KernelArgs { x: &x.0[..4], w: &w.0, y: &mut y, ldy: 32 });
+    let result = guard::call(kernel, KernelArgs { x: &x.0[..4], w: &w.0, y: &mut y, ldy: 32, rows: 1 });
     assert_eq!(mxcsr(), control, "rounding mode and exception masks are the caller's");
     assert_eq!(guard::recovery(), None, "no guarded call is left active");
     (result, y[0], kernel)
@@ -137,5 +137,5 @@ fn kernels_that_fault_return_errors_and_the_caller_lives() {
 fn short_operands_are_refused_before_the_call() {
     let kernel = publish(&[0xc3]);
     let (x, w) = (Aligned([0; 128]), Aligned([0; 128]));
-    let _ = guard::call(kernel, KernelArgs { x: &x.0, w: &w.0[..64], y: &mut [0.0; 32], ldy: 32 });
+    let _ = guard::call(kernel, KernelArgs { x: &x.0, w: &w.0[..64], y: &mut [0.0; 32], ldy: 32, rows: 1 });
 }

@@ -23,7 +23,7 @@ static CALLS: AtomicUsize = AtomicUsize::new(0);
 
 /// # Safety
 /// Operands of the sizes that `KEY` needs.
-unsafe extern "sysv64" fn right(x: *const u8, w: *const u8, y: *mut f32, _ldy_bytes: usize) {
+unsafe extern "sysv64" fn right(x: *const u8, w: *const u8, y: *mut f32, _ldy_bytes: usize, _rows: usize) {
     CALLS.fetch_add(1, Ordering::Relaxed);
     let (n, k) = (KEY.n as usize, KEY.k as usize);
     // SAFETY: the caller's operands are those of `KEY`.
@@ -38,20 +38,20 @@ unsafe extern "sysv64" fn right(x: *const u8, w: *const u8, y: *mut f32, _ldy_by
 }
 
 /// Wrong in the last bit of one element. Safety as `right`.
-unsafe extern "sysv64" fn one_bit_off(x: *const u8, w: *const u8, y: *mut f32, ldy_bytes: usize) {
+unsafe extern "sysv64" fn one_bit_off(x: *const u8, w: *const u8, y: *mut f32, ldy_bytes: usize, rows: usize) {
     // SAFETY: as `right`.
     unsafe {
-        right(x, w, y, ldy_bytes);
+        right(x, w, y, ldy_bytes, rows);
         let last = y.add(KEY.n as usize - 1);
         last.write(f32::from_bits(last.read().to_bits() ^ 1));
     }
 }
 
 /// Wrong by 1 in every element: enough to show behind the int8 rounding of the next op. Safety as `right`.
-unsafe extern "sysv64" fn one_off(x: *const u8, w: *const u8, y: *mut f32, ldy_bytes: usize) {
+unsafe extern "sysv64" fn one_off(x: *const u8, w: *const u8, y: *mut f32, ldy_bytes: usize, rows: usize) {
     // SAFETY: as `right`.
     unsafe {
-        right(x, w, y, ldy_bytes);
+        right(x, w, y, ldy_bytes, rows);
         for i in 0..KEY.n as usize {
             *y.add(i) += 1.0;
         }
@@ -59,15 +59,15 @@ unsafe extern "sysv64" fn one_off(x: *const u8, w: *const u8, y: *mut f32, ldy_b
 }
 
 /// Writes one element behind its columns, which the verifier's spare columns catch. Safety as `right`.
-unsafe extern "sysv64" fn overreaching(x: *const u8, w: *const u8, y: *mut f32, ldy_bytes: usize) {
+unsafe extern "sysv64" fn overreaching(x: *const u8, w: *const u8, y: *mut f32, ldy_bytes: usize, rows: usize) {
     // SAFETY: as `right`; only ever called by `verify`, whose rows have spare columns.
     unsafe {
-        right(x, w, y, ldy_bytes);
+        right(x, w, y, ldy_bytes, rows);
         y.add(padded(KEY.n as usize)).write(0.0);
     }
 }
 
-type Entry = unsafe extern "sysv64" fn(*const u8, *const u8, *mut f32, usize);
+type Entry = unsafe extern "sysv64" fn(*const u8, *const u8, *mut f32, usize, usize);
 
 fn kernel(key: KernelKey, entry: Entry) -> Kernel {
     // SAFETY: functions of this ABI that live as long as the program; what they touch is stated above.

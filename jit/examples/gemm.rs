@@ -114,7 +114,7 @@ fn main() {
         Candidate::Compiled(code) => {
             for (x, y) in x_bytes.bytes().chunks_exact(4 * n * rows).zip(y.chunks_exact_mut(n * rows)) {
                 // SAFETY: the operands are as large as the key says, and the kernel was compiled for this machine.
-                unsafe { code.call(x.as_ptr(), packed.bytes().as_ptr(), y.as_mut_ptr(), 4 * n) };
+                unsafe { code.call(x.as_ptr(), packed.bytes().as_ptr(), y.as_mut_ptr(), 4 * n, rows) };
             }
         }
     };

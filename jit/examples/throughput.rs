@@ -118,7 +118,9 @@ impl Candidate {
                 run_baseline(Level::detect(), &o.key, o.x, w, ColumnsMut::new(y, m, columns, o.ldy));
             }
             // SAFETY: as above; candidates are compiled for this machine.
-            Candidate::Compiled(_, code) => unsafe { code.call(o.x.as_ptr(), w.as_ptr(), y.as_mut_ptr(), 4 * o.ldy) },
+            Candidate::Compiled(_, code) => unsafe {
+                code.call(o.x.as_ptr(), w.as_ptr(), y.as_mut_ptr(), 4 * o.ldy, o.key.m as usize)
+            },
         }
     }
 }

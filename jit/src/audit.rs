@@ -115,7 +115,7 @@ pub enum Origin {
     Y,
     /// An address in the frame.
     Frame,
-    /// A number: constants and `ldy`.
+    /// A number: constants, `ldy` and `rows`.
     Number,
     /// The caller's value of a callee-saved register.
     Saved(Register),
@@ -148,6 +148,7 @@ impl State {
         state.set(Register::RSI, Origin::W);
         state.set(Register::RDX, Origin::Y);
         state.set(Register::RCX, Origin::Number);
+        state.set(Register::R8, Origin::Number);
         state.set(Register::RSP, Origin::Frame);
         state
     }
@@ -524,7 +525,7 @@ mod tests {
             a.add(rbx, 32)?;
             a.add(rdx, rcx)?;
             a.cmp(rdi, rbx)?;
-            a.jne(head)?;
+            a.jb(head)?;
             a.pop(rbx)
         });
         assert_eq!(audited, Ok(Audited { instructions: 11, stack_bytes: 8 }));
@@ -547,12 +548,12 @@ mod tests {
         assert_eq!(audit(&[0xc3], Width::X128), Ok(Audited { instructions: 1, stack_bytes: 0 }));
         assert_eq!(audit(&assemble(|a| a.push(rbx)), Width::X128), Err(AuditError::NoReturn));
         // Jumps: out of the code, into an instruction, past the vzeroupper.
-        assert!(matches!(body(|a| a.jne(0x4000)), Err(AuditError::Jump { offset: 0, target: 0x4000 })));
+        assert!(matches!(body(|a| a.jb(0x4000)), Err(AuditError::Jump { offset: 0, target: 0x4000 })));
         assert!(matches!(
-            audit(&[0x75, 0x01, 0x48, 0x01, 0xc8, 0xc3], Width::X128),
+            audit(&[0x72, 0x01, 0x48, 0x01, 0xc8, 0xc3], Width::X128),
             Err(AuditError::Jump { target: 3, .. })
         ));
-        assert_eq!(body(|a| a.jne(5)), Err(AuditError::NoVzeroupper { offset: 5 }));
+        assert_eq!(body(|a| a.jb(5)), Err(AuditError::NoVzeroupper { offset: 5 }));
 
         // Memory: through a number, through nothing known, through two pointers, writing to x and w.
         assert_eq!(
@@ -580,7 +581,7 @@ mod tests {
         let sometimes = body(|a| {
             let mut over = a.create_label();
             a.cmp(rdi, rsi)?;
-            a.jne(over)?;
+            a.jb(over)?;
             a.imul_3(rdi, rdi, 3)?;
             a.set_label(&mut over)?;
             a.vmovups(ymm0, ymmword_ptr(rdi))

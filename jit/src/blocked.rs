@@ -95,10 +95,12 @@ pub(crate) fn panel(
     fuse::finish_rows(e, plan, fixed, sums, y);
 }
 
-/// All rows of one block: full row tiles in a loop, then the rest.
+/// All rows of one block, as in [`crate::nest`]: full row tiles in a loop, then the rest.
 fn rows(e: &mut Emit<'_, '_>, plan: &Plan, block: Block, at: At) {
     let (full, rest) = (plan.m / plan.rows, plan.m % plan.rows);
-    let end = e.offset(at.sums, (full * plan.rows * ROW_BYTES) as i64);
+    let full_rows = e.offset(block.fixed.rows, -(rest as i64));
+    let full_bytes = e.times(full_rows, ROW_BYTES as i64);
+    let end = e.add_address(at.sums, full_bytes);
     let after = e.repeat(full == 1, &[at.sums, at.x, at.ahead], end, |e, next| {
         let at = At { sums: next[0], x: next[1], ahead: next[2], ..at };
         let ahead = columns(e, plan, block, plan.rows, at);

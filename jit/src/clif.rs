@@ -78,7 +78,8 @@ impl<'a, 'b> Emit<'a, 'b> {
         self.b.ins().band_imm_s(address, -64)
     }
 
-    /// Runs `body` with carried values until the first one equals `end`; at least once. Returns the last carried values.
+    /// Runs `body` with carried values until the first one, an address, reaches `end`; at least once. Returns the last
+    /// carried values.
     ///
     /// `once` says that one round is all there is: then no loop is emitted.
     pub(crate) fn repeat(
@@ -102,7 +103,7 @@ impl<'a, 'b> Emit<'a, 'b> {
         self.b.switch_to_block(head);
         let carried: Vec<Value> = self.b.block_params(head).to_vec();
         let next = body(&mut Emit { b: self.b }, &carried);
-        let more = self.b.ins().icmp(IntCC::NotEqual, next[0], end);
+        let more = self.b.ins().icmp(IntCC::UnsignedLessThan, next[0], end);
         let args: Vec<BlockArg> = next.iter().map(|v| BlockArg::Value(*v)).collect();
         self.b.ins().brif(more, head, &args, exit, &[]);
         self.b.switch_to_block(exit);

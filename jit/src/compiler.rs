@@ -45,7 +45,7 @@ impl TargetIsa {
 }
 
 /// A finished kernel: position-independent bytes of one leaf function with the kernel ABI
-/// `extern "sysv64" fn(x: *const u8, w: *const u8, y: *mut f32, ldy_bytes: usize)`.
+/// `extern "sysv64" fn(x: *const u8, w: *const u8, y: *mut f32, ldy_bytes: usize, rows: usize)`.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct CompiledKernel {
     /// What it computes.
@@ -136,13 +136,13 @@ impl Compiler {
     fn narrow(&mut self, plan: &Plan, stats: &mut CompileStats) -> Result<Vec<u8>, JitError> {
         self.context.clear();
         let mut signature = Signature::new(CallConv::SystemV);
-        signature.params.extend([AbiParam::new(I64); 4]);
+        signature.params.extend([AbiParam::new(I64); 5]);
         self.context.func = Function::with_name_signature(UserFuncName::user(0, 0), signature);
         let mut builder = FunctionBuilder::new(&mut self.context.func, &mut self.builder);
         let entry = builder.create_block();
         builder.append_block_params_for_function_params(entry);
         builder.switch_to_block(entry);
-        let mut args = [cranelift_codegen::ir::Value::from_u32(0); 4];
+        let mut args = [cranelift_codegen::ir::Value::from_u32(0); 5];
         args.copy_from_slice(builder.block_params(entry));
         nest::kernel(&mut Emit::new(&mut builder), plan, args);
         builder.ins().return_(&[]);

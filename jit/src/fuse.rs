@@ -112,15 +112,17 @@ fn output(e: &mut Emit<'_, '_>, plan: &Plan, sum: Value, y: Value, offset: usize
     e.store(value, y, offset);
 }
 
-/// Takes the sums of a whole panel from `sums`, row after row and part after part, to `y`.
+/// Takes the sums of a whole panel from `sums`, row after row and part after part, to `y`: those of the rows wanted.
 pub(crate) fn finish_rows(e: &mut Emit<'_, '_>, plan: &Plan, fixed: Fixed, sums: Value, y: Value) {
     let row_bytes = PANEL * 4;
+    let wanted_bytes = e.times(fixed.rows, row_bytes as i64);
+    let end = e.add_address(sums, wanted_bytes);
     if plan.parts == 2 {
-        let sums = Sums { first: sums, rows: plan.m, streams: 1, stream_bytes: row_bytes, to_up: plan.m * row_bytes };
+        let to_up = plan.m * row_bytes;
+        let sums = Sums { first: sums, end, is_one_row: false, streams: 1, stream_bytes: row_bytes, to_up };
         gated(e, plan, fixed, sums, y, 0);
         return;
     }
-    let end = e.offset(sums, (plan.m * row_bytes) as i64);
     e.repeat(false, &[sums, y], end, |e, at| {
         for offset in (0..row_bytes).step_by(plan.vector_bytes()) {
             let sum = e.load_back(at[0], offset as i32);
@@ -133,12 +135,14 @@ pub(crate) fn finish_rows(e: &mut Emit<'_, '_>, plan: &Plan, fixed: Fixed, sums:
 /// `y = activation(gate) * up` over the accumulators of a tile in the frame.
 pub(crate) fn gate_up(e: &mut Emit<'_, '_>, plan: &Plan, fixed: Fixed, tile: &Tile) {
     let first = e.offset(tile.frame, i64::from(tile.frame_offset(plan, 0, 0)));
+    let to_up = tile.part_frame_bytes(plan);
     let sums = Sums {
         first,
-        rows: tile.rows,
+        end: e.offset(first, to_up as i64),
+        is_one_row: tile.rows == 1,
         streams: tile.region.streams,
         stream_bytes: plan.vectors * plan.vector_bytes(),
-        to_up: tile.part_frame_bytes(plan),
+        to_up,
     };
     gated(e, plan, fixed, sums, tile.y, tile.region.run * PANEL * 4);
 }
@@ -147,7 +151,9 @@ pub(crate) fn gate_up(e: &mut Emit<'_, '_>, plan: &Plan, fixed: Fixed, tile: &Ti
 #[derive(Clone, Copy)]
 struct Sums {
     first: Value,
-    rows: usize,
+    /// Behind the gates of the last row.
+    end: Value,
+    is_one_row: bool,
     streams: usize,
     /// Bytes of one stream of one row.
     stream_bytes: usize,
@@ -156,11 +162,10 @@ struct Sums {
 
 /// `y = activation(gate) * up`: loops over rows, streams (`y_stream_bytes` apart) and vectors.
 fn gated(e: &mut Emit<'_, '_>, plan: &Plan, fixed: Fixed, sums: Sums, y: Value, y_stream_bytes: usize) {
-    let Sums { first, rows, streams, stream_bytes, to_up } = sums;
+    let Sums { first, end, is_one_row, streams, stream_bytes, to_up } = sums;
     let vector = plan.vector_bytes();
     let row_bytes = streams * stream_bytes;
-    let end = e.offset(first, (rows * row_bytes) as i64);
-    e.repeat(rows == 1, &[first, y], end, |e, row| {
+    e.repeat(is_one_row, &[first, y], end, |e, row| {
         let end = e.offset(row[0], row_bytes as i64);
         e.repeat(streams == 1, &[row[0], row[1]], end, |e, stream| {
             let end = e.offset(stream[0], stream_bytes as i64);

@@ -21,6 +21,10 @@ pub(crate) const CONSTANT_BYTES: usize = 64;
 pub(crate) struct Fixed {
     /// Bytes between rows of `y`.
     pub(crate) ldy: Value,
+    /// Rows that are wanted.
+    pub(crate) rows: Value,
+    /// Where full row tiles end in `x`: behind as many rows as are left without the last, shorter row tile.
+    pub(crate) x_end: Value,
     /// Constants, then accumulators. Only used where [`needs_frame`].
     pub(crate) frame: Value,
 }
@@ -131,9 +135,9 @@ fn needs_frame(plan: &Plan) -> bool {
     plan.home == Home::Frame || plan.blocks.is_some() || plan.parts == 2 || plan.k_block.is_some()
 }
 
-/// Emits the whole kernel: `args` are `x`, `w`, `y` and `ldy` in bytes.
-pub(crate) fn kernel(e: &mut Emit<'_, '_>, plan: &Plan, args: [Value; 4]) {
-    let [x, w, y, ldy] = args;
+/// Emits the whole kernel: `args` are `x`, `w`, `y`, `ldy` in bytes, and the number of rows.
+pub(crate) fn kernel(e: &mut Emit<'_, '_>, plan: &Plan, args: [Value; 5]) {
+    let [x, w, y, ldy, rows] = args;
     let frame = if needs_frame(plan) {
         let accumulators = match plan.k_block {
             Some(_) => blocked::sums_bytes(plan),
@@ -151,7 +155,9 @@ pub(crate) fn kernel(e: &mut Emit<'_, '_>, plan: &Plan, args: [Value; 4]) {
     } else {
         ldy
     };
-    let fixed = Fixed { ldy, frame };
+    let full = e.offset(rows, -((plan.m % plan.rows) as i64));
+    let full_bytes = e.times(full, plan.x_row_bytes as i64);
+    let fixed = Fixed { ldy, frame, rows, x_end: e.add_address(x, full_bytes) };
     for region in &plan.regions {
         let w = e.offset(w, (region.first * plan.unit_bytes()) as i64);
         let y = e.offset(y, (region.first * PANEL * 4) as i64);
@@ -188,12 +194,12 @@ fn panel(e: &mut Emit<'_, '_>, plan: &Plan, fixed: Fixed, region: Region, x: Val
     });
 }
 
-/// All rows of one column tile: full row tiles in a loop, then the rest.
+/// All rows of one column tile: full row tiles in a loop until those that are wanted are done, then the rest. With few rows
+/// wanted the first tile is one too many, but still inside the batch.
 fn rows(e: &mut Emit<'_, '_>, plan: &Plan, fixed: Fixed, tile: Tile) {
     let full = plan.m / plan.rows;
     let rest = plan.m % plan.rows;
-    let end = e.offset(tile.x, (full * plan.rows * plan.x_row_bytes) as i64);
-    let after = e.repeat(full == 1, &[tile.x, tile.y], end, |e, at| {
+    let after = e.repeat(full == 1, &[tile.x, tile.y], fixed.x_end, |e, at| {
         one_tile(e, plan, fixed, Tile { x: at[0], y: at[1], ..tile });
         if full == 1 && rest == 0 {
             return at.to_vec();

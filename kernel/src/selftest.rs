@@ -287,7 +287,7 @@ fn a_faulting_kernel_is_survived(machine: &mut Machine) -> Result<(), Failure> {
         let entry = arena.publish(code, workers).map_err(|full| format!("{full:?}"))?;
         // SAFETY: the code faults or returns, and touches no memory that exists.
         let kernel = unsafe { Kernel::from_entry(key, entry) };
-        let got = guard::call(kernel, KernelArgs { x: &x, w: &w.0, y: &mut y, ldy: 32 });
+        let got = guard::call(kernel, KernelArgs { x: &x, w: &w.0, y: &mut y, ldy: 32, rows: 1 });
         let offset = u64::from(vector == 6);
         match got {
             Ok(()) if vector == 0 => {}

@@ -46,13 +46,14 @@ impl Profile {
         self.slots.is_empty()
     }
 
-    /// Takes in one call of the kernel in `slot` that took `cycles`.
+    /// Takes in one call of the kernel in `slot` that did `rows` rows (at most its key's `m`) in `cycles`.
     ///
     /// # Panics
     /// When there is no such slot.
     #[inline]
-    pub fn record(&mut self, slot: usize, cycles: u64) {
-        self.slots[slot].1.record(cycles);
+    pub fn record(&mut self, slot: usize, rows: u32, cycles: u64) {
+        let (key, stats) = &mut self.slots[slot];
+        stats.record_rows(cycles, rows, key.m);
     }
 
     /// Key of `slot`.
@@ -133,7 +134,7 @@ impl Profile {
             for _ in 0..RECORDS {
                 let before = now();
                 let after = now();
-                core::hint::black_box(&mut profile).record(0, after.wrapping_sub(before));
+                core::hint::black_box(&mut profile).record(0, 1, after.wrapping_sub(before));
             }
             fastest = fastest.min(now().wrapping_sub(start));
         }
@@ -161,7 +162,7 @@ mod tests {
         assert_eq!(cost, (2.0 * 256.0 + 1.0) * 10.0 / 256.0);
         let mut profile = Profile::new([key(32)]);
         assert_eq!(profile.overhead(cost), None);
-        (0..4).for_each(|_| profile.record(0, 1000));
+        (0..4).for_each(|_| profile.record(0, 1, 1000));
         assert_eq!(profile.overhead(10.0), Some(0.01));
     }
 
@@ -174,7 +175,7 @@ mod tests {
         let mut profile = Profile::new([key(32), key(64), key(96)]);
         let last = profile.add(key(128));
         for (slot, cycles) in [(0, 100), (last, 100), (2, 500), (2, 300)] {
-            profile.record(slot, cycles);
+            profile.record(slot, 1, cycles);
         }
         let hot = profile.hot_list();
         assert_eq!(hot.iter().map(|h| h.slot).collect::<Vec<_>>(), [2, 0, 3]);
@@ -189,10 +190,10 @@ mod tests {
         let mut profile = Profile::new([key(32)]);
         assert!(profile.hot_list().is_empty());
         assert_eq!(profile.share_where(|_| true), None);
-        profile.record(0, 0);
+        profile.record(0, 1, 0);
         assert_eq!(profile.share_where(|_| true), None);
         assert_eq!(profile.hot_list()[0].share, 0.0);
-        profile.record(0, 10);
+        profile.record(0, 1, 10);
         profile.reset();
         assert_eq!((profile.len(), profile.total_cycles()), (1, 0));
     }

@@ -52,6 +52,15 @@ impl KeyStats {
         }
     }
 
+    /// Takes in a call that did `rows` of the `m` rows of a batch in `cycles`. The total counts it as it was; as a sample it
+    /// is scaled to a full batch, so that calls with different rows can be compared.
+    #[inline]
+    pub fn record_rows(&mut self, cycles: u64, rows: u32, m: u32) {
+        let total_cycles = self.total_cycles.saturating_add(cycles);
+        self.record(if rows == m { cycles } else { cycles.saturating_mul(m.into()) / u64::from(rows.max(1)) });
+        self.total_cycles = total_cycles;
+    }
+
     /// Forgets every sample.
     pub fn reset(&mut self) {
         self.count = 0;
@@ -81,7 +90,7 @@ impl KeyStats {
         (self.count > 0).then_some(self.max_cycles)
     }
 
-    /// Mean cycles of one call; `None` before the first.
+    /// Mean cycles of one call as it was, however many rows it did; `None` before the first.
     pub fn mean_cycles(&self) -> Option<u64> {
         self.total_cycles.checked_div(self.count)
     }
@@ -138,6 +147,18 @@ fn bucket_middle(bucket: usize) -> u64 {
 mod tests {
     use super::*;
     use alloc::vec::Vec;
+
+    #[test]
+    fn a_partly_filled_batch_is_a_sample_of_a_full_one() {
+        let mut stats = KeyStats::new();
+        stats.record_rows(640, 64, 64);
+        stats.record_rows(100, 10, 64);
+        stats.record_rows(20, 1, 64);
+        assert_eq!((stats.count(), stats.total_cycles()), (3, 760));
+        assert_eq!((stats.min_cycles(), stats.max_cycles()), (Some(640), Some(1280)));
+        stats.record_rows(u64::MAX, 1, 64);
+        assert_eq!((stats.total_cycles(), stats.max_cycles()), (u64::MAX, Some(u64::MAX)));
+    }
 
     #[test]
     fn buckets_are_contiguous_and_their_middles_fall_in_them() {

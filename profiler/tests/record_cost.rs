@@ -34,7 +34,7 @@ fn record_costs_a_few_nanoseconds() {
     let alone = best(|samples| samples.iter().for_each(|&cycles| black_box(&mut stats).record(cycles)));
     let mut profile = Profile::new(keys());
     let in_slots = best(|samples| {
-        samples.iter().enumerate().for_each(|(i, &cycles)| black_box(&mut profile).record(i % 8, cycles));
+        samples.iter().enumerate().for_each(|(i, &cycles)| black_box(&mut profile).record(i % 8, 1, cycles));
     });
     println!("KeyStats::record {alone:.2} ns, Profile::record over 8 slots {in_slots:.2} ns");
     assert!(alone < 20.0 && in_slots < 20.0, "{alone} ns, {in_slots} ns");

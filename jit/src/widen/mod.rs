@@ -224,7 +224,7 @@ mod tests {
             a.vmovups(xmm1, xmmword_ptr(rsi))?;
             a.vfnmadd213ps(xmm0, xmm2, xmm1)?;
             a.cmp(rdi, rsi)?;
-            a.jne(head)
+            a.jb(head)
         });
         assert!(code.unwrap().contains("vmovups ymm1, [rsi]; vfmadd231ps ymm0, ymm2, ymm1"));
     }

@@ -102,7 +102,7 @@ pub const SCALAR: &[Code] = &[
     Code::And_rm64_imm8, Code::Imul_r64_rm64_imm8, Code::Imul_r64_rm64_imm32,
     Code::Shl_rm64_imm8,
     Code::Cmp_r64_rm64, Code::Cmp_rm64_r64,
-    Code::Jne_rel8_64, Code::Jne_rel32_64, Code::Je_rel8_64, Code::Je_rel32_64, Code::Jmp_rel8_64, Code::Jmp_rel32_64,
+    Code::Jb_rel8_64, Code::Jb_rel32_64, Code::Jae_rel8_64, Code::Jae_rel32_64, Code::Jmp_rel8_64, Code::Jmp_rel32_64,
 ];
 
 /// The carrier of a prefetch: `mov byte [address], mark`.

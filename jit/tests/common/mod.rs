@@ -104,7 +104,7 @@ impl Drop for Mapping {
     }
 }
 
-type Entry = unsafe extern "sysv64" fn(*const u8, *const u8, *mut f32, usize);
+type Entry = unsafe extern "sysv64" fn(*const u8, *const u8, *mut f32, usize, usize);
 
 /// A compiled kernel in executable memory.
 pub struct Runnable {
@@ -119,16 +119,16 @@ impl Runnable {
         Runnable { memory }
     }
 
-    /// Runs the kernel.
+    /// Runs the kernel for `rows` rows.
     ///
     /// # Safety
-    /// The operands must be as large as the kernel's key says, and the code must be what the compiler under test made for
+    /// The operands must be as large as the kernel's key says, `rows` at least 1 and at most its `m`, and the code must be what the compiler under test made for
     /// a machine like this one.
-    pub unsafe fn call(&self, x: *const u8, w: *const u8, y: *mut f32, ldy_bytes: usize) {
+    pub unsafe fn call(&self, x: *const u8, w: *const u8, y: *mut f32, ldy_bytes: usize, rows: usize) {
         // SAFETY: the bytes are a function of this type, by the compiler's contract.
         let entry: Entry = unsafe { std::mem::transmute(self.memory.data) };
         // SAFETY: the caller's promise.
-        unsafe { entry(x, w, y, ldy_bytes) }
+        unsafe { entry(x, w, y, ldy_bytes, rows) }
     }
 }
 
@@ -225,25 +225,43 @@ impl Case {
         Case { key, x, w, y_before, ldy, expected }
     }
 
-    /// Runs `kernel` on the operands and returns all of `y`.
+    /// Runs `kernel` on all rows of the operands and returns all of `y`.
     pub fn run(&self, kernel: &CompiledKernel) -> Vec<f32> {
+        self.run_rows(kernel, self.key.m as usize)
+    }
+
+    /// As [`Case::run`], for the first `rows` rows.
+    fn run_rows(&self, kernel: &CompiledKernel, rows: usize) -> Vec<f32> {
         assert_eq!(kernel.key, self.key);
         let runnable = Runnable::new(kernel);
         let mut y = Mapping::new(self.y_before.len() * 4, 4);
         y.floats_mut().copy_from_slice(&self.y_before);
         // SAFETY: `new` sized the operands by the key; guards around them turn a stray access into a fault, not into damage.
-        unsafe { runnable.call(self.x.bytes().as_ptr(), self.w.bytes().as_ptr(), y.data.cast(), self.ldy * 4) };
+        unsafe { runnable.call(self.x.bytes().as_ptr(), self.w.bytes().as_ptr(), y.data.cast(), self.ldy * 4, rows) };
         y.floats_mut().to_vec()
     }
 
-    /// Compares every output of `kernel`, and what lies between the rows, bit for bit.
+    /// Compares every output of `kernel`, and what lies between the rows, bit for bit: of all rows, and of calls for fewer,
+    /// where the rows behind are either done or left as they were.
     pub fn check(&self, kernel: &CompiledKernel) -> Result<(), String> {
-        let y = self.run(kernel);
-        let wrong = y.iter().zip(&self.expected).position(|(got, want)| got.to_bits() != want.to_bits());
+        let m = self.key.m as usize;
+        let mut counts = vec![m, m / 2 + 1, m.div_ceil(7), 1];
+        counts.dedup();
+        counts.into_iter().try_for_each(|rows| self.check_rows(kernel, rows))
+    }
+
+    fn check_rows(&self, kernel: &CompiledKernel, rows: usize) -> Result<(), String> {
+        let y = self.run_rows(kernel, rows);
+        let same = |a: &[f32], b: &[f32]| a.iter().zip(b).all(|(a, b)| a.to_bits() == b.to_bits());
+        let is_left = |row: usize| {
+            let columns = row * self.ldy..(row + 1) * self.ldy;
+            row >= rows && same(&y[columns.clone()], &self.y_before[columns])
+        };
+        let wrong = (0..y.len()).find(|&at| y[at].to_bits() != self.expected[at].to_bits() && !is_left(at / self.ldy));
         match wrong {
             None => Ok(()),
             Some(at) => Err(format!(
-                "{} as {}: row {} column {}: got {:?} ({:#010x}), expected {:?} ({:#010x})",
+                "{} as {}, {rows} rows: row {} column {}: got {:?} ({:#010x}), expected {:?} ({:#010x})",
                 kernel.key,
                 kernel.variant,
                 at / self.ldy,
