@@ -4,12 +4,18 @@
 //! Between chunks only the unfinished panel (or row) of one tensor is kept aside; no weight is stored twice.
 
 use crate::error::EngineError;
-use crate::pack::{ColumnMap, pack_rows, scale_groups, zero_padding};
+use crate::pack::{ColumnMap, RowFormat, pack_rows, scale_groups, zero_padding};
 use crate::simd::Level;
 use crate::weights::{Destination, Plan, PlannedTensor};
+use crate::workers::{Single, Workers, for_each};
 use alloc::vec;
 use alloc::vec::Vec;
-use model::layout::PANEL;
+use model::layout::{PANEL, panel_bytes};
+
+/// Pieces of the file from this length on come from memory; those of disks are shorter.
+const FROM_MEMORY_BYTES: usize = 4 << 20;
+/// Rows of a tensor from this length on are worth sharing between cores.
+const SHARED_BYTES: usize = 64 << 10;
 
 /// A model whose weights are in an arena.
 #[derive(Clone, Debug)]
@@ -52,11 +58,13 @@ impl<'a> Loader<'a> {
         self.plan.tensors.get(self.tensor).map(|planned| planned.tensor.offset + self.have_bytes)
     }
 
-    /// Takes in the file's `bytes` from `offset` on. Bytes that are no weights, or were taken in before, are skipped.
+    /// Takes in the file's `bytes` from `offset` on, on all `workers` where there is much to do. Bytes that are no weights, or
+    /// were taken in before, are skipped.
     ///
     /// # Errors
     /// [`EngineError::OutOfOrder`] when weights in front of `offset` are missing; nothing was taken in then.
-    pub fn feed(&mut self, offset: u64, bytes: &[u8]) -> Result<(), EngineError> {
+    pub fn feed(&mut self, offset: u64, bytes: &[u8], workers: &dyn Workers) -> Result<(), EngineError> {
+        let from_memory = bytes.len() >= FROM_MEMORY_BYTES;
         let mut offset = offset;
         let mut bytes = bytes;
         while let Some(expected) = self.next_offset() {
@@ -72,7 +80,7 @@ impl<'a> Loader<'a> {
             let tensor_left = self.plan.tensors[self.tensor].tensor.len_bytes - self.have_bytes;
             let from = skip as usize;
             let len = tensor_left.min((bytes.len() - from) as u64) as usize;
-            self.take_in(&bytes[from..from + len]);
+            self.take_in(&bytes[from..from + len], from_memory, workers);
             self.have_bytes += len as u64;
             if len as u64 == tensor_left {
                 self.tensor += 1;
@@ -85,34 +93,41 @@ impl<'a> Loader<'a> {
     }
 
     /// Takes in the next bytes of the current tensor: whole panels directly, the rest through `carry`.
-    fn take_in(&mut self, bytes: &[u8]) {
-        let planned = &self.plan.tensors[self.tensor];
+    fn take_in(&mut self, bytes: &[u8], from_memory: bool, workers: &dyn Workers) {
+        let Loader { plan, level, arena, vectors, tensor, have_bytes, carry } = self;
+        let planned = &plan.tensors[*tensor];
         let row_bytes = planned.row_bytes;
-        let first = ((self.have_bytes - self.carry.len() as u64) / row_bytes as u64) as usize;
+        let first = ((*have_bytes - carry.len() as u64) / row_bytes as u64) as usize;
         // Columns in front of this tensor's, and how many rows are stored together.
         let (offset, unit) = match &planned.destination {
             Destination::Packed { map, .. } => (map.offset, PANEL),
             _ => (0, 1),
         };
-        let is_end = self.have_bytes + bytes.len() as u64 == planned.tensor.len_bytes;
+        let is_end = *have_bytes + bytes.len() as u64 == planned.tensor.len_bytes;
         // Of `rows` rows from `first` on, those up to the end of the last unit.
         let whole = |first: usize, rows: usize| {
             if is_end { rows } else { rows.saturating_sub((offset + first + rows) % unit) }
         };
-        let mut sink = Sink { plan: &self.plan, level: self.level, arena: self.arena, vectors: &mut self.vectors };
+        // Beside a second core that packs, the host that serves a disk comes off worse.
+        let is_shared = match &planned.destination {
+            Destination::Packed { format, .. } => from_memory || !format.is_quick_to_pack(*level),
+            _ => false,
+        };
+        let workers = if is_shared { workers } else { &Single };
+        let mut sink = Sink { plan, level: *level, arena, vectors, workers };
         let (mut first, mut bytes) = (first, bytes);
-        if !self.carry.is_empty() {
+        if !carry.is_empty() {
             let rows_left = unit - (offset + first) % unit;
-            let missing = rows_left * row_bytes - self.carry.len();
+            let missing = rows_left * row_bytes - carry.len();
             let (head, rest) = bytes.split_at(missing.min(bytes.len()));
-            self.carry.extend_from_slice(head);
+            carry.extend_from_slice(head);
             bytes = rest;
-            let rows = whole(first, self.carry.len() / row_bytes);
+            let rows = whole(first, carry.len() / row_bytes);
             if rows == 0 {
                 return;
             }
-            sink.rows(planned, first, &self.carry);
-            self.carry.clear();
+            sink.rows(planned, first, carry);
+            carry.clear();
             first += rows;
         }
         let rows = whole(first, bytes.len() / row_bytes);
@@ -120,7 +135,7 @@ impl<'a> Loader<'a> {
         if !rows.is_empty() {
             sink.rows(planned, first, rows);
         }
-        self.carry.extend_from_slice(rest);
+        carry.extend_from_slice(rest);
     }
 
     /// Ends the load: pads the last panels with zero weights.
@@ -153,6 +168,7 @@ struct Sink<'a> {
     level: Level,
     arena: &'a mut [u8],
     vectors: &'a mut [f32],
+    workers: &'a dyn Workers,
 }
 
 impl Sink<'_> {
@@ -162,7 +178,7 @@ impl Sink<'_> {
             Destination::Packed { matrix, map, format } => {
                 let matrix = &self.plan.matrices[*matrix];
                 let packed = &mut self.arena[matrix.bytes.clone()];
-                pack_rows(self.level, *format, matrix.k, *map, first, rows, packed);
+                pack_on(self.workers, self.level, *format, matrix.k, *map, first, rows, packed);
             }
             Destination::Scales { matrix, map, group_len } => {
                 let matrix = &self.plan.matrices[*matrix];
@@ -180,4 +196,30 @@ impl Sink<'_> {
             }
         }
     }
+}
+
+/// [`pack_rows`], on all `workers` where there is enough to do and the rows begin a panel.
+#[expect(clippy::too_many_arguments, reason = "those of pack_rows and the workers")]
+fn pack_on(
+    workers: &dyn Workers,
+    level: Level,
+    format: RowFormat,
+    k: usize,
+    map: ColumnMap,
+    column: usize,
+    rows: &[u8],
+    packed: &mut [u8],
+) {
+    let (panel, lane) = map.place(column);
+    let panel_rows_bytes = PANEL * format.row_bytes(k);
+    let panels = rows.len().div_ceil(panel_rows_bytes);
+    let share = panels.div_ceil(workers.count());
+    if lane != 0 || share == panels || rows.len() < SHARED_BYTES {
+        return pack_rows(level, format, k, map, column, rows, packed);
+    }
+    let from = panel * panel_bytes(format.dtype(), k);
+    let step_bytes = map.panel_step * panel_bytes(format.dtype(), k);
+    let shares = rows.chunks(share * panel_rows_bytes).zip(packed[from..].chunks_mut(share * step_bytes));
+    let own = ColumnMap { panel_step: map.panel_step, ..ColumnMap::WHOLE };
+    for_each(workers, shares, |(rows, packed)| pack_rows(level, format, k, own, 0, rows, packed));
 }

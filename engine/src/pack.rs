@@ -109,6 +109,11 @@ impl RowFormat {
         }
     }
 
+    /// One core packs rows of this format faster than disks read them.
+    pub(crate) fn is_quick_to_pack(self, level: Level) -> bool {
+        matches!(level, Level::Avx2(_)) && has_panel_code(self)
+    }
+
     /// Elements of a row come in multiples of this.
     pub const fn block_elements(self) -> usize {
         self.block().1

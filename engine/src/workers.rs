@@ -4,6 +4,9 @@
 //! alone. How an output matrix is shared between workers without locks is `dispatch`'s part
 //! ([`crate::dispatch::SharedColumns`]).
 
+use alloc::vec::Vec;
+use spin::Mutex;
+
 /// A fixed set of cores that run one job together.
 pub trait Workers: Sync {
     /// Number of workers, at least 1. The caller of [`Workers::run`] is worker 0.
@@ -11,6 +14,19 @@ pub trait Workers: Sync {
 
     /// Calls `job(i)` once on each worker `i < count()`, in parallel, and returns when every call has returned.
     fn run(&self, job: &(dyn Fn(usize) + Sync));
+}
+
+/// Calls `work` on every one of `items`, which the workers share out evenly and in order.
+pub fn for_each<T: Send>(workers: &dyn Workers, items: impl IntoIterator<Item = T>, work: impl Fn(T) + Sync) {
+    let items: Vec<Mutex<Option<T>>> = items.into_iter().map(|item| Mutex::new(Some(item))).collect();
+    let count = workers.count();
+    workers.run(&|worker| {
+        for item in items.iter().skip(worker).step_by(count) {
+            if let Some(item) = item.lock().take() {
+                work(item);
+            }
+        }
+    });
 }
 
 /// The calling core alone.

@@ -6,7 +6,7 @@ mod support;
 use engine::attention::KvType;
 use engine::operands::AlignedBytes;
 use engine::simd::Level;
-use engine::workers::Single;
+use engine::workers::{Single, Workers};
 use engine::{Engine, EngineError, Isa, Loader, Plan, Session, SessionMemory, Tier};
 use model::architecture::{Activation, Norm, Positions, RopeOrder};
 use model::quant::{dequantise, quantise};
@@ -408,6 +408,30 @@ fn logits_are_those_of_the_formula() {
 }
 
 #[test]
+fn cores_that_share_a_load_fill_the_arena_as_one_does() {
+    for ty in [TensorType::F32, TensorType::Q8_0, TensorType::Q5_0, TensorType::Q4_K] {
+        let spec = Spec { dim: 256, hidden_dim: 2080, head_dim: 64, matrices: ty, n_layers: 8, ..Spec::default() };
+        let spec = if ty == TensorType::Q4_K { Spec { hidden_dim: 2048, ..spec } } else { spec };
+        let (model, file) = gguf(&spec);
+        let plan = Plan::new(&model, 1).unwrap();
+        let packed = |workers: &dyn Workers, chunk_bytes: usize| {
+            let mut arena = AlignedBytes::zeroed(plan.arena_bytes());
+            let mut loader = Loader::new(plan.clone(), Level::detect(), &mut arena).unwrap();
+            for (i, chunk) in file.chunks(chunk_bytes).enumerate() {
+                loader.feed((i * chunk_bytes) as u64, chunk, workers).unwrap();
+            }
+            loader.finish().unwrap();
+            arena
+        };
+        assert!(file.len() > 4 << 20, "pieces are long enough to be shared");
+        let want = packed(&Single, 100_001);
+        for (workers, chunk_bytes) in [(2, file.len()), (3, 4 << 20), (5, 1_000_003)] {
+            assert!(packed(&Threads(workers), chunk_bytes)[..] == want[..], "{ty:?}, {workers} workers");
+        }
+    }
+}
+
+#[test]
 fn nothing_of_the_arena_is_left_as_it_was() {
     for (name, spec) in specs() {
         let (model, file) = gguf(&spec);
@@ -416,7 +440,7 @@ fn nothing_of_the_arena_is_left_as_it_was() {
             let mut arena = AlignedBytes::zeroed(plan.arena_bytes());
             arena.fill(fill);
             let mut loader = Loader::new(plan.clone(), Level::detect(), &mut arena).unwrap();
-            loader.feed(0, &file).unwrap();
+            loader.feed(0, &file, &Single).unwrap();
             loader.finish().unwrap();
             arena
         };
@@ -471,18 +495,18 @@ fn the_loader_refuses_gaps_truncation_and_small_arenas() {
     );
 
     let mut loader = Loader::new(plan.clone(), Level::Portable, &mut arena).unwrap();
-    loader.feed(0, &file[..first.offset as usize + 10]).unwrap();
-    let gap = loader.feed(first.offset + 11, &file[first.offset as usize + 11..]).err();
+    loader.feed(0, &file[..first.offset as usize + 10], &Single).unwrap();
+    let gap = loader.feed(first.offset + 11, &file[first.offset as usize + 11..], &Single).err();
     assert_eq!(gap, Some(EngineError::OutOfOrder { expected: first.offset + 10, found: first.offset + 11 }));
     // Bytes that were seen before are skipped, so a caller may go back to a sector's start.
-    loader.feed(first.offset, &file[first.offset as usize..last.end() as usize - 1]).unwrap();
+    loader.feed(first.offset, &file[first.offset as usize..last.end() as usize - 1], &Single).unwrap();
     assert_eq!(loader.next_offset(), Some(last.end() - 1));
     let incomplete =
         EngineError::Incomplete { name: last.name(), need_bytes: last.len_bytes, have_bytes: last.len_bytes - 1 };
     assert_eq!(loader.finish().err(), Some(incomplete));
 
     let mut loader = Loader::new(plan, Level::Portable, &mut arena).unwrap();
-    loader.feed(0, &file).unwrap();
+    loader.feed(0, &file, &Single).unwrap();
     let loaded = loader.finish().unwrap();
     let elsewhere = AlignedBytes::copy_of(&arena);
     let moved = Engine::new(loaded, &elsewhere, Isa::PORTABLE, Tier::Baseline).err();

@@ -22,7 +22,7 @@ use alloc::vec::Vec;
 use engine::attention::KvType;
 use engine::dispatch::MAX_PARTS;
 use engine::simd::limits;
-use engine::workers::Workers;
+use engine::workers::{Workers, for_each};
 use engine::{Engine, Isa, Loader, Plan, Session, SessionMemory};
 use model::ModelDescription;
 use report::{BootReport, ExitStatus, ImageKind, Level, Message, TrialRow, screen};
@@ -36,6 +36,8 @@ pub const REPORT_FILE: &str = "REPORT.TXT";
 const MAX_CONFIG_BYTES: u64 = 64 << 10;
 /// Smallest piece of memory that is given at once.
 const PAGE_BYTES: usize = 4096;
+/// Memory is touched in pieces of this size: some large pages.
+const TOUCHED_TOGETHER_BYTES: usize = 8 << 20;
 /// Context when neither the options nor the model ask for less.
 const DEFAULT_CONTEXT: usize = 2048;
 
@@ -308,7 +310,9 @@ impl Reserved {
         let no_room = RunError::NoRoomForAngles { context, need_bytes };
         let mut angles: Vec<u8> = Vec::new();
         angles.try_reserve_exact(need_bytes).map_err(|_| no_room)?;
-        weights.iter_mut().step_by(PAGE_BYTES).for_each(|byte| *byte = 0);
+        for_each(platform.workers(), weights.chunks_mut(TOUCHED_TOGETHER_BYTES), |chunk| {
+            chunk.iter_mut().step_by(PAGE_BYTES).for_each(|byte| *byte = 0);
+        });
         if let (Some(disk), _) = platform.disk(location.disk()) {
             disk.prepare_stream();
         }
@@ -330,9 +334,9 @@ impl Reserved {
         let tier = if options.tier == Tier::Reference { engine::Tier::Reference } else { engine::Tier::Baseline };
         let mut loader = Loader::new(self.plan, engine::simd::Level::new(isa), self.weights)?;
         let mut failure = None;
-        let loaded = load::stream(platform, location, description, options, &mut |offset, bytes| {
+        let loaded = load::stream(platform, location, description, options, &mut |offset, bytes, workers| {
             if failure.is_none() {
-                failure = loader.feed(offset, bytes).err();
+                failure = loader.feed(offset, bytes, workers).err();
             }
         })?;
         if let Some(error) = failure {

@@ -8,7 +8,7 @@ use crate::signature;
 use alloc::string::{String, ToString};
 use alloc::vec;
 use alloc::vec::Vec;
-use engine::workers::Workers;
+use engine::workers::{Single, Workers};
 use model::formats::{self, FileFormat, HeaderBytes};
 use model::{ModelDescription, ModelError, gguf, llama2c};
 use spin::Mutex;
@@ -256,6 +256,9 @@ pub struct Loaded {
     pub ticks: u64,
 }
 
+/// Takes in bytes of the file from an offset on, on the cores given.
+pub type Feed<'f> = dyn FnMut(u64, &[u8], &dyn Workers) + Send + 'f;
+
 /// Streams the file once and hands every byte to `feed` with its offset. The hash is computed on a second core meanwhile,
 /// where there is one.
 ///
@@ -266,7 +269,7 @@ pub fn stream(
     location: &Location,
     description: &ModelDescription,
     options: &Options,
-    feed: &mut (dyn FnMut(u64, &[u8]) + Send),
+    feed: &mut Feed<'_>,
 ) -> Result<Loaded, RunError> {
     // Bytes after the last tensor are padding, of a length that depends on where the file lies.
     let data_end = description.tensors.iter().map(|tensor| tensor.end()).max().unwrap_or(0);
@@ -279,19 +282,19 @@ pub fn stream(
         let mut at = offset;
         with_source_and_workers(platform, location, |source, workers| {
             source.stream(offset, piece, &mut |bytes| {
-                let take_in = || {
+                let take_in = |workers: &dyn Workers| {
                     let (fingerprint, feed) = &mut *fingerprint.lock();
                     fingerprint.update(&bytes[..bytes.len().min(data_end.saturating_sub(at) as usize)]);
-                    feed(at, bytes);
+                    feed(at, bytes, workers);
                 };
                 match no_hash {
-                    Some(_) => take_in(),
+                    Some(_) => take_in(workers),
                     None if workers.count() == 1 => {
-                        take_in();
+                        take_in(workers);
                         hash.lock().update(bytes);
                     }
                     None => workers.run(&|worker| match worker {
-                        0 => take_in(),
+                        0 => take_in(&Single),
                         1 => hash.lock().update(bytes),
                         _ => {}
                     }),

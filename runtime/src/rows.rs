@@ -96,7 +96,7 @@ mod tests {
         let plan = Plan::new(&model, 1).unwrap();
         let arena = Box::leak(Box::new(AlignedBytes::zeroed(plan.arena_bytes())));
         let mut loader = Loader::new(plan, Level::new(Isa::PORTABLE), arena).unwrap();
-        loader.feed(0, &file).unwrap();
+        loader.feed(0, &file, &One).unwrap();
         let loaded = loader.finish().unwrap();
         let mut engine = Engine::new(loaded, arena, Isa::PORTABLE, engine::Tier::Reference).unwrap();
         let kv = engine::attention::KvType::F32;

@@ -34,7 +34,7 @@ impl Fresh {
         let plan = Plan::new(&description, 1).unwrap();
         let arena = vec![0; plan.arena_bytes()].leak();
         let mut loader = Loader::new(plan, Level::detect(), arena).unwrap();
-        loader.feed(0, file).unwrap();
+        loader.feed(0, file, &Single).unwrap();
         let engine = Engine::new(loader.finish().unwrap(), arena, Isa::detect(), Tier::Baseline).unwrap();
         let kv = KvType::for_model(&description);
         Self { engine, memory: Session::memory_bytes(&description.config, CONTEXT, 1, kv).map(|len| vec![0; len]), kv }

@@ -41,7 +41,7 @@ pub fn load(
     let loaded = {
         let mut loader = Loader::new(plan, Level::new(isa), arena).unwrap();
         for (i, chunk) in file.chunks(chunk_bytes).enumerate() {
-            loader.feed((i * chunk_bytes) as u64, chunk).unwrap();
+            loader.feed((i * chunk_bytes) as u64, chunk, &Threads(threads)).unwrap();
         }
         assert_eq!(loader.next_offset(), None);
         loader.finish().unwrap()
