@@ -331,7 +331,7 @@ fn failures_on_purpose(bench: &mut Bench) -> Result<()> {
     let says = |word| errors.len() == 1 && errors[0].contains(word);
     ensure!(says("out of memory") && says("16777216 bytes") && says("-m"), "error notes {errors:?}");
     let machine = bench.machine("kernel.crash=somehow");
-    bench.refused(&machine, ExitStatus::Fatal, &["kernel.crash=somehow", "stack_overflow"])
+    bench.refused(&machine, ExitStatus::Settings, &["kernel.crash=somehow", "stack_overflow"])
 }
 
 /// A boot that fails as `kind` says: it must end in order, with the exit code and the last message of `status`. Returns

@@ -100,11 +100,11 @@ extern "sysv64" fn early_main(eax: u32, ebx: u32) -> ! {
     mark(&mut steps, "serial");
     let mut facts = match prepare(eax, ebx, steps) {
         Ok(facts) => facts,
-        Err(text) => stop(text),
+        Err((status, text)) => stop(status, text),
     };
     // SAFETY: `prepare` built tables that map the image and its stack at the addresses in use.
     if unsafe { gates::seal() }.is_err() {
-        stop(String::from("ring 0 refused to seal the page tables"));
+        stop(ExitStatus::Fatal, String::from("ring 0 refused to seal the page tables"));
     }
     // SAFETY: the plan's free RAM is mapped and belongs to nobody yet.
     unsafe { memory::init(facts.plan.ram.as_slice()) };
@@ -127,17 +127,17 @@ unsafe fn map_boot_memory() {
     }
 }
 
-fn stop(text: String) -> ! {
+fn stop(status: ExitStatus, text: String) -> ! {
     crate::println!("\nFATAL: {text}");
     power::send(&Message::Note { level: Level::Error, text });
-    power::end(ExitStatus::Fatal)
+    power::end(status)
 }
 
-fn prepare(eax: u32, ebx: u32, mut steps: FixedList<Step, 16>) -> Result<BootFacts, String> {
+fn prepare(eax: u32, ebx: u32, mut steps: FixedList<Step, 16>) -> Result<BootFacts, (ExitStatus, String)> {
     use alloc::string::ToString;
-    let start = info::read(&BootMemory, eax, ebx).map_err(|e| e.to_string())?;
+    let start = info::read(&BootMemory, eax, ebx).map_err(|e| (ExitStatus::Fatal, e.to_string()))?;
     let command_line = String::from_utf8_lossy(start.command_line.as_slice());
-    let (options, command_line) = options::split(&command_line).map_err(|e| e.to_string())?;
+    let (options, command_line) = options::split(&command_line).map_err(|e| (ExitStatus::Settings, e.to_string()))?;
     let acpi = match start.rsdp.or_else(|| acpi::scan(&BootMemory)) {
         Some(rsdp) => acpi::read(&BootMemory, rsdp),
         None => AcpiFacts::default(),
@@ -150,13 +150,15 @@ fn prepare(eax: u32, ebx: u32, mut steps: FixedList<Step, 16>) -> Result<BootFac
     let cores_listed = acpi.apic_ids.as_slice().len().max(1);
     let wanted = options.cores.unwrap_or(if clock::emulated() { 1 } else { cores_listed }).min(cores_listed);
     let usable = info::limited(&info::usable(start.map.as_slice()), options.memory_bytes.unwrap_or(u64::MAX));
-    let plan = plan::plan(usable.as_slice(), image_end(), wanted, cfg!(feature = "jit")).map_err(|e| e.to_string())?;
+    let plan = plan::plan(usable.as_slice(), image_end(), wanted, cfg!(feature = "jit"))
+        .map_err(|e| (ExitStatus::Memory, e.to_string()))?;
     let trampoline = Range { start: TRAMPOLINE, end: TRAMPOLINE + PAGE_BYTES };
     let low_page_free = usable.as_slice().iter().any(|r| r.start <= trampoline.start && trampoline.end <= r.end);
     let wanted = if low_page_free { wanted } else { 1 };
     // SAFETY: the early boot runs alone, and the plan gave these pages to the page tables and CPU areas.
     let (table_frames, cores) = unsafe {
-        let frames = build_tables(&plan, wanted, acpi.local_apic, disks.as_slice()).map_err(|e| e.to_string())?;
+        let frames = build_tables(&plan, wanted, acpi.local_apic, disks.as_slice())
+            .map_err(|e| (ExitStatus::Fatal, e.to_string()))?;
         mark(&mut steps, "page tables");
         for core in 1..wanted {
             fill_area(core, area_of(core, plan.areas));
