@@ -10,7 +10,8 @@ use half::f16;
 use model::TensorType;
 use model::kernel::DType;
 use model::layout::{
-    BLOCK, BlockLayout, PANEL, QUADS, SUPER, WORD_BYTES, group_bytes, panel_bytes, scales_offset, step_bytes,
+    BLOCK, BlockLayout, PANEL, QUADS, SUPER, WEIGHT_ALIGN, WORD_BYTES, group_bytes, panel_bytes, scales_offset,
+    step_bytes,
 };
 use model::quant::{BlockFormat, Parts, Q2K, Q3K, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0};
 
@@ -160,7 +161,7 @@ impl ColumnMap {
 /// Packs whole `rows` of depth `k`, the first of which is the tensor's column `column`, into `packed`.
 ///
 /// # Panics
-/// When `rows` is not a whole number of rows, or the packed matrix is too short for them.
+/// When `rows` is not a whole number of rows, the packed matrix is too short for them, or does not begin at a cache line.
 pub fn pack_rows(
     level: Level,
     format: RowFormat,
@@ -177,6 +178,7 @@ pub fn pack_rows(
         "{} bytes are no whole rows of {row_bytes}",
         rows.len()
     );
+    assert!(packed.as_ptr().addr().is_multiple_of(WEIGHT_ALIGN), "packed weights begin at a cache line");
     let mut column = column;
     let mut rows = rows;
     while !rows.is_empty() {

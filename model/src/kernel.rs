@@ -158,7 +158,7 @@ pub struct KernelKey {
     pub k: u32,
 }
 
-/// Batch sizes kernels are compiled for; a batch of other size runs in the next larger bucket with its spare rows ignored.
+/// Batch sizes kernels are compiled for; a batch of another size runs in a larger bucket, up to where its rows end.
 pub const M_BUCKETS: [u32; 4] = [1, 4, 16, 64];
 
 impl KernelKey {
