@@ -239,12 +239,8 @@ impl VirtioDisk {
 
     /// The buffer of stream chunks for `slot`, made when it is first needed.
     fn stream_buffer(&mut self, slot: usize) -> Buffer {
-        *self.buffers[slot].get_or_insert_with(|| {
-            let mut bytes = Vec::with_capacity(REQUEST_BYTES);
-            // Written, and not only taken zeroed: see `prepare_stream`.
-            bytes.resize(REQUEST_BYTES, 0);
-            Buffer::of(bytes.leak())
-        })
+        // The heap zeroes by writing: afterwards the memory is there (`prepare_stream`).
+        *self.buffers[slot].get_or_insert_with(|| Buffer::of(alloc::vec![0; REQUEST_BYTES].leak()))
     }
 }
 
