@@ -1,5 +1,6 @@
 //! The targets: any bytes in, must return.
 
+use engine::operands::AlignedBytes;
 use engine::pack::{ColumnMap, RowFormat, dequantise_column, pack_rows, unpack_column};
 use engine::simd::Level;
 use model::layout::packed_len_bytes;
@@ -122,7 +123,7 @@ fn quantised_blocks(data: &[u8]) {
     let (k, row_bytes) = (ty.block_len() as usize, ty.block_bytes() as usize);
     let rows = &bytes[..bytes.len() / row_bytes * row_bytes];
     let n = rows.len() / row_bytes;
-    let mut packed = vec![0; packed_len_bytes(format.dtype(), n, k)];
+    let mut packed = AlignedBytes::zeroed(packed_len_bytes(format.dtype(), n, k));
     pack_rows(Level::detect(), format, k, ColumnMap::WHOLE, 0, rows, &mut packed);
     let (mut want, mut got) = (vec![0.0f32; k], vec![0.0f32; k]);
     let mut back = vec![0; TensorType::from(format.dtype()).row_bytes(k as u64).expect("a whole block") as usize];
