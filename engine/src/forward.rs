@@ -1,8 +1,9 @@
 //! The forward pass of every architecture: tokens in, logits of the last one out.
 //!
 //! Key types: [`Engine`] (weights, kernel table, rope angles) and [`Session`] (one context: KV cache, position, buffers).
-//! A prompt runs in chunks of up to 64 rows; a chunk runs in the smallest batch bucket that holds it, whose
-//! kernels stop behind its last row. Several chunks go through a layer one after the other before the next layer, which then finds its weights in a
+//! A prompt runs in chunks of up to 64 rows; a chunk runs in the smallest batch bucket that holds it, whose kernels stop
+//! behind its last row: what the rows of a buffer behind it hold is never read as a result. Several chunks go through a layer
+//! one after the other before the next layer, which then finds its weights in a
 //! cache for all but the first. Every row is computed on its own, so neither the chunks nor the bucket show in the result.
 
 use crate::attention::{self, KvShape, KvType, Queries};
@@ -790,8 +791,8 @@ fn normed_activations<'a>(dtype: DType, normed: &'a [f32], dim: usize, quantised
 
 /// Rows of the next chunk and the index of its bucket, one of `buckets`, for a prompt of which `left` tokens are left.
 ///
-/// Spare rows cost little, a second pass over the weights more: one chunk takes all that is left, unless it would fill less
-/// than a quarter of its bucket, which runs the last, shorter row tile and one full one whatever is wanted.
+/// Spare rows cost little, a second pass over the weights more: one chunk takes all that is left, unless that fills less than
+/// a quarter of the bucket. (A kernel does one full row tile and its last, shorter one, however few rows are wanted.)
 fn next_chunk(left: usize, buckets: &[bool; M_BUCKETS.len()]) -> (usize, usize) {
     let usable = |bucket: &usize| buckets[*bucket];
     for bucket in (0..M_BUCKETS.len()).rev().filter(usable) {

@@ -53,7 +53,8 @@ impl KeyStats {
     }
 
     /// Takes in a call that did `rows` of the `m` rows of a batch in `cycles`. The total counts it as it was; as a sample it
-    /// is scaled to a full batch, so that calls with different rows can be compared.
+    /// is scaled to a full batch, so that calls with different rows can be compared. A kernel may have done more rows than
+    /// were wanted, up to the end of a register tile: then the sample is too large by as much.
     #[inline]
     pub fn record_rows(&mut self, cycles: u64, rows: u32, m: u32) {
         let total_cycles = self.total_cycles.saturating_add(cycles);
