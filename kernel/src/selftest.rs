@@ -80,6 +80,7 @@ pub const TESTS: &[Test] = &[
     ("memory_functions_agree_with_loops", memory_functions_agree_with_loops, Needs::Nothing),
     ("workers_run_every_job_once", workers_run_every_job_once, Needs::Cores),
     ("parked_workers_wake_up", parked_workers_wake_up, Needs::Cores),
+    ("naps_end", naps_end, Needs::Nothing),
     ("tsc_agrees_with_the_wall_clock", tsc_agrees_with_the_wall_clock, Needs::Nothing),
     ("disk_reads_agree", disk_reads_agree, Needs::Disk),
     ("disk_range_is_checked", disk_range_is_checked, Needs::Disk),
@@ -426,6 +427,19 @@ fn parked_workers_wake_up(machine: &mut Machine) -> Result<(), Failure> {
         }
     }
     Ok(())
+}
+
+/// A nap that ends too late is the host's doing; one that never does ends the boot by its deadline.
+fn naps_end(_: &mut Machine) -> Result<(), Failure> {
+    const NAPS: u64 = 50;
+    let start = clock::tsc();
+    for n in 0..NAPS {
+        gates::nap().map_err(|refused| format!("nap {n}: {refused}"))?;
+    }
+    // A wake-up left over from an earlier test ends one of them at once.
+    let slept = clock::tsc() - start;
+    let least = (NAPS - 1) * gates::NAP_CYCLES / 2;
+    if slept < least { Err(format!("{NAPS} naps took {slept} cycles, expected at least {least}")) } else { Ok(()) }
 }
 
 fn tsc_agrees_with_the_wall_clock(machine: &mut Machine) -> Result<(), Failure> {

@@ -22,6 +22,18 @@ const COMMAND: u64 = 0x300;
 const LINT1: u64 = 0x360;
 /// LINT1 raises NMIs, as on every PC: a monitor's `nmi` command then shows where the machine is.
 const DELIVER_NMI: u32 = 0x400;
+/// Offset of the register that says what the timer does when it reaches 0: one interrupt, of the vector written there.
+const TIMER: u64 = 0x320;
+/// Offset of the register by which the timer's clock is divided.
+const TIMER_DIVIDER: u64 = 0x3e0;
+/// Offset of the register from which the timer starts to count down when it is written.
+const TIMER_INITIAL: u64 = 0x380;
+/// Offset of the register that says where it is.
+const TIMER_CURRENT: u64 = 0x390;
+/// The timer counts, but raises no interrupt.
+const MASKED: u32 = 1 << 16;
+/// The timer counts every tick of its clock.
+const DIVIDE_BY_ONE: u32 = 0b1011;
 /// How long a core may take to reach ring 3.
 const PATIENCE_US: u64 = 200_000;
 
@@ -36,6 +48,8 @@ pub(super) unsafe fn start(acpi: &AcpiFacts, plan: &Plan, wanted: usize) -> usiz
     unsafe {
         register(SPURIOUS).write_volatile(register(SPURIOUS).read_volatile() | 0x1ff);
         register(LINT1).write_volatile(DELIVER_NMI);
+        (&raw mut ring0_apic).write_volatile(apic);
+        (&raw mut ring0_nap_ticks).write_volatile(u64::from(start_timer(apic)));
     }
     if wanted == 1 {
         return 1;
@@ -53,7 +67,6 @@ pub(super) unsafe fn start(acpi: &AcpiFacts, plan: &Plan, wanted: usize) -> usiz
         core::ptr::copy_nonoverlapping(source, TRAMPOLINE as *mut u8, bytes);
         ((TRAMPOLINE + 8) as *mut u32).write_volatile((&raw const ring0_final_cr3).read() as u32);
         ((TRAMPOLINE + 12) as *mut u32).write_volatile((&raw const ring0_efer).read());
-        (&raw mut ring0_apic).write_volatile(apic);
         (&raw mut ring0_core_areas).write_volatile(plan.areas.start);
         (&raw mut ring0_core_count).write_volatile((1 + plan.areas.len_bytes() / AREA_BYTES).min(wanted as u64) as u32);
     }
@@ -84,4 +97,30 @@ pub(super) unsafe fn start(acpi: &AcpiFacts, plan: &Plan, wanted: usize) -> usiz
     }
     cores::close();
     cores::arrived() + 1
+}
+
+/// Has the timer of the boot CPU raise [`WAKE_VECTOR`] each time it has counted down, and returns how many of its ticks are
+/// [`NAP_CYCLES`]; 0 where it does not count. How fast it counts differs from host to host.
+///
+/// # Safety
+/// `apic` must be the address of the local APIC's registers, mapped; before the seal.
+unsafe fn start_timer(apic: u64) -> u32 {
+    const WINDOW_CYCLES: u64 = NAP_CYCLES / 4;
+    let register = |offset: u64| (apic + offset) as *mut u32;
+    // SAFETY: the caller's registers; the interrupt is masked while the timer is tried.
+    unsafe {
+        register(TIMER_DIVIDER).write_volatile(DIVIDE_BY_ONE);
+        register(TIMER).write_volatile(MASKED | WAKE_VECTOR as u32);
+        register(TIMER_INITIAL).write_volatile(u32::MAX);
+        let start = clock::tsc();
+        let first = register(TIMER_CURRENT).read_volatile();
+        while clock::tsc().wrapping_sub(start) < WINDOW_CYCLES {
+            core::hint::spin_loop();
+        }
+        let counted = first.saturating_sub(register(TIMER_CURRENT).read_volatile());
+        let cycles = clock::tsc().wrapping_sub(start).max(1);
+        register(TIMER_INITIAL).write_volatile(0);
+        register(TIMER).write_volatile(WAKE_VECTOR as u32);
+        (u64::from(counted) * NAP_CYCLES / cycles).min(u64::from(u32::MAX)) as u32
+    }
 }

@@ -304,9 +304,11 @@ unsafe fn build_tables(plan: &Plan, cores: usize, apic: Option<u64>, disks: &[pc
             same(&mut tables, area + part.start, area + part.end, access)?;
         }
     }
-    if let (Some(apic), true) = (apic, cores > 1) {
+    if let Some(apic) = apic {
         let registers = Access { user: false, ..Access::DEVICE };
         same(&mut tables, apic, apic + PAGE_BYTES, registers)?;
+    }
+    if cores > 1 {
         same(&mut tables, TRAMPOLINE, TRAMPOLINE + PAGE_BYTES, Access::SUPERVISOR_EXECUTE)?;
     }
     same(&mut tables, plan.tables.start, plan.tables.end, Access::SUPERVISOR)?;

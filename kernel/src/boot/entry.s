@@ -310,7 +310,7 @@ fault:
 ring0_ignore:
     iretq
 
-# Vector {WAKE_VECTOR}: ends the hlt of gate_park. Should it come in between sti and hlt (real CPUs never let it; no host that
+# Vector {WAKE_VECTOR}, of gate_wake and of the timer: ends the hlt of gate_park. Should it come in between sti and hlt (real CPUs never let it; no host that
 # emulates ring 0 was seen to), the hlt must not happen any more, or nobody would end it.
     .globl ring0_woken
 ring0_woken:
@@ -367,6 +367,8 @@ ring0_breakpoint:
     je gate_park
     cmp eax, {REQUEST_WAKE}
     je gate_wake
+    cmp eax, {REQUEST_NAP}
+    je gate_nap
     push 0
     push 3
     jmp fault
@@ -409,6 +411,14 @@ gate_freeze:
     mov cr3, rax
     xor eax, eax
     iretq
+
+# Sleeps until the timer has counted down, or until any other wake-up. Changes rdi.
+gate_nap:
+    mov edi, dword ptr [ring0_nap_ticks]
+    test edi, edi
+    jz gate_refuse
+    mov rax, qword ptr [ring0_apic]
+    mov dword ptr [rax + 0x380], edi
 
 # A wake-up that came just before is still pending and ends the hlt at once: sti takes effect after it.
 gate_park:
@@ -482,6 +492,7 @@ ring0_idtr:
     .globl ring0_core_count
     .globl ring0_next_core
     .globl ring0_apic
+    .globl ring0_nap_ticks
 ring0_entry_tsc:     .quad 0            # TSC at boot_start32
 ring0_final_cr3:     .quad 0            # what gate_seal installs
 ring0_sealed_cr4:    .quad 0            # CR4 bits it adds (SMEP, UMIP)
@@ -489,6 +500,7 @@ ring0_ram_directory: .quad 0            # page directories of RAM, contiguous: e
 ring0_ram_end:       .quad 0            # first byte they do not map
 ring0_core_areas:    .quad 0            # area of core 1; the others follow
 ring0_apic:          .quad 0            # registers of the local APIC, the same address on every core
+ring0_nap_ticks:     .quad 0            # what gate_nap lets the boot CPU's timer count down; 0 where there is none
 ring0_core_count:    .long 0            # cores with an area, the boot CPU included
 ring0_next_core:     .long 1
 ring0_efer:          .long 0

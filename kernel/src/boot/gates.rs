@@ -1,4 +1,4 @@
-//! The symbols of `entry.s` and the four requests ring 3 can make of ring 0.
+//! The symbols of `entry.s` and the five requests ring 3 can make of ring 0.
 
 use super::area::*;
 use super::info::Range;
@@ -13,8 +13,13 @@ const REQUEST_FREEZE: u32 = 0x5ea1_0002;
 const REQUEST_PARK: u32 = 0x5ea1_0003;
 /// `eax` of a breakpoint that wakes another core.
 const REQUEST_WAKE: u32 = 0x5ea1_0004;
-/// Interrupt that wakes a parked core.
+/// `eax` of a breakpoint that lets the boot CPU sleep for a time.
+const REQUEST_NAP: u32 = 0x5ea1_0005;
+/// Interrupt that wakes a parked core, from another core or from its own timer.
 pub(super) const WAKE_VECTOR: u64 = 0x40;
+
+/// TSC ticks that [`nap`] takes, about: some tens of microseconds.
+pub const NAP_CYCLES: u64 = 120_000;
 
 global_asm!(
     include_str!("entry.s"),
@@ -31,6 +36,7 @@ global_asm!(
     REQUEST_FREEZE = const REQUEST_FREEZE,
     REQUEST_PARK = const REQUEST_PARK,
     REQUEST_WAKE = const REQUEST_WAKE,
+    REQUEST_NAP = const REQUEST_NAP,
     WAKE_VECTOR = const WAKE_VECTOR,
     EXIT_PANIC = const ExitStatus::Panic.debug_exit_value(),
     EXIT_FATAL = const ExitStatus::Fatal.debug_exit_value(),
@@ -53,6 +59,7 @@ unsafe extern "C" {
     pub(super) static mut ring0_core_areas: u64;
     pub(super) static mut ring0_core_count: u32;
     pub(super) static mut ring0_apic: u64;
+    pub(super) static mut ring0_nap_ticks: u64;
     pub(super) static trampoline_start: u8;
     pub(super) static trampoline_end: u8;
 }
@@ -144,5 +151,16 @@ pub fn wake(apic_id: u8) -> Result<(), Refused> {
     let answer: u64;
     // SAFETY: the gate sends an interrupt whose only effect is to end a halt; it changes rax, rdi and flags only.
     unsafe { asm!("int3", inout("rax") u64::from(REQUEST_WAKE) => answer, inout("rdi") u64::from(apic_id) => _) };
+    if answer == 0 { Ok(()) } else { Err(Refused) }
+}
+
+/// Lets the boot CPU sleep for [`NAP_CYCLES`], or less: any wake-up ends it.
+///
+/// # Errors
+/// [`Refused`] where there is no timer to end it (`boot::cores`).
+pub fn nap() -> Result<(), Refused> {
+    let answer: u64;
+    // SAFETY: the gate starts a timer whose only effect is to end a halt, and halts; it changes rax, rdi and flags only.
+    unsafe { asm!("int3", inout("rax") u64::from(REQUEST_NAP) => answer, out("rdi") _) };
     if answer == 0 { Ok(()) } else { Err(Refused) }
 }

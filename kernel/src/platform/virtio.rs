@@ -3,13 +3,16 @@
 //! Requests are as large as 2 MiB, because a request costs about as much as 250 KiB of data, and each wakes the device once
 //! more, on a host with two cores beside a core that polls. `stream` keeps
 //! [`DEPTH`] requests in flight into buffers of its own, so that reading overlaps with what the caller does with the
-//! data; `read` does the same straight into the caller's buffer. Completion is polled. A device that does not answer
+//! data; `read` does the same straight into the caller's buffer. Completion is polled, with naps in between: the threads
+//! that serve the device may need the core of the host that the guest would spin on, and got it only at the end of a time
+//! slice (2 to 5 ms). A device that does not answer
 //! within [`TIMEOUT_MS`] is reset, so that it can no longer write to memory, and stays dead.
 //!
 //! Rings and transport are the `virtio-drivers` crate's.
 
 use super::clock;
 use super::pci::{self, PlacedDisk};
+use crate::boot::gates;
 use alloc::alloc::{alloc_zeroed, dealloc};
 use alloc::boxed::Box;
 use alloc::vec::Vec;
@@ -25,6 +28,8 @@ use virtio_drivers::{BufferDirection, Error, Hal, PhysAddr};
 pub const REQUEST_BYTES: usize = 2 << 20;
 /// Requests in flight.
 pub const DEPTH: usize = 4;
+/// TSC ticks a wait spins before it sleeps between looks at the device: small requests are done by then.
+const SPIN_CYCLES: u64 = 60_000;
 /// How long a request may take.
 pub const TIMEOUT_MS: u32 = 30_000;
 
@@ -179,7 +184,7 @@ impl VirtioDisk {
                     // Dropping the driver resets the device: afterwards it cannot touch any buffer.
                     self.device = None;
                 }
-                core::hint::spin_loop();
+                rest(clock::tsc().wrapping_sub(start));
                 continue;
             };
             let flight = flights.remove(index);
@@ -241,6 +246,13 @@ impl VirtioDisk {
     fn stream_buffer(&mut self, slot: usize) -> Buffer {
         // The heap zeroes by writing: afterwards the memory is there (`prepare_stream`).
         *self.buffers[slot].get_or_insert_with(|| Buffer::of(alloc::vec![0; REQUEST_BYTES].leak()))
+    }
+}
+
+/// One turn of a wait for the device that has lasted `waited` TSC ticks: what serves it may need this very core of the host.
+fn rest(waited: u64) {
+    if waited < SPIN_CYCLES || gates::nap().is_err() {
+        core::hint::spin_loop();
     }
 }
 
