@@ -12,7 +12,8 @@ pub trait Workers: Sync {
     /// Number of workers, at least 1. The caller of [`Workers::run`] is worker 0.
     fn count(&self) -> usize;
 
-    /// Calls `job(i)` once on each worker `i < count()`, in parallel, and returns when every call has returned.
+    /// Calls `job(i)` once for each `i < count()`, in parallel, and returns when every call has returned. Each call is a
+    /// worker's own, but where one is late the caller may make its call, so no call may wait for another.
     fn run(&self, job: &(dyn Fn(usize) + Sync));
 }
 

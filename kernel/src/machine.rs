@@ -134,8 +134,13 @@ impl Machine {
     }
 
     /// The code arena, and the cores that must see what is published in it.
-    pub fn code(&mut self) -> (&mut CodeArena, &dyn Workers) {
+    pub fn code(&mut self) -> (&mut CodeArena, &Cores) {
         (&mut self.code, &self.cores)
+    }
+
+    /// The cores, by whom more can be asked than by [`Workers`].
+    pub fn cores(&self) -> &Cores {
+        &self.cores
     }
 
     /// Milliseconds from the entry of the image to now.
@@ -204,7 +209,7 @@ impl Platform for Machine {
             freeze(range);
             // Only once the tables all share have changed do the cores drop what they remember of them: one that did so
             // earlier could read the old entries again.
-            self.cores.run(&|_| freeze(Range { start: 0, end: 0 }));
+            self.cores.run_on_each(&|_| freeze(Range { start: 0, end: 0 }));
         }
         weights
     }

@@ -59,7 +59,7 @@ fn job_us(machine: &Machine, gap_ms: u64) -> f64 {
                 core::hint::spin_loop();
             }
             let start = clock::tsc();
-            machine.workers().run(&|_| {});
+            machine.cores().run_on_each(&|_| {});
             clock::tsc() - start
         })
         .collect();

@@ -1,10 +1,10 @@
 //! The code arena: the same memory mapped twice, writable here and executable there, never both at one address.
 
+use super::cores::Cores;
 use crate::boot::info::Range;
 use crate::boot::plan::CODE_ALIAS;
 use core::arch::asm;
 use core::sync::atomic::{AtomicU64, Ordering};
-use engine::workers::Workers;
 
 /// Alignment of published code: a cache line.
 const ALIGN: u64 = 64;
@@ -49,7 +49,7 @@ impl CodeArena {
     ///
     /// # Errors
     /// [`Full`].
-    pub fn publish(&mut self, code: &[u8], workers: &dyn Workers) -> Result<*const u8, Full> {
+    pub fn publish(&mut self, code: &[u8], cores: &Cores) -> Result<*const u8, Full> {
         let start = self.used.next_multiple_of(ALIGN);
         let full = Full { need_bytes: code.len() as u64, have_bytes: self.capacity.saturating_sub(start) };
         let end = start.checked_add(code.len() as u64).filter(|&end| end <= self.capacity).ok_or(full)?;
@@ -59,7 +59,7 @@ impl CodeArena {
         }
         self.used = end;
         // Written through one address, fetched through another: each core must serialise before its first fetch.
-        workers.run(&|_| serialise());
+        cores.run_on_each(&|_| serialise());
         Ok((CODE_ALIAS + start) as *const u8)
     }
 

@@ -4,7 +4,8 @@
 //! without one it asks ring 0 to park it: on a host with no more cores than the guest, a spinning core would otherwise take
 //! the time of the very thread that serves the disk. The core that waits for the others parks after [`WAIT_CYCLES`]: one
 //! that takes so much longer has been put aside by the host, and gets to run sooner when this one does not spin. Where
-//! that happens again and again (two cores of the guest on one of a busy host) both give way sooner.
+//! that happens again and again (two cores of the guest on one of a busy host) both give way sooner. A core that has not
+//! even begun its share when the boot CPU is done with its own finds it done by that one.
 
 use super::clock;
 use crate::boot::area::MAX_CPUS;
@@ -34,8 +35,10 @@ struct Board {
     job: UnsafeCell<Option<*const Job>>,
     /// Raised once for each job.
     round: Line,
-    /// Workers that finished the job of this round.
+    /// Workers whose share of this round's job is finished.
     done: Line,
+    /// For each worker the last round in which its share was begun: by itself, or by the boot CPU.
+    begun: [Line; MAX_CPUS],
     arrived: AtomicUsize,
     busy: AtomicBool,
     areas: AtomicU64,
@@ -50,14 +53,15 @@ struct Board {
 #[repr(align(64))]
 struct Line(AtomicUsize);
 
-// SAFETY: `job` is written by the core that owns `busy` while all others wait for the next `round`, and read by them
-// after they saw it (release/acquire).
+// SAFETY: `job` is written by the core that owns `busy` once every share of the round before is finished, and read by the
+// others only between beginning their share of a round, which nobody else can then, and counting it in `done`.
 unsafe impl Sync for Board {}
 
 static BOARD: Board = Board {
     job: UnsafeCell::new(None),
     round: Line(AtomicUsize::new(0)),
     done: Line(AtomicUsize::new(0)),
+    begun: [const { Line(AtomicUsize::new(0)) }; MAX_CPUS],
     arrived: AtomicUsize::new(0),
     busy: AtomicBool::new(false),
     areas: AtomicU64::new(0),
@@ -125,8 +129,13 @@ extern "sysv64" fn core_main(apic_id: u32) -> ! {
             continue;
         }
         seen = round;
-        // SAFETY: `run` stored the job before it raised the round and waits for `done` before it returns, so the job
-        // is alive and not written meanwhile.
+        if !begin(index, round) {
+            spin_cycles = SPIN_CYCLES_AFTER_WAKE;
+            idle_since = clock::tsc();
+            continue;
+        }
+        // SAFETY: the job was stored before the round was raised, and the boot CPU waits for this share before it stores
+        // another one or returns, so it is alive and not written meanwhile.
         if let Some(job) = unsafe { *BOARD.job.get() } {
             // SAFETY: as above.
             unsafe { (*job)(index) };
@@ -137,6 +146,12 @@ extern "sysv64" fn core_main(apic_id: u32) -> ! {
         was_parked = false;
         idle_since = clock::tsc();
     }
+}
+
+/// Whether the share of worker `index` in `round` falls to who asks: the first to do so.
+fn begin(index: usize, round: usize) -> bool {
+    let begun = &BOARD.begun[index].0;
+    begun.compare_exchange(round - 1, round, Ordering::Acquire, Ordering::Relaxed).is_ok()
 }
 
 /// What [`Board::parked`] holds while the core with this APIC id is parked.
@@ -180,10 +195,8 @@ impl Cores {
     pub(crate) fn new(count: usize) -> Self {
         Self { count: count.clamp(1, 1 + arrived()), parked: parked_state(BOARD.boot_apic_id.load(Ordering::Acquire)) }
     }
-}
 
-impl Cores {
-    /// Waits until `others` cores are done.
+    /// Waits until `others` shares are finished.
     fn wait_for(&self, others: usize) {
         let start = clock::tsc();
         let mut since = start;
@@ -201,14 +214,14 @@ impl Cores {
         let next = if waited > WAIT_CYCLES { WAIT_CYCLES_AFTER_PARKING } else { WAIT_CYCLES };
         BOARD.patience.store(next, Ordering::Relaxed);
     }
-}
 
-impl Workers for Cores {
-    fn count(&self) -> usize {
-        self.count
+    /// Calls `job(i)` on each core `i` itself, in parallel, and returns when every call has returned. Not from within a job.
+    pub fn run_on_each(&self, job: &(dyn Fn(usize) + Sync)) {
+        self.hand_out(job, false);
     }
 
-    fn run(&self, job: &(dyn Fn(usize) + Sync)) {
+    /// Hands out `job` and takes part in it; with `take_over`, also in place of cores that have not begun by then.
+    fn hand_out(&self, job: &(dyn Fn(usize) + Sync), take_over: bool) {
         let others = arrived();
         // A job that starts a job, or a single core: every index here, one after the other.
         if self.count == 1 || BOARD.busy.swap(true, Ordering::Acquire) {
@@ -222,17 +235,34 @@ impl Workers for Cores {
             }
         };
         let job: &(dyn Fn(usize) + Sync) = &bounded;
-        // SAFETY: the lifetime is forgotten only for the time of this call: it returns after every core is done with it.
+        // SAFETY: the lifetime is forgotten only for the time of this call: it returns after every share is finished, and
+        // who has not begun one by then does not look at the job.
         let job = unsafe { core::mem::transmute::<&(dyn Fn(usize) + Sync), &'static Job>(job) };
         BOARD.done.0.store(0, Ordering::Relaxed);
-        // SAFETY: `busy` is ours and every other core waits for the next round.
+        // SAFETY: `busy` is ours, and every share of the round before is finished.
         unsafe { *BOARD.job.get() = Some(job) };
-        BOARD.round.0.fetch_add(1, Ordering::SeqCst);
+        let round = BOARD.round.0.fetch_add(1, Ordering::SeqCst) + 1;
         for place in BOARD.parked.get(1..=others).unwrap_or(&[]) {
             wake_if_parked(place);
         }
         job(0);
+        for index in 1..=others {
+            if take_over && begin(index, round) {
+                job(index);
+                BOARD.done.0.fetch_add(1, Ordering::SeqCst);
+            }
+        }
         self.wait_for(others);
         BOARD.busy.store(false, Ordering::Release);
+    }
+}
+
+impl Workers for Cores {
+    fn count(&self) -> usize {
+        self.count
+    }
+
+    fn run(&self, job: &(dyn Fn(usize) + Sync)) {
+        self.hand_out(job, true);
     }
 }
