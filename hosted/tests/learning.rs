@@ -60,7 +60,7 @@ fn has_avx2() -> bool {
     engine::Isa::detect().avx2
 }
 
-const AVX2: TargetIsa = TargetIsa { avx2: true, avx512: false, avx512_vnni: false };
+const AVX2: TargetIsa = TargetIsa { avx2: true, avx512: false, avx512_vnni: false, avx_vnni: false };
 
 /// Puts a working AVX2 kernel in place of every incumbent, by the name `rename` gives it.
 fn install_everywhere(snapshot: &mut Snapshot, rename: impl Fn(Variant) -> Variant) {

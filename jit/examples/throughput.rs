@@ -17,7 +17,7 @@ use engine::dispatch::ColumnsMut;
 use engine::ops::run_baseline;
 use engine::simd::Level;
 use jit::{Compiler, space};
-use model::kernel::{DType, KernelKey, Op, Variant, Width};
+use model::kernel::{DType, Dot, KernelKey, Op, Variant, Width};
 use model::layout::{k_multiple, padded, x_row_bytes};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -49,7 +49,7 @@ fn grid(key: &KernelKey) -> Vec<Variant> {
     let mut all = Vec::new();
     let rows: &[u8] = if key.m == 1 { &[1] } else { &[2, 3, 4, 6, 8, 12, 14] };
     for width in [Width::X128, Width::Y256, Width::Z512] {
-        for vnni in [false, true] {
+        for dot in Dot::ALL {
             for rows in rows {
                 for columns in [8, 16, 32] {
                     for streams in [1, 2, 3, 4, 6, 8] {
@@ -59,7 +59,7 @@ fn grid(key: &KernelKey) -> Vec<Variant> {
                                 if !deep {
                                     all.push(Variant {
                                         width,
-                                        vnni,
+                                        dot,
                                         rows: *rows,
                                         columns,
                                         streams,

@@ -15,7 +15,7 @@ use cranelift_codegen::isa::{self, CallConv, OwnedTargetIsa};
 use cranelift_codegen::settings::{self, Configurable};
 use cranelift_codegen::{CodegenError, Context};
 use cranelift_frontend::{FunctionBuilder, FunctionBuilderContext};
-use model::kernel::{KernelKey, Variant, Width};
+use model::kernel::{Dot, KernelKey, Variant, Width};
 use target_lexicon::{Architecture, BinaryFormat, Environment, OperatingSystem, Triple, Vendor};
 
 /// Instruction sets a kernel may use, with their operating-system state enabled.
@@ -27,6 +27,8 @@ pub struct TargetIsa {
     pub avx512: bool,
     /// AVX-512 VNNI.
     pub avx512_vnni: bool,
+    /// AVX-VNNI.
+    pub avx_vnni: bool,
 }
 
 impl TargetIsa {
@@ -34,10 +36,12 @@ impl TargetIsa {
     pub fn missing(&self, variant: &Variant) -> Option<&'static str> {
         if !self.avx2 {
             Some("AVX2, FMA and F16C")
-        } else if !self.avx512 && (variant.width == Width::Z512 || variant.vnni) {
+        } else if !self.avx512 && (variant.width == Width::Z512 || variant.dot == Dot::Evex) {
             Some("AVX-512 F, BW, DQ and VL")
-        } else if !self.avx512_vnni && variant.vnni {
+        } else if !self.avx512_vnni && variant.dot == Dot::Evex {
             Some("AVX-512 VNNI")
+        } else if !self.avx_vnni && variant.dot == Dot::Vex {
+            Some("AVX-VNNI")
         } else {
             None
         }
@@ -126,7 +130,7 @@ impl Compiler {
         let plan = Plan::new(key, variant)?;
         let mut stats = CompileStats::default();
         let narrow = self.narrow(&plan, &mut stats)?;
-        let (code, widen_stats) = widen(&narrow, variant.width)?;
+        let (code, widen_stats) = widen(&narrow, variant.width, variant.dot)?;
         stats.widen = widen_stats;
         stats.stack_bytes = audit::audit(&code, variant.width)?.stack_bytes;
         Ok(CompiledKernel { key: *key, variant: *variant, code, stats })

@@ -4,7 +4,7 @@
 
 use crate::error::JitError;
 use alloc::vec::Vec;
-use model::kernel::{DType, KernelKey, M_BUCKETS, Op, Variant, Width};
+use model::kernel::{DType, Dot, KernelKey, M_BUCKETS, Op, Variant, Width};
 use model::layout::{
     BLOCK, BlockLayout, PANEL, XBLOCK_BYTES, group_steps, header_bytes, k_multiple, op_weight_bytes, panel_bytes,
     panels, step_bytes, step_k, x_row_bytes,
@@ -124,10 +124,14 @@ impl Plan {
         if group_steps > 1 && !group_steps.is_multiple_of(unroll) {
             return Err(refuse("unroll of a K type must divide the 8 blocks of a super-block"));
         }
-        if variant.vnni && !key.dtype.is_quantised() {
+        let vnni = variant.dot != Dot::Pairs;
+        if vnni && !key.dtype.is_quantised() {
             return Err(refuse("vnni needs a quantised type"));
         }
-        if key.dtype == DType::Q8_0 && variant.width == Width::Z512 && !variant.vnni {
+        if variant.dot == Dot::Vex && variant.width == Width::Z512 {
+            return Err(refuse("AVX-VNNI has no zmm form"));
+        }
+        if key.dtype == DType::Q8_0 && variant.width == Width::Z512 && !vnni {
             return Err(refuse("q8_0 at 512 bits needs vnni: vpsignb has no zmm form"));
         }
         let k_block = usize::from(variant.k_block);
@@ -143,7 +147,7 @@ impl Plan {
             }
         }
         let vectors = columns / lanes;
-        let home = home(key.dtype, variant.vnni, rows, vectors, streams)
+        let home = home(key.dtype, vnni, rows, vectors, streams)
             .ok_or_else(|| refuse("the register tile does not fit 16 vector registers"))?;
         if k_block > 0 && home == Home::Frame {
             return Err(refuse("the register tile of a block of k does not fit 16 vector registers"));
@@ -153,7 +157,7 @@ impl Plan {
             dtype: key.dtype,
             blocks: BlockLayout::of(key.dtype),
             width: variant.width,
-            vnni: variant.vnni,
+            vnni,
             m,
             k_steps,
             group_steps,

@@ -1,6 +1,6 @@
 //! Which variants of a key are worth trying, best guess first.
 //!
-//! A grid over width, VNNI, tile, streams, unroll and prefetch distance is cut down to what is legal and fits the
+//! A grid over width, dot products, tile, streams, unroll and prefetch distance is cut down to what is legal and fits the
 //! registers ([`crate::plan`]), to code that compiles in about a millisecond, and then, by a cost model, to at most
 //! [`LIMIT`] variants. The model only orders and prunes; the profiler's measurements decide. It knows ports, latency,
 //! bytes and loop overhead of a wide x86 core, and two measured facts: decode is limited by memory, where streams and
@@ -10,7 +10,7 @@
 use crate::compiler::TargetIsa;
 use crate::plan::{Home, Plan};
 use alloc::vec::Vec;
-use model::kernel::{DType, KernelKey, Variant, Width};
+use model::kernel::{DType, Dot, KernelKey, Variant, Width};
 use model::layout::{BlockLayout, PANEL, QUADS, panels};
 
 /// Most variants of one key.
@@ -31,8 +31,10 @@ struct Candidate {
 pub fn variants(key: &KernelKey, isa: TargetIsa) -> Vec<Variant> {
     let mut classes: Vec<Vec<Candidate>> = Vec::new();
     for width in [Width::X128, Width::Y256, Width::Z512] {
-        for vnni in [false, true] {
-            let mut class = candidates(key, width, vnni, isa);
+        // Both encodings of `vpdpbusd` do the same: one is enough.
+        let dots = [Dot::Pairs, if isa.avx512_vnni { Dot::Evex } else { Dot::Vex }];
+        for dot in dots {
+            let mut class = candidates(key, width, dot, isa);
             class.sort_by_key(|c| c.cost);
             classes.push(thin_out(class));
         }
@@ -57,7 +59,7 @@ pub fn variants(key: &KernelKey, isa: TargetIsa) -> Vec<Variant> {
 }
 
 /// The legal part of the grid at one width.
-fn candidates(key: &KernelKey, width: Width, vnni: bool, isa: TargetIsa) -> Vec<Candidate> {
+fn candidates(key: &KernelKey, width: Width, dot: Dot, isa: TargetIsa) -> Vec<Candidate> {
     let decode = key.m == 1;
     let rows: &[u8] = if decode { &[1] } else { &[1, 2, 3, 4, 6, 8, 12, 14] };
     let streams: &[u8] = if decode { &[1, 2, 3, 4, 6, 8] } else { &[1, 2] };
@@ -72,7 +74,7 @@ fn candidates(key: &KernelKey, width: Width, vnni: bool, isa: TargetIsa) -> Vec<
                     for &prefetch_bytes in distances {
                         for &k_block in &k_blocks {
                             let variant =
-                                Variant { width, vnni, rows, columns, streams, unroll, prefetch_bytes, k_block };
+                                Variant { width, dot, rows, columns, streams, unroll, prefetch_bytes, k_block };
                             if isa.missing(&variant).is_some() {
                                 return out;
                             }
@@ -285,8 +287,9 @@ mod tests {
     use model::kernel::{M_BUCKETS, Op};
     use model::layout::k_multiple;
 
-    const EVERYTHING: TargetIsa = TargetIsa { avx2: true, avx512: true, avx512_vnni: true };
-    const AVX2: TargetIsa = TargetIsa { avx2: true, avx512: false, avx512_vnni: false };
+    const EVERYTHING: TargetIsa = TargetIsa { avx2: true, avx512: true, avx512_vnni: true, avx_vnni: true };
+    const AVX2: TargetIsa = TargetIsa { avx2: true, avx512: false, avx512_vnni: false, avx_vnni: false };
+    const AVX_VNNI: TargetIsa = TargetIsa { avx_vnni: true, ..AVX2 };
 
     /// Keys of a 135M-parameter llama, whole and cut for two cores.
     fn keys() -> Vec<KernelKey> {
@@ -311,8 +314,11 @@ mod tests {
     #[test]
     fn a_boot_can_exhaust_the_space_of_every_key() {
         for key in keys() {
-            for isa in [AVX2, EVERYTHING] {
+            for isa in [AVX2, AVX_VNNI, EVERYTHING] {
                 let variants = variants(&key, isa);
+                let dots = |dot| variants.iter().any(|v| v.dot == dot);
+                assert_eq!(dots(Dot::Vex), isa == AVX_VNNI && key.dtype.is_quantised(), "{key}");
+                assert_eq!(dots(Dot::Evex), isa == EVERYTHING && key.dtype.is_quantised(), "{key}");
                 assert!((12..=LIMIT).contains(&variants.len()), "{key}: {} variants", variants.len());
                 for (i, variant) in variants.iter().enumerate() {
                     assert!(!variants[..i].contains(variant), "{key}: {variant} twice");

@@ -4,8 +4,9 @@
 mod common;
 
 use common::{Case, EVERY_ISA, host_isa};
+use iced_x86::{Decoder, DecoderOptions, EncodingKind, Mnemonic};
 use jit::{Compiler, JitError, space};
-use model::kernel::{DType, KernelKey, M_BUCKETS, Op, Variant, Width};
+use model::kernel::{DType, Dot, KernelKey, M_BUCKETS, Op, Variant, Width};
 use model::layout::k_multiple;
 use proptest::prelude::*;
 
@@ -168,9 +169,9 @@ fn wide_code_computes_what_narrow_code_computes() {
             for (m, rows) in [(1, 1), (4, 3), (16, 2)] {
                 let key = KernelKey { op, dtype, m, n: 100, k: k_multiple(dtype).max(64) as u32 };
                 let case = Case::new(key, 11, 8);
-                let variant = |width, vnni| Variant {
+                let variant = |width, dot| Variant {
                     width,
-                    vnni,
+                    dot,
                     rows,
                     columns: 16,
                     streams: 2,
@@ -178,12 +179,12 @@ fn wide_code_computes_what_narrow_code_computes() {
                     prefetch_bytes: 512,
                     k_block: 0,
                 };
-                let narrow = compiler.compile(&key, &variant(Width::X128, false));
+                let narrow = compiler.compile(&key, &variant(Width::X128, Dot::Pairs));
                 let Ok(narrow) = narrow else { continue };
                 let want: Vec<u32> = case.run(&narrow).iter().map(|v| v.to_bits()).collect();
                 for width in [Width::X128, Width::Y256, Width::Z512] {
-                    for vnni in [false, true] {
-                        let variant = variant(width, vnni);
+                    for dot in Dot::ALL {
+                        let variant = variant(width, dot);
                         let Ok(wide) = compiler.compile(&key, &variant) else { continue };
                         let got: Vec<u32> = case.run(&wide).iter().map(|v| v.to_bits()).collect();
                         assert_eq!(got, want, "{key} as {variant}");
@@ -197,13 +198,45 @@ fn wide_code_computes_what_narrow_code_computes() {
     assert!(compared > 300, "only {compared} pairs");
 }
 
+/// Kernels for AVX-VNNI are those for AVX512-VNNI, instruction for instruction, in encodings that need no AVX-512. So what
+/// the other tests run on machines with AVX512-VNNI alone holds for them too.
+#[test]
+fn avx_vnni_kernels_differ_in_encoding_only() {
+    let avx_vnni = jit::TargetIsa { avx2: true, avx_vnni: true, ..Default::default() };
+    let mut without_avx512 = Compiler::new(avx_vnni).unwrap();
+    let mut with_everything = Compiler::new(EVERY_ISA).unwrap();
+    // Offsets differ with the lengths of encodings, and with them the targets of branches.
+    let instructions = |code: &[u8]| -> Vec<String> {
+        let lines = jit::disassemble(code).lines().map(|line| line[6..].trim().to_string()).collect::<Vec<_>>();
+        lines.into_iter().map(|line| if line.starts_with('j') { line[..2].to_string() } else { line }).collect()
+    };
+    let mut kernels = 0;
+    for (op, dtype, m) in Op::ALL
+        .iter()
+        .flat_map(|op| DType::ALL.iter().map(move |dtype| (*op, *dtype)))
+        .flat_map(|(op, dtype)| [1, 16].map(|m| (op, dtype, m)))
+    {
+        let key = KernelKey { op, dtype, m, n: 100, k: k_multiple(dtype).max(64) as u32 };
+        for variant in jit::space::variants(&key, avx_vnni).into_iter().filter(|v| v.dot == Dot::Vex).take(6) {
+            let vex = without_avx512.compile(&key, &variant).unwrap();
+            let evex = with_everything.compile(&key, &Variant { dot: Dot::Evex, ..variant }).unwrap();
+            assert_eq!(instructions(&vex.code), instructions(&evex.code), "{key} as {variant}");
+            let decoded = Decoder::new(64, &vex.code, DecoderOptions::NONE).into_iter().collect::<Vec<_>>();
+            assert!(decoded.iter().all(|i| i.op_code().encoding() != EncodingKind::EVEX), "{key} as {variant}");
+            assert!(decoded.iter().any(|i| i.mnemonic() == Mnemonic::Vpdpbusd), "{key} as {variant}");
+            kernels += 1;
+        }
+    }
+    assert!(kernels > 300, "only {kernels} kernels");
+}
+
 /// What cannot be is refused with its own error, and counted.
 #[test]
 fn refusals_have_their_own_error() {
     let key = KernelKey { op: Op::Matmul, dtype: DType::Q8_0, m: 4, n: 64, k: 64 };
     let variant = Variant {
         width: Width::Y256,
-        vnni: false,
+        dot: Dot::Pairs,
         rows: 2,
         columns: 16,
         streams: 1,
@@ -242,11 +275,15 @@ fn refusals_have_their_own_error() {
         assert!(matches!(compiler.compile(&key, &variant), Err(JitError::Variant { .. })), "{variant}");
     }
     assert_eq!(compiler.refusals().variant, 12);
-    for variant in [Variant { width: Width::Z512, ..variant }, Variant { vnni: true, ..variant }] {
+    for variant in [
+        Variant { width: Width::Z512, ..variant },
+        Variant { dot: Dot::Evex, ..variant },
+        Variant { dot: Dot::Vex, ..variant },
+    ] {
         assert!(matches!(compiler.compile(&key, &variant), Err(JitError::Isa { .. })), "{variant}");
     }
-    assert_eq!(compiler.refusals().isa, 2);
-    assert_eq!(compiler.refusals().total(), 21);
+    assert_eq!(compiler.refusals().isa, 3);
+    assert_eq!(compiler.refusals().total(), 22);
 }
 
 fn any_key() -> impl Strategy<Value = KernelKey> {
@@ -261,10 +298,10 @@ fn any_key() -> impl Strategy<Value = KernelKey> {
 }
 
 fn any_variant() -> impl Strategy<Value = Variant> {
-    (0..3usize, any::<bool>(), 1u8..15, 0..4usize, 1u8..9, 1u8..9, 0u16..5000, 0u16..9).prop_map(
-        |(width, vnni, rows, columns, streams, unroll, prefetch_bytes, k_block)| Variant {
+    (0..3usize, 0..Dot::ALL.len(), 1u8..15, 0..4usize, 1u8..9, 1u8..9, 0u16..5000, 0u16..9).prop_map(
+        |(width, dot, rows, columns, streams, unroll, prefetch_bytes, k_block)| Variant {
             width: [Width::X128, Width::Y256, Width::Z512][width],
-            vnni,
+            dot: Dot::ALL[dot],
             rows,
             columns: [4, 8, 16, 32][columns],
             streams,
@@ -283,7 +320,8 @@ proptest! {
     #[test]
     fn any_variant_of_any_key_is_refused_early_or_right(key in any_key(), variant in any_variant(), seed in any::<u64>()) {
         let mut compiler = Compiler::new(host_isa()).unwrap();
-        let mut variant = Variant { rows: variant.rows.min(key.m as u8), vnni: variant.vnni && key.dtype.is_quantised(), ..variant };
+        let dot = if key.dtype.is_quantised() { variant.dot } else { Dot::Pairs };
+        let mut variant = Variant { rows: variant.rows.min(key.m as u8), dot, ..variant };
         if variant.k_block > 0 && key.m > 1 && !key.dtype.is_quantised() {
             // Otherwise next to none would be legal: so many blocks, one stream, no distance.
             let blocks = u32::from(variant.k_block);

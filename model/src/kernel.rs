@@ -234,13 +234,38 @@ impl Width {
     }
 }
 
+/// How neighbouring products of int8 are summed. (The order is that of their numbers in snapshots.)
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
+pub enum Dot {
+    /// Two and two, by `vpmaddubsw` and `vpmaddwd`. Float types have no other.
+    Pairs,
+    /// Four, by `vpdpbusd` as AVX512-VNNI encodes it.
+    Evex,
+    /// Four, by `vpdpbusd` as AVX-VNNI encodes it: up to 256 bits, for CPUs without AVX-512.
+    Vex,
+}
+
+impl Dot {
+    /// Every way.
+    pub const ALL: [Dot; 3] = [Dot::Pairs, Dot::Evex, Dot::Vex];
+
+    /// The letter after the width in a variant's name.
+    fn letter(self) -> &'static str {
+        match self {
+            Dot::Pairs => "",
+            Dot::Evex => "v",
+            Dot::Vex => "a",
+        }
+    }
+}
+
 /// One way to compile a [`KernelKey`]. Every variant of a key gives bit-identical output.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
 pub struct Variant {
     /// Vector register width.
     pub width: Width,
-    /// Integer dot products by `vpdpbusd` (VNNI) in place of `vpmaddubsw` + `vpmaddwd`.
-    pub vnni: bool,
+    /// How int8 products are summed.
+    pub dot: Dot,
     /// Rows of `x` held in one register tile (1 for decode).
     pub rows: u8,
     /// Output columns held in one register tile per stream; a divisor of the panel width.
@@ -262,7 +287,7 @@ impl fmt::Display for Variant {
             f,
             "w{}{}_r{}_c{}_s{}_u{}_pf{}",
             self.width.bits(),
-            if self.vnni { "v" } else { "" },
+            self.dot.letter(),
             self.rows,
             self.columns,
             self.streams,
@@ -277,16 +302,15 @@ impl FromStr for Variant {
     type Err = NameError;
 
     fn from_str(text: &str) -> Result<Self, NameError> {
-        const ERROR: NameError = NameError { expected: "wBITS[v]_rROWS_cCOLUMNS_sSTREAMS_uUNROLL_pfBYTES[_kbSTEPS]" };
+        const ERROR: NameError = NameError { expected: "wBITS[v|a]_rROWS_cCOLUMNS_sSTREAMS_uUNROLL_pfBYTES[_kbSTEPS]" };
         fn number<T: FromStr>(field: Option<&str>, prefix: &str) -> Result<T, NameError> {
             field.and_then(|f| f.strip_prefix(prefix)).and_then(|f| f.parse().ok()).ok_or(ERROR)
         }
         let mut fields = text.split('_');
         let width = fields.next().ok_or(ERROR)?;
-        let (width, vnni) = match width.strip_suffix('v') {
-            Some(width) => (width, true),
-            None => (width, false),
-        };
+        let digits = width.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+        let dot = Dot::ALL.into_iter().find(|dot| dot.letter() == &width[digits.len()..]).ok_or(ERROR)?;
+        let width = digits;
         let width = match width {
             "w128" => Width::X128,
             "w256" => Width::Y256,
@@ -295,7 +319,7 @@ impl FromStr for Variant {
         };
         let variant = Variant {
             width,
-            vnni,
+            dot,
             rows: number(fields.next(), "r")?,
             columns: number(fields.next(), "c")?,
             streams: number(fields.next(), "s")?,
@@ -342,7 +366,7 @@ mod tests {
     fn variant_names_round_trip() {
         let variant = Variant {
             width: Width::Y256,
-            vnni: true,
+            dot: Dot::Evex,
             rows: 6,
             columns: 16,
             streams: 4,
@@ -352,13 +376,17 @@ mod tests {
         };
         assert_eq!(variant.to_string(), "w256v_r6_c16_s4_u2_pf4096");
         assert_eq!(variant.to_string().parse::<Variant>(), Ok(variant));
-        let blocked = Variant { vnni: false, streams: 1, prefetch_bytes: 0, k_block: 144, ..variant };
+        assert_eq!(Variant { dot: Dot::Vex, ..variant }.to_string(), "w256a_r6_c16_s4_u2_pf4096");
+        assert_eq!("w256a_r6_c16_s4_u2_pf4096".parse(), Ok(Variant { dot: Dot::Vex, ..variant }));
+        let blocked = Variant { dot: Dot::Pairs, streams: 1, prefetch_bytes: 0, k_block: 144, ..variant };
         assert_eq!(blocked.to_string(), "w256_r6_c16_s1_u2_pf0_kb144");
         assert_eq!(blocked.to_string().parse::<Variant>(), Ok(blocked));
         for bad in [
             "",
             "w64_r1_c8_s1_u1_pf0",
             "w256_r1_c8_s1_u1",
+            "w256x_r1_c8_s1_u1_pf0",
+            "w256va_r1_c8_s1_u1_pf0",
             "w256_r1_c8_s1_u1_pf0_z",
             "w256_r1_c8_s1_u1_pf70000",
             "w256_r1_c8_s1_u1_pf0_kb0",

@@ -183,7 +183,7 @@ fn kernels(screen: &mut Screen, report: &BootReport) {
         screen.line(&format!("... and {} more, {} of the time", rest.len(), percent(share)));
     }
     screen.line("  kernel   operation, weight type, tokens x outputs x inputs");
-    screen.line("  variant  w vector bits (v: VNNI), tile rows x columns, s streams, u unroll,");
+    screen.line("  variant  w vector bits (v, a: VNNI), tile rows x columns, s streams, u unroll,");
     screen.line("           p prefetch bytes, k block of inputs; a plain word (avx2) is hand-written");
     screen.line("  before   median cycles a call, hand-written kernel;  after: the kernel in use");
     screen.line("  limit    share of what this machine's memory and multipliers allow");

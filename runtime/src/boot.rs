@@ -235,6 +235,7 @@ pub fn read_options(platform: &mut dyn Platform, command_line: &str) -> Result<O
 pub fn limited(isa: Isa, limit: IsaLimit) -> Isa {
     match limit {
         IsaLimit::Auto | IsaLimit::Avx512 => isa,
+        IsaLimit::Avx2Vnni => Isa { avx512: false, avx512_vnni: false, ..isa },
         IsaLimit::Avx2 => Isa { avx512: false, avx512_vnni: false, avx_vnni: false, ..isa },
         IsaLimit::Portable => Isa::PORTABLE,
     }

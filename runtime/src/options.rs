@@ -122,6 +122,8 @@ pub enum IsaLimit {
     Auto,
     /// AVX-512 and below.
     Avx512,
+    /// AVX2+FMA and AVX-VNNI and below.
+    Avx2Vnni,
     /// AVX2+FMA and below.
     Avx2,
     /// No vector extension.
@@ -373,9 +375,10 @@ const TABLE: &[(&str, Setter)] = &[
         o.isa = match v {
             "auto" => IsaLimit::Auto,
             "avx512" => IsaLimit::Avx512,
+            "avx2_vnni" => IsaLimit::Avx2Vnni,
             "avx2" => IsaLimit::Avx2,
             "portable" => IsaLimit::Portable,
-            _ => return Err("auto, avx512, avx2 or portable"),
+            _ => return Err("auto, avx512, avx2_vnni, avx2 or portable"),
         };
         Ok(())
     }),

@@ -309,7 +309,7 @@ struct Attempt {
 
 /// The instruction sets kernels may be compiled for.
 pub fn target(isa: engine::Isa) -> TargetIsa {
-    TargetIsa { avx2: isa.avx2, avx512: isa.avx512, avx512_vnni: isa.avx512_vnni }
+    TargetIsa { avx2: isa.avx2, avx512: isa.avx512, avx512_vnni: isa.avx512_vnni, avx_vnni: isa.avx_vnni }
 }
 
 /// The next variant of a key to try; `None` when all that are in the search with these options and `isa` were tried. Never
@@ -366,7 +366,7 @@ mod tests {
 
     #[test]
     fn a_space_is_exhausted_for_the_options_of_this_boot_only() {
-        let avx2 = TargetIsa { avx2: true, avx512: false, avx512_vnni: false };
+        let avx2 = TargetIsa { avx2: true, ..TargetIsa::default() };
         let avx512 = TargetIsa { avx512: true, avx512_vnni: true, ..avx2 };
         let (few, all) = (Options { tune_max_variants: 2, ..Options::default() }, Options::default());
         let mut record = tried(avx2);

@@ -50,17 +50,22 @@ pub fn measure(memory: &[u8], level: Level, isa: Isa, workers: &dyn Workers, cor
     }
 }
 
-/// Which 512-bit probes may run: allowed by the caller and there.
+/// Which probes beyond AVX2 may run: allowed by the caller and there.
 #[derive(Clone, Copy)]
 struct Wide {
     avx512: bool,
     avx512_vnni: bool,
+    avx_vnni: bool,
 }
 
 impl Wide {
     fn new(isa: Isa) -> Self {
         let here = Isa::detect();
-        Self { avx512: isa.avx512 && here.avx512, avx512_vnni: isa.avx512_vnni && here.avx512_vnni }
+        Self {
+            avx512: isa.avx512 && here.avx512,
+            avx512_vnni: isa.avx512_vnni && here.avx512_vnni,
+            avx_vnni: isa.avx_vnni && here.avx_vnni,
+        }
     }
 
     /// Operations done; 0 where the instructions are missing.
@@ -71,8 +76,13 @@ impl Wide {
 
     /// Operations done; 0 where the instructions are missing.
     fn int8(self, iterations: u64) -> u64 {
-        // SAFETY: `new` saw AVX-512 VNNI with its register state enabled.
-        if self.avx512_vnni { unsafe { avx512::int8(iterations) } } else { 0 }
+        match (self.avx512_vnni, self.avx_vnni) {
+            // SAFETY: `new` saw AVX-512 VNNI with its register state enabled.
+            (true, _) => unsafe { avx512::int8(iterations) },
+            // SAFETY: `new` saw AVX-VNNI with its register state enabled.
+            (_, true) => unsafe { avx_vnni::int8(iterations) },
+            _ => 0,
+        }
     }
 }
 
@@ -259,6 +269,25 @@ mod avx2 {
         }
         core::hint::black_box(sums);
         iterations * sums.len() as u64 * 32 * 2
+    }
+}
+
+mod avx_vnni {
+    use core::arch::x86_64::*;
+
+    const CHAINS: usize = 12;
+
+    #[target_feature(enable = "avx2,avxvnni")]
+    pub(super) fn int8(iterations: u64) -> u64 {
+        let (a, b) = (_mm256_set1_epi8(3), core::hint::black_box(_mm256_set1_epi8(5)));
+        let mut sums = core::hint::black_box([_mm256_setzero_si256(); CHAINS]);
+        for _ in 0..iterations {
+            for sum in &mut sums {
+                *sum = _mm256_dpbusd_avx_epi32(*sum, a, b);
+            }
+        }
+        core::hint::black_box(sums);
+        iterations * CHAINS as u64 * 32 * 2
     }
 }
 

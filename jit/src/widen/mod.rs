@@ -17,7 +17,7 @@ use alloc::vec::Vec;
 use iced_x86::{
     BlockEncoder, BlockEncoderOptions, Code, Decoder, DecoderOptions, Instruction, InstructionBlock, OpKind, Register,
 };
-use model::kernel::Width;
+use model::kernel::{Dot, Width};
 
 /// Address the code pretends to be at while it is rewritten; also the first label of branch targets.
 const ORIGIN: u64 = 0x1000;
@@ -39,12 +39,12 @@ pub struct WidenStats {
     pub prefetches: u32,
 }
 
-/// Re-encodes `code` at `width`.
+/// Re-encodes `code` at `width`, with `vpdpbusd` in the encoding of `dot`.
 ///
 /// # Errors
 /// [`JitError::Undecodable`], [`JitError::ConstantPool`], [`JitError::Spill`], [`JitError::Unlisted`],
 /// [`JitError::NoWidth`] or [`JitError::Encode`].
-pub fn widen(code: &[u8], width: Width) -> Result<(Vec<u8>, WidenStats), JitError> {
+pub fn widen(code: &[u8], width: Width, dot: Dot) -> Result<(Vec<u8>, WidenStats), JitError> {
     let mut stats = WidenStats::default();
     let mut out = Vec::with_capacity(code.len() / 5);
     let mut decoder = Decoder::with_ip(64, code, ORIGIN, DecoderOptions::NONE);
@@ -54,7 +54,7 @@ pub fn widen(code: &[u8], width: Width) -> Result<(Vec<u8>, WidenStats), JitErro
         if instruction.is_invalid() {
             return Err(JitError::Undecodable { offset });
         }
-        rewrite(instruction, offset, width, &mut out, &mut stats)?;
+        rewrite(instruction, offset, (width, dot), &mut out, &mut stats)?;
     }
     stats.folded = fold::fold_loads(&mut out);
     stats.instructions = out.len() as u32;
@@ -87,7 +87,7 @@ fn at_width(r: Register, width: Width) -> Register {
 fn rewrite(
     mut i: Instruction,
     offset: usize,
-    width: Width,
+    (width, dot): (Width, Dot),
     out: &mut Vec<Instruction>,
     stats: &mut WidenStats,
 ) -> Result<(), JitError> {
@@ -130,7 +130,10 @@ fn rewrite(
     if (is_move && has_memory(&i)) || (table::memory_only(code) && !has_memory(&i)) {
         return Err(JitError::Unlisted { offset, code });
     }
-    let form = row.form(width);
+    let form = match (row.form(width), dot) {
+        (form, Dot::Vex) => table::vex_dot(form).unwrap_or(form),
+        (form, _) => form,
+    };
     if form == Code::INVALID {
         return Err(JitError::NoWidth { offset, code, bits: width.bits() });
     }
@@ -160,7 +163,7 @@ mod tests {
         let mut a = CodeAssembler::new(64).unwrap();
         build(&mut a).unwrap();
         a.ret().unwrap();
-        widen(&a.assemble(0).unwrap(), width).map(|(code, _)| {
+        widen(&a.assemble(0).unwrap(), width, Dot::Evex).map(|(code, _)| {
             let text = crate::disasm::disassemble(&code);
             let lines: Vec<&str> = text.lines().map(|line| line[6..].trim()).collect();
             lines.join("; ")
@@ -247,7 +250,7 @@ mod tests {
             a.db(&[0xc5, 0xf8, 0x10, 0x05, 0, 0, 0, 0]) // vmovups xmm0, [rip]
         });
         assert_eq!(pool, JitError::ConstantPool { offset: 0, code: Code::VEX_Vmovups_xmm_xmmm128 });
-        assert_eq!(widen(&[0xc3, 0x0f, 0xff], Width::X128), Err(JitError::Undecodable { offset: 1 }));
+        assert_eq!(widen(&[0xc3, 0x0f, 0xff], Width::X128, Dot::Pairs), Err(JitError::Undecodable { offset: 1 }));
         // Not listed: lane-crossing, legacy, already wide, scalar, other byte stores, the register form of a load carrier.
         assert!(unlisted(refused(Width::Y256, &|a| a.vshufps(xmm1, xmm1, xmm1, 0))));
         assert!(unlisted(refused(Width::X128, &|a| a.addps(xmm1, xmm1))));

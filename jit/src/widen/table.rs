@@ -91,6 +91,17 @@ pub const CARRIERS: &[Row] = rows! {
     VEX_Vpmaxsd_xmm_xmm_xmmm128      => VEX_Vmaxps_xmm_xmm_xmmm128      | VEX_Vmaxps_ymm_ymm_ymmm256      | EVEX_Vmaxps_zmm_k1z_zmm_zmmm512b32_sae;
 };
 
+/// `vpdpbusd` as AVX512-VNNI encodes it, and as AVX-VNNI does, which has no 512-bit form.
+pub const VEX_DOTS: [(Code, Code); 2] = [
+    (Code::EVEX_Vpdpbusd_xmm_k1z_xmm_xmmm128b32, Code::VEX_Vpdpbusd_xmm_xmm_xmmm128),
+    (Code::EVEX_Vpdpbusd_ymm_k1z_ymm_ymmm256b32, Code::VEX_Vpdpbusd_ymm_ymm_ymmm256),
+];
+
+/// The AVX-VNNI encoding of an AVX512-VNNI instruction; `None` for every other one.
+pub fn vex_dot(form: Code) -> Option<Code> {
+    VEX_DOTS.iter().find(|(evex, _)| *evex == form).map(|(_, vex)| *vex)
+}
+
 /// Integer instructions: loop counters, addresses, the frame. They stay as they are.
 #[rustfmt::skip]
 pub const SCALAR: &[Code] = &[
@@ -141,5 +152,9 @@ pub fn allowed(code: Code, width: Width) -> bool {
     SCALAR.contains(&code)
         || is_prefetch(code)
         || (code == Code::VEX_Vzeroupper && width != Width::X128)
-        || (code != Code::INVALID && PLAIN.iter().chain(CARRIERS).any(|row| row.form(width) == code))
+        || (code != Code::INVALID
+            && PLAIN
+                .iter()
+                .chain(CARRIERS)
+                .any(|row| row.form(width) == code || vex_dot(row.form(width)) == Some(code)))
 }

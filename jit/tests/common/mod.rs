@@ -23,11 +23,16 @@ pub fn host_isa() -> TargetIsa {
         && is_x86_feature_detected!("avx512bw")
         && is_x86_feature_detected!("avx512dq")
         && is_x86_feature_detected!("avx512vl");
-    TargetIsa { avx2, avx512, avx512_vnni: avx512 && is_x86_feature_detected!("avx512vnni") }
+    TargetIsa {
+        avx2,
+        avx512,
+        avx512_vnni: avx512 && is_x86_feature_detected!("avx512vnni"),
+        avx_vnni: avx2 && is_x86_feature_detected!("avxvnni"),
+    }
 }
 
 /// Everything there is, to compile kernels this machine may not run.
-pub const EVERY_ISA: TargetIsa = TargetIsa { avx2: true, avx512: true, avx512_vnni: true };
+pub const EVERY_ISA: TargetIsa = TargetIsa { avx2: true, avx512: true, avx512_vnni: true, avx_vnni: true };
 
 /// Anonymous memory between two unmapped pages.
 pub struct Mapping {
