@@ -4,6 +4,7 @@
 use anyhow::{Context, Result};
 use bootimage::{DEFAULT_SLOT_MIB, Entry, FileSpec, ImageSpec, short_name, split_name};
 use clap::{Parser, Subcommand};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -109,19 +110,16 @@ fn run(action: Action) -> Result<()> {
             }
             let entries = bootimage::build(&spec, &out)?;
             let bytes = std::fs::metadata(&out).map(|m| m.len()).unwrap_or(0);
-            println!(
-                "{}: {} MiB{}",
-                out.display(),
-                bytes >> 20,
-                if bootable { ", boots on BIOS and UEFI" } else { "" }
-            );
-            print_entries(&entries);
+            let boots = if bootable { ", boots on BIOS and UEFI" } else { "" };
+            writeln!(std::io::stdout(), "{}: {} MiB{boots}", out.display(), bytes >> 20).context(STANDARD_OUTPUT)?;
+            print_entries(&entries).context(STANDARD_OUTPUT)?;
         }
-        Action::List { image } => print_entries(&bootimage::list(&image)?),
+        Action::List { image } => print_entries(&bootimage::list(&image)?).context(STANDARD_OUTPUT)?,
         Action::Get { image, name, out } => {
             let bytes = bootimage::read_file(&image, &name)?;
             if out == Path::new("-") {
-                std::io::Write::write_all(&mut std::io::stdout(), &bytes)?;
+                let mut stdout = std::io::stdout();
+                stdout.write_all(&bytes).and_then(|()| stdout.flush()).context(STANDARD_OUTPUT)?;
             } else {
                 std::fs::write(&out, bytes).with_context(|| format!("cannot write {}", out.display()))?;
             }
@@ -140,10 +138,16 @@ fn default_name(path: &Path, first: bool) -> String {
     if read.is_ok() && magic == *b"GGUF" { "MODEL.GGU".into() } else { "MODEL.BIN".into() }
 }
 
-fn print_entries(entries: &[Entry]) {
-    println!("{:>12}  {:>12}  {:>6}  path", "bytes", "at byte", "pieces");
+/// What could not be written.
+const STANDARD_OUTPUT: &str = "cannot write to standard output";
+
+/// `println!` would panic where standard output is full or closed.
+fn print_entries(entries: &[Entry]) -> std::io::Result<()> {
+    let mut out = std::io::stdout();
+    writeln!(out, "{:>12}  {:>12}  {:>6}  path", "bytes", "at byte", "pieces")?;
     for entry in entries {
         let at = entry.offset_bytes().map_or("-".to_owned(), |at| at.to_string());
-        println!("{:>12}  {at:>12}  {:>6}  {}", entry.len_bytes, entry.extents.len(), entry.path);
+        writeln!(out, "{:>12}  {at:>12}  {:>6}  {}", entry.len_bytes, entry.extents.len(), entry.path)?;
     }
+    Ok(())
 }

@@ -89,11 +89,16 @@ pub fn run(request: &Request<'_>) -> Result<()> {
                 break summary;
             }
             Err(ConvertError::Model(error)) if len.grow(&error) => {}
+            // What they are of decides the exit code.
+            Err(ConvertError::Model(error)) => return Err(error).with_context(|| input.display().to_string()),
+            Err(ConvertError::Io(error)) => {
+                return Err(error).with_context(|| format!("{} to {}", input.display(), output.display()));
+            }
             Err(error) => bail!("{}: {error}", input.display()),
         }
     };
     bar.finish_and_clear();
-    println!(
+    print_line!(
         "{}: {} bytes, {} tensors converted, {} copied",
         output.display(),
         summary.written_bytes,
@@ -101,7 +106,7 @@ pub fn run(request: &Request<'_>) -> Result<()> {
         summary.copied
     );
     if !summary.kept.is_empty() {
-        println!("kept as they were, because their rows are not whole blocks: {}", summary.kept.join(" "));
+        print_line!("kept as they were, because their rows are not whole blocks: {}", summary.kept.join(" "));
     }
     Ok(())
 }

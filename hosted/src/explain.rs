@@ -22,8 +22,8 @@ pub fn print(key: &str, image: Option<&Path>, isa: IsaLimit) -> Result<()> {
     let mut process = Process::start(engine::cycles(), 0, None, None, true)?;
     let isa = runtime::boot::limited(process.cpu().isa, isa);
     let compiler = Compiler::new(runtime::tune::target(isa))?;
-    println!("{key}");
-    println!("  reads {} bytes of weights, does {} multiply-adds", key.weight_bytes(), key.flops() / 2);
+    print_line!("{key}");
+    print_line!("  reads {} bytes of weights, does {} multiply-adds", key.weight_bytes(), key.flops() / 2);
     let Some(image) = image else { return print_space(&key, compiler) };
 
     let snapshot = open(image)?;
@@ -32,7 +32,7 @@ pub fn print(key: &str, image: Option<&Path>, isa: IsaLimit) -> Result<()> {
         bail!("the snapshot on {} has never met {key}; it knows:\n{}", image.display(), known.join("\n"));
     };
     let tried_all = isa.avx2 && runtime::tune::untried(record, &runtime::Options::default(), compiler.isa()).is_none();
-    print_record(record, tried_all);
+    print_record(record, tried_all)?;
     let threads = snapshot.boots.last().map_or(1, |line| line.threads as usize);
     if let Some(cycles) = record.last_median_cycles {
         let memory = process.arena("limits", LIMIT_MEMORY_BYTES)?;
@@ -41,19 +41,19 @@ pub fn print(key: &str, image: Option<&Path>, isa: IsaLimit) -> Result<()> {
         let roofline = runtime::rows::roofline(&measured, &key, threads);
         let gb_s = roofline.read_bytes_per_cycle * process.clock().tsc_hz as f64 / 1e9;
         match (roofline.limit_cycles(key.weight_bytes(), key.flops()), roofline.limit_fraction(&key, cycles)) {
-            (Some(limit), Some(fraction)) => println!(
+            (Some(limit), Some(fraction)) => print_line!(
                 "  last boot: {cycles} cycles a call, median; the limit measured now ({gb_s:.1} GB/s a core, {threads} threads) is {limit:.0}: {:.0} % of it",
                 100.0 * fraction
             ),
-            _ => println!("  last boot: {cycles} cycles a call, median"),
+            _ => print_line!("  last boot: {cycles} cycles a call, median"),
         }
     }
     match &record.incumbent {
         Some(kernel) if kernel.code.is_empty() => {
-            println!("\n{}: its code was dropped, and is compiled again at the next boot", kernel.variant)
+            print_line!("\n{}: its code was dropped, and is compiled again at the next boot", kernel.variant)
         }
-        Some(kernel) => print_code(&kernel.variant, &kernel.code),
-        None => println!("\nThe hand-written op runs: no variant beat it, or none was tried."),
+        Some(kernel) => print_code(&kernel.variant, &kernel.code)?,
+        None => print_line!("\nThe hand-written op runs: no variant beat it, or none was tried."),
     }
     Ok(())
 }
@@ -68,34 +68,39 @@ fn open(image: &Path) -> Result<Snapshot> {
 
 fn print_space(key: &KernelKey, mut compiler: Compiler) -> Result<()> {
     let variants = space::variants(key, compiler.isa());
-    println!(
+    print_line!(
         "  search space, best guess first ({} variants; --snapshot FILE shows what was measured):",
         variants.len()
     );
     for variant in &variants {
-        println!("    {variant}");
+        print_line!("    {variant}");
     }
     let first = variants.first().context("no variant can compute this key on this CPU")?;
     let compiled = compiler.compile(key, first)?;
-    print_code(first, &compiled.code);
-    Ok(())
+    print_code(first, &compiled.code)
 }
 
-fn print_record(record: &KeyRecord, tried_all: bool) {
+fn print_record(record: &KeyRecord, tried_all: bool) -> Result<()> {
     let or_dash = |value: Option<String>| value.unwrap_or_else(|| "-".into());
     let runs = record.incumbent.as_ref().map_or_else(|| "the hand-written op".to_owned(), |k| k.variant.to_string());
-    println!("  runs {runs}, since boot {}", record.changed_at_boot);
-    println!(
+    print_line!("  runs {runs}, since boot {}", record.changed_at_boot);
+    print_line!(
         "  hand-written op: {} cycles a call, median",
         or_dash(record.baseline_median_cycles.map(|c| c.to_string()))
     );
-    println!("  {} variants tried{}", record.variants_tried(), if tried_all { ": all worth trying" } else { "" });
-    println!(
+    print_line!("  {} variants tried{}", record.variants_tried(), if tried_all { ": all worth trying" } else { "" });
+    print_line!(
         "\n  {:<4} {:<28} {:<28} {:>6} {:<8} {:>8} {:>6}",
-        "boot", "variant", "against", "ratio", "outcome", "compile", "bytes"
+        "boot",
+        "variant",
+        "against",
+        "ratio",
+        "outcome",
+        "compile",
+        "bytes"
     );
     for trial in &record.trials {
-        println!(
+        print_line!(
             "  {:<4} {:<28} {:<28} {:>6} {:<8} {:>5} us {:>6}",
             trial.boot,
             trial.variant.to_string(),
@@ -107,8 +112,9 @@ fn print_record(record: &KeyRecord, tried_all: bool) {
         );
     }
     for variant in &record.quarantined {
-        println!("  quarantined: {variant}");
+        print_line!("  quarantined: {variant}");
     }
+    Ok(())
 }
 
 fn outcome(outcome: TrialOutcome) -> &'static str {
@@ -122,7 +128,8 @@ fn outcome(outcome: TrialOutcome) -> &'static str {
     }
 }
 
-fn print_code(variant: &Variant, code: &[u8]) {
-    println!("\n{variant}: {} bytes", code.len());
-    print!("{}", disassemble(code));
+fn print_code(variant: &Variant, code: &[u8]) -> Result<()> {
+    print_line!("\n{variant}: {} bytes", code.len());
+    print_line!("{}", disassemble(code).trim_end());
+    Ok(())
 }

@@ -34,12 +34,12 @@ pub fn print(file: &Path, tokenizer: Option<&Path>, as_json: bool) -> Result<()>
         },
     };
     if as_json {
-        println!("{}", serde_json::to_string_pretty(&Value::Object(facts.json))?);
+        print_line!("{}", serde_json::to_string_pretty(&Value::Object(facts.json))?);
         return Ok(());
     }
-    println!("{:<13} {}", "file", file.display());
+    print_line!("{:<13} {}", "file", file.display());
     for (label, text) in facts.lines {
-        println!("{label:<13} {text}");
+        print_line!("{label:<13} {text}");
     }
     Ok(())
 }

@@ -39,12 +39,12 @@ pub fn print(threads: u32, avx2_only: bool, as_json: bool) -> Result<()> {
             "f32_gflop_s": f32_gflop_s,
             "int8_gop_s": int8_gop_s,
         });
-        println!("{}", serde_json::to_string_pretty(&value)?);
+        print_line!("{}", serde_json::to_string_pretty(&value)?);
     } else {
-        println!("threads       {cores} ({})", isa.name());
-        println!("read          {read_gb_s:.1} GB/s");
-        println!("f32 FMA       {f32_gflop_s:.1} GFLOP/s");
-        println!("int8 dot      {int8_gop_s:.1} GOP/s");
+        print_line!("threads       {cores} ({})", isa.name());
+        print_line!("read          {read_gb_s:.1} GB/s");
+        print_line!("f32 FMA       {f32_gflop_s:.1} GFLOP/s");
+        print_line!("int8 dot      {int8_gop_s:.1} GOP/s");
     }
     Ok(())
 }

@@ -3,6 +3,27 @@
 //! Data path: flags -> [`runtime::Options`] -> [`platform::Process`] -> [`runtime::run`] -> text or JSON.
 #![deny(unsafe_code)]
 
+/// What could not be written.
+const STANDARD_OUTPUT: &str = "writing standard output";
+
+/// Writes a line to standard output, or returns the error from the function it stands in. `println!` panics when the
+/// output is full or nobody reads it.
+macro_rules! print_line {
+    ($($text:tt)*) => {
+        anyhow::Context::context(
+            std::io::Write::write_fmt(&mut std::io::stdout(), format_args!("{}\n", format_args!($($text)*))),
+            crate::STANDARD_OUTPUT,
+        )?
+    };
+}
+
+/// Writes a line to standard error. Where that cannot be done there is nobody to tell.
+macro_rules! print_note {
+    ($($text:tt)*) => {{
+        let _ = std::io::Write::write_fmt(&mut std::io::stderr(), format_args!("{}\n", format_args!($($text)*)));
+    }};
+}
+
 mod convert;
 mod explain;
 mod info;
@@ -264,11 +285,19 @@ fn main() -> ExitCode {
         }
         Command::Info { file, tokenizer, json } => info::print(&file, tokenizer.as_deref(), json),
     };
+    // A line that is not ended yet.
+    let result = result.and_then(|()| io::stdout().flush().context(STANDARD_OUTPUT));
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error:#}");
-            ExitCode::from(exit_code(&error))
+            let code = exit_code(&error);
+            print_note!("error: {error:#}");
+            if code == ExitStatus::Memory.process_exit_code()
+                && let Some(limit) = platform::memory_limit()
+            {
+                print_note!("this process may use {limit} bytes (ulimit -v, ulimit -d); raise that limit first");
+            }
+            ExitCode::from(code)
         }
     }
 }
@@ -280,7 +309,9 @@ fn exit_code(error: &anyhow::Error) -> u8 {
         let setting = cause.downcast_ref::<OptionError>().map(|_| ExitStatus::Settings);
         let file = cause.downcast_ref::<std::io::Error>().map(|_| ExitStatus::Storage);
         let model = cause.downcast_ref::<model::ModelError>().map(|_| ExitStatus::Model);
-        refusal.or(setting).or(file).or(model)
+        // Making the snapshot image is all that is asked of it here.
+        let image = cause.downcast_ref::<bootimage::ImageError>().map(|_| ExitStatus::Storage);
+        refusal.or(setting).or(file).or(model).or(image)
     });
     refusals.last().unwrap_or(ExitStatus::Fatal).process_exit_code()
 }
@@ -363,7 +394,7 @@ fn open_snapshot(path: &Path) -> Result<FileDisk> {
     let (disk, refused) = open_writable(writable, |writable| FileDisk::open(path, writable))
         .with_context(|| format!("opening {}", path.display()))?;
     if let Some(refused) = refused {
-        eprintln!("warning: {}: {refused}: opened read-only, what this run learns is not kept", path.display());
+        print_note!("warning: {}: {refused}: opened read-only, what this run learns is not kept", path.display());
     }
     Ok(disk)
 }
@@ -394,12 +425,11 @@ fn generate(args: &GenerateArgs, entry_tsc: u64) -> Result<()> {
             "threads": report.threads,
             "report": report,
         });
-        println!("{}", serde_json::to_string_pretty(&summary)?);
+        print_line!("{}", serde_json::to_string_pretty(&summary)?);
     } else {
         // The text went to standard error as it came; standard output gets it whole, for pipes.
-        std::io::stdout().write_all(report.text.as_bytes())?;
-        println!();
-        eprintln!(
+        print_line!("{}", report.text);
+        print_note!(
             "{} tokens, prefill {:.1} tok/s, decode {:.1} tok/s, first token after {:.0} ms, {} threads",
             report.token_ids.len(),
             report.prefill_tok_s,
@@ -440,9 +470,11 @@ fn bench(args: &GenerateArgs, rounds: u32) -> Result<()> {
             let name = if tier == Tier::Baseline { "baseline" } else { "compiled" };
             let args = GenerateArgs { tier: name.to_owned(), json: true, ..args.clone() };
             let report = run_once(&args, engine::cycles())?;
-            eprintln!(
+            print_note!(
                 "round {round} {name:<9} prefill {:>8.1} tok/s  decode {:>7.1} tok/s  ttft {:>7.1} ms",
-                report.prefill_tok_s, report.decode_tok_s, report.ttft_ms
+                report.prefill_tok_s,
+                report.decode_tok_s,
+                report.ttft_ms
             );
             rows.push(json!({
                 "round": round,
@@ -457,7 +489,7 @@ fn bench(args: &GenerateArgs, rounds: u32) -> Result<()> {
         }
     }
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&rows)?);
+        print_line!("{}", serde_json::to_string_pretty(&rows)?);
     }
     Ok(())
 }

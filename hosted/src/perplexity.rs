@@ -148,12 +148,9 @@ pub fn run(request: &Request<'_>, options: &Options) -> Result<()> {
             score.add(logits, targets[i]);
             dump.iter_mut().for_each(|dump| dump.row(logits));
         })?;
-        eprint!("\rwindow {} of {windows}: perplexity {:.4}", index + 1, score.perplexity());
+        let _ = write!(std::io::stderr(), "\rwindow {} of {windows}: perplexity {:.4}", index + 1, score.perplexity());
     }
-    eprintln!();
-    if let Some((dump, path)) = dump.zip(request.logits) {
-        dump.finish().with_context(|| format!("writing {}", path.display()))?;
-    }
+    print_note!("");
     if request.as_json {
         let value = json!({
             "perplexity": score.perplexity(),
@@ -165,11 +162,15 @@ pub fn run(request: &Request<'_>, options: &Options) -> Result<()> {
             "context": context,
             "kv_cache": boot::kv_type(options, &description).name(),
         });
-        println!("{}", serde_json::to_string_pretty(&value)?);
+        print_line!("{}", serde_json::to_string_pretty(&value)?);
     } else {
         let (perplexity, error) = (score.perplexity(), score.error());
-        println!("perplexity {perplexity:.4} +/- {error:.4}");
-        println!("{} of {} tokens scored, {windows} windows of {context}", score.tokens, tokens.len());
+        print_line!("perplexity {perplexity:.4} +/- {error:.4}");
+        print_line!("{} of {} tokens scored, {windows} windows of {context}", score.tokens, tokens.len());
+    }
+    // Last: a full disk does not cost what was computed.
+    if let Some((dump, path)) = dump.zip(request.logits) {
+        dump.finish().with_context(|| format!("writing {}", path.display()))?;
     }
     Ok(())
 }

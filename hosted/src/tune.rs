@@ -75,10 +75,10 @@ pub fn run(request: &Request<'_>, options: &Options) -> Result<()> {
             "keys": keys.iter().map(Measured::json).collect::<Vec<_>>(),
             "chosen_over_best": {"geometric_mean": plain, "weighted_by_time": weighted, "keys": distances.len()},
         });
-        println!("{}", serde_json::to_string_pretty(&value)?);
+        print_line!("{}", serde_json::to_string_pretty(&value)?);
         return Ok(());
     }
-    println!(
+    print_line!(
         "{:<38} {:>6}  {:<26} {:>10} {:>6} {:>9} {:>10}{}",
         "key",
         "time",
@@ -90,10 +90,10 @@ pub fn run(request: &Request<'_>, options: &Options) -> Result<()> {
         if request.exhaustive { "  best of the space, and the choice's time over it" } else { "" }
     );
     for key in &keys {
-        println!("{}", key.line());
+        print_line!("{}", key.line());
     }
     if let (Some(plain), Some(weighted)) = (plain, weighted) {
-        println!(
+        print_line!(
             "\nthe choices take {:.1} % longer than the best of their space (geometric mean of {} keys; {:.1} % weighted by time)",
             100.0 * (plain - 1.0),
             distances.len(),

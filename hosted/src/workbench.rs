@@ -72,7 +72,7 @@ impl Workbench {
                 let opened = snapshot_format::open(&mut medium, &identity)
                     .map_err(|cold| anyhow::anyhow!("{}: {cold}", path.display()))?;
                 if let CodeUse::ProfileOnly(why) = &opened.code {
-                    eprintln!("{}: {why}; its kernels are compiled again", path.display());
+                    print_note!("{}: {why}; its kernels are compiled again", path.display());
                 }
                 opened.snapshot
             }

@@ -79,6 +79,14 @@ pub enum ModelError {
         /// Where it starts.
         at_byte: u64,
     },
+    /// A key or name of no bytes.
+    #[error("{what} at byte {at_byte} is empty; the file is damaged or was cut short: download it again")]
+    NoName {
+        /// What was being read.
+        what: &'static str,
+        /// Where it starts.
+        at_byte: u64,
+    },
     /// A metadata value type id outside the format.
     #[error(
         "metadata key `{key}`: value type {found} does not exist in GGUF (0 to 12); the file is damaged or newer than this reader"

@@ -219,11 +219,19 @@ fn run(action: Action) -> Result<ExitCode> {
         Action::Probe { machine } => {
             let qemu = machine.qemu()?;
             let probe = machine.probe(&qemu)?;
-            println!("{}\n{}\nuse: --accel {}", qemu.version(), probe.details(), probe.accel);
+            print_line(&format!("{}\n{}\nuse: --accel {}", qemu.version(), probe.details(), probe.accel))?;
             Ok(ExitCode::SUCCESS)
         }
     }
 }
+
+/// Writes a line to standard output; `println!` would panic where that is full or closed.
+fn print_line(text: &str) -> Result<()> {
+    writeln!(std::io::stdout(), "{text}").context(STANDARD_OUTPUT)
+}
+
+/// What could not be written.
+const STANDARD_OUTPUT: &str = "cannot write to standard output";
 
 fn read_json(path: &Path) -> Result<serde_json::Value> {
     let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
@@ -255,7 +263,7 @@ fn run_boot(arguments: &MachineArguments, json: Option<&Path>, log: Option<&Path
     let record = boot(&qemu, &machine, deadlines, log, &mut watch)?;
     let text = serde_json::to_string_pretty(&record)? + "\n";
     if json_to_stdout {
-        std::io::stdout().write_all(text.as_bytes())?;
+        std::io::stdout().write_all(text.as_bytes()).context(STANDARD_OUTPUT)?;
     } else {
         std::fs::write(json, text).with_context(|| format!("cannot write {}", json.display()))?;
     }
@@ -297,11 +305,14 @@ fn run_converge(
     let mut display = Display::new(max_boots);
     let report = converge(&qemu, &spec, &mut |progress| display.show(progress));
     display.finish();
+    // A run takes long: a full disk under the one output does not cost the other.
+    let written =
+        out.map(|out| report.write(out).with_context(|| format!("cannot write the report to {}", out.display())));
+    print_line(&if json { report.to_json() } else { text::summary(&report) })?;
+    written.transpose()?;
     if let Some(out) = out {
-        report.write(out).with_context(|| format!("cannot write the report to {}", out.display()))?;
         eprintln!("report: {}", out.join("report.html").display());
     }
-    println!("{}", if json { report.to_json() } else { text::summary(&report) });
     Ok(match (&report.failure, report.converged_at) {
         (Some(_), _) => ExitCode::from(1),
         // Not 2: that is a wrong command line.

@@ -114,9 +114,13 @@ impl Session {
                 (Some(directory), path)
             }
         };
-        let console_file = File::create(&console)
-            .and_then(|_| File::open(&console))
-            .map_err(|e| BootError::host("the file for COM1", format!("{}: {e}", console.display())))?;
+        let of_console =
+            |why: &dyn std::fmt::Display| BootError::host("the file for COM1", format!("{}: {why}", console.display()));
+        let console_file = File::create(&console).and_then(|_| File::open(&console)).map_err(|e| of_console(&e))?;
+        // QEMU writes it and this reads it back, which a device or a pipe does not do as a file does.
+        if !console_file.metadata().is_ok_and(|metadata| metadata.is_file()) {
+            return Err(of_console(&"expected a regular file, or none; this is a device, a pipe or a directory"));
+        }
         let mut child = Command::new(qemu.program())
             .args(machine.arguments(qemu, &console)?)
             .stdin(Stdio::null())

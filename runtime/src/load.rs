@@ -214,9 +214,19 @@ pub fn describe_source(source: &mut dyn ByteSource, tokenizer: Option<&[u8]>) ->
                 file_bytes = expected_bytes;
                 len = HeaderBytes::of(file_bytes);
             }
+            // Zeros behind a file that was cut short are no header and no weights: of it counts what it says itself.
+            result if source.content_bytes() < file_bytes && !ends_within(&result, source.content_bytes()) => {
+                file_bytes = source.content_bytes();
+                len = HeaderBytes::of(file_bytes);
+            }
             other => return other,
         }
     }
+}
+
+/// A model was found, and all of it is in the first `len_bytes` bytes.
+fn ends_within(result: &Result<ModelDescription, RunError>, len_bytes: u64) -> bool {
+    result.as_ref().is_ok_and(|model| model.tensors.iter().all(|tensor| tensor.end() <= len_bytes))
 }
 
 fn read_header(header: &[u8], file_bytes: u64, tokenizer: Option<&[u8]>) -> Result<ModelDescription, RunError> {

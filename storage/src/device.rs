@@ -64,6 +64,11 @@ pub trait BlockDevice {
     /// Capacity in bytes, a multiple of [`SECTOR_BYTES`].
     fn len_bytes(&self) -> u64;
 
+    /// Bytes of it that hold something, where the device knows: a file is filled up with zeros to whole sectors.
+    fn content_bytes(&self) -> u64 {
+        self.len_bytes()
+    }
+
     /// True when every write will be refused.
     fn read_only(&self) -> bool;
 

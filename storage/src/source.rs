@@ -26,6 +26,11 @@ pub trait ByteSource {
     /// Length in bytes.
     fn len_bytes(&self) -> u64;
 
+    /// Bytes before what only fills up the last sector, where that is known ([`BlockDevice::content_bytes`]).
+    fn content_bytes(&self) -> u64 {
+        self.len_bytes()
+    }
+
     /// Fills `buf` from byte `offset` on.
     ///
     /// # Errors
@@ -145,6 +150,10 @@ impl<'a> RawDisk<'a> {
 impl ByteSource for RawDisk<'_> {
     fn len_bytes(&self) -> u64 {
         self.0.len_bytes()
+    }
+
+    fn content_bytes(&self) -> u64 {
+        self.0.dev.content_bytes()
     }
 
     fn read_at(&mut self, offset: u64, buf: &mut [u8]) -> Result<(), StorageError> {

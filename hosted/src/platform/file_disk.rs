@@ -81,6 +81,10 @@ impl BlockDevice for FileDisk {
         self.file_bytes.next_multiple_of(SECTOR_BYTES as u64)
     }
 
+    fn content_bytes(&self) -> u64 {
+        self.file_bytes
+    }
+
     fn read_only(&self) -> bool {
         self.read_only
     }

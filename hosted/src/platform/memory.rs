@@ -10,6 +10,27 @@ const HUGE_PAGE_BYTES: usize = 2 << 20;
 /// Address space set aside for compiled kernels.
 pub const CODE_ARENA_BYTES: usize = 64 << 20;
 
+/// Which limit of the process.
+#[derive(Clone, Copy)]
+pub enum Limit {
+    /// All that is mapped (`ulimit -v`).
+    AddressSpace,
+    /// What is private and can be written (`ulimit -d`).
+    Data,
+}
+
+/// The limit in bytes, where there is one.
+pub fn limit_bytes(limit: Limit) -> Option<u64> {
+    let resource = match limit {
+        Limit::AddressSpace => libc::RLIMIT_AS,
+        Limit::Data => libc::RLIMIT_DATA,
+    };
+    let mut found = libc::rlimit { rlim_cur: libc::RLIM_INFINITY, rlim_max: libc::RLIM_INFINITY };
+    // SAFETY: the call writes one rlimit, and does so only when it succeeds.
+    let status = unsafe { libc::getrlimit(resource, &mut found) };
+    (status == 0 && found.rlim_cur != libc::RLIM_INFINITY).then_some(found.rlim_cur)
+}
+
 /// Zeroed memory for the life of the process, 2 MiB aligned, in huge pages where the system gives them.
 /// `None` when the system refuses.
 pub fn map_arena(len_bytes: usize) -> Option<&'static mut [u8]> {

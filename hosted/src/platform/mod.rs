@@ -13,10 +13,15 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use model::kernel::KernelKey;
 use report::wire::Decoder;
 use report::{Level, Message};
+use runtime::RunError;
 use runtime::platform::{Clock, CpuFacts, KernelFault, MemoryUse, OutOfMemory, Platform, WhichDisk};
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::time::{Duration, Instant, SystemTime};
 use storage::BlockDevice;
+
+/// Of a limit on the process this much is left to everything that is no arena: buffers that the model is read through, and
+/// what holds them to huge pages. Without it the next allocation, which cannot say what it was for, would end the process.
+const OWN_BYTES: u64 = 64 << 20;
 
 /// A Linux process as a machine.
 pub struct Process {
@@ -36,7 +41,7 @@ impl Process {
     /// Takes over the process: fault handlers, code pages, `threads` threads (0: one per available core).
     ///
     /// # Errors
-    /// When the operating system refuses memory or threads.
+    /// [`RunError::Memory`] when there is no address space for compiled code; when the operating system gives no thread.
     pub fn start(
         entry_tsc: u64,
         threads: usize,
@@ -54,10 +59,14 @@ impl Process {
             cpu: cpu_facts(),
             snapshot,
             model,
-            code: memory::CodePages::reserve()
-                .map_err(|e| anyhow::anyhow!("no address space for compiled code: {e}"))?,
+            code: memory::CodePages::reserve().map_err(|_| {
+                let need_bytes = memory::CODE_ARENA_BYTES as u64;
+                RunError::Memory(OutOfMemory { name: "code", need_bytes, have_bytes: available_bytes() })
+            })?,
             arenas: Vec::new(),
-            threads: threads::Threads::start(threads)?,
+            threads: threads::Threads::start(threads).map_err(|reason| {
+                anyhow::anyhow!("the system gives no {threads} threads: {reason}; ask for fewer (threads=, --threads)")
+            })?,
             quiet,
             bar: None,
         })
@@ -99,9 +108,10 @@ impl Platform for Process {
         SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).ok().map(|d| d.as_secs())
     }
 
+    /// Where standard error cannot be written there is nobody to tell, and the work still counts.
     fn print(&mut self, text: &str) {
         if !self.quiet {
-            eprint!("{text}");
+            let _ = std::io::stderr().write_all(text.as_bytes());
         }
     }
 
@@ -127,7 +137,7 @@ impl Platform for Process {
         }
         for message in Decoder::default().push(frame) {
             if let Ok(Message::Note { level: Level::Warning, text }) = message {
-                eprintln!("warning: {text}");
+                print_note!("warning: {text}");
             }
         }
     }
@@ -196,9 +206,23 @@ fn progress_bar(total: u64) -> ProgressBar {
     bar.with_style(ProgressStyle::with_template(style).unwrap_or_else(|_| ProgressStyle::default_bar()))
 }
 
-/// Bytes the system can give without swapping; unlimited when it does not say.
+/// Bytes this process can have: what the system can give without swapping, and what a limit on the process leaves of
+/// that. Unlimited when neither says.
 fn available_bytes() -> u64 {
-    proc_field("/proc/meminfo", "MemAvailable:").unwrap_or(u64::MAX)
+    let system = proc_field("/proc/meminfo", "MemAvailable:").unwrap_or(u64::MAX);
+    let limits = [(memory::Limit::AddressSpace, "VmSize:"), (memory::Limit::Data, "VmData:")];
+    limits.into_iter().fold(system, |free, (limit, used)| match memory::limit_bytes(limit) {
+        None => free,
+        Some(limit) => {
+            let used = proc_field("/proc/self/status", used).unwrap_or(0).saturating_add(OWN_BYTES);
+            free.min(limit.saturating_sub(used))
+        }
+    })
+}
+
+/// The limit on this process's memory, of which `ulimit` tells and a message should, too.
+pub fn memory_limit() -> Option<u64> {
+    [memory::Limit::AddressSpace, memory::Limit::Data].into_iter().filter_map(memory::limit_bytes).min()
 }
 
 /// A `NAME: N kB` field of a proc file, in bytes.

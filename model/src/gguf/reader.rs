@@ -68,7 +68,7 @@ impl<'a> Header<'a> {
         // Bounded by the bytes at hand divided by MIN_ENTRY_BYTES.
         let mut entries = Vec::with_capacity(n_entries as usize);
         for _ in 0..n_entries {
-            let key = cursor.str("a metadata key")?;
+            let key = named(&mut cursor, "a metadata key")?;
             let id = cursor.u32("a metadata value type")?;
             let ty = ValueType::from_id(id)
                 .ok_or_else(|| ModelError::UnknownValueType { key: key.to_string(), found: id })?;
@@ -94,6 +94,15 @@ impl<'a> Header<'a> {
             }
         }
         Ok(Header { version, metadata, tensors, alignment, data_offset })
+    }
+}
+
+/// A text that has to say something: zeros, with which a disk fills up a file that was cut short, would say nothing.
+fn named<'a>(cursor: &mut Cursor<'a>, what: &'static str) -> Result<&'a str, ModelError> {
+    let at_byte = cursor.pos();
+    match cursor.str(what)? {
+        "" => Err(ModelError::NoName { what, at_byte }),
+        name => Ok(name),
     }
 }
 
@@ -127,7 +136,7 @@ fn parse_alignment(metadata: &Metadata<'_>) -> Result<u64, ModelError> {
 /// Reads one directory line; `offset` is still relative to the data section.
 fn parse_tensor<'a>(cursor: &mut Cursor<'a>, alignment: u64) -> Result<TensorInfo<'a>, ModelError> {
     const WHAT: &str = "the tensor directory";
-    let name = cursor.str("a tensor name")?;
+    let name = named(cursor, "a tensor name")?;
     let invalid = |what: &str, found: u64, expected: &str| ModelError::InvalidValue {
         key: format!("{what} of tensor {name}"),
         found: found.to_string(),
