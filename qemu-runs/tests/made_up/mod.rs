@@ -1,5 +1,7 @@
 //! Made-up reports for tests of the report's form. The numbers mean nothing and never leave the tests.
 
+#![allow(dead_code)]
+
 use qemu_runs::{Accel, BootRecord, Environment, ImageBytes, NativeRecord, RunReport};
 use report::{
     BootReport, Convergence, ImageKind, KernelRow, LoadFacts, MemoryRow, ModelFacts, PartRow, SnapshotOutcome,
