@@ -1,7 +1,7 @@
 //! `fuzz`: many cases of each target, with a report. `cargo xtask fuzz --cases N` builds and runs it.
 #![forbid(unsafe_code)]
 
-use fuzz::{Mutator, TARGETS};
+use fuzz::{Mutator, Outcome, TARGETS};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -53,13 +53,25 @@ fn main() -> ExitCode {
         }
         let seeds = (target.seeds)();
         let mut mutator = Mutator::new(arguments.seed);
-        let (start, mut slowest) = (Instant::now(), Duration::ZERO);
+        let (start, mut slowest, mut accepted) = (Instant::now(), Duration::ZERO, 0u64);
+        let running = format!("fuzz-{}-running.bin", target.name);
+        // A file left behind says nothing: the result does.
+        let clean_up = || drop(target.runs_code.then(|| std::fs::remove_file(&running)));
         for case in 0..arguments.cases {
             let input = mutator.mutate(&seeds);
+            // Wrong code can end the process, or never return: then this file has the input.
+            if target.runs_code
+                && let Err(error) = std::fs::write(&running, &input)
+            {
+                eprintln!("cannot write {running}: {error}; choose a writable current directory");
+                return ExitCode::FAILURE;
+            }
             let began = Instant::now();
             let outcome = catch_unwind(AssertUnwindSafe(|| (target.run)(&input)));
             slowest = slowest.max(began.elapsed());
+            accepted += u64::from(matches!(outcome, Ok(Outcome::Accepted)));
             if outcome.is_err() || slowest > LIMIT {
+                clean_up();
                 let file = format!("fuzz-{}-{case}.bin", target.name);
                 let what = if outcome.is_err() { "panicked" } else { "hung" };
                 eprintln!("{}: case {case} of seed {} {what}", target.name, arguments.seed);
@@ -70,14 +82,19 @@ fn main() -> ExitCode {
                 return ExitCode::FAILURE;
             }
         }
+        clean_up();
         println!(
-            "{:<12} {} cases in {:.0} s, slowest {:.1} ms, peak memory of the process {} MiB",
+            "{:<12} {} cases, {accepted} of them accepted, in {:.0} s, slowest {:.1} ms, peak memory of the process {} MiB",
             target.name,
             arguments.cases,
             start.elapsed().as_secs_f64(),
             slowest.as_secs_f64() * 1e3,
             peak_mib().map_or("-".to_owned(), |mib| mib.to_string())
         );
+        if accepted == 0 && arguments.cases > 0 {
+            eprintln!("{}: every input was refused, so nothing but errors was checked", target.name);
+            return ExitCode::FAILURE;
+        }
     }
     ExitCode::SUCCESS
 }

@@ -1,8 +1,12 @@
-//! The targets: any bytes in, must return.
+//! The targets: any bytes in, must return. Here are those of the parsers; [`crate::widen`] and [`crate::kernels`] make code
+//! of the bytes and run it.
 
+use crate::decisions::seeds;
+use crate::{kernels, widen};
 use engine::operands::AlignedBytes;
 use engine::pack::{ColumnMap, RowFormat, dequantise_column, pack_rows, unpack_column};
 use engine::simd::Level;
+use model::kernel::Width;
 use model::layout::packed_len_bytes;
 use model::synthetic::{self, Llama2cFiles, Spec, TokenizerKind};
 use model::{TensorType, gguf, llama2c};
@@ -17,22 +21,52 @@ pub struct Target {
     /// Name, as the test prints it.
     pub name: &'static str,
     /// What is run.
-    pub run: fn(&[u8]),
+    pub run: fn(&[u8]) -> Outcome,
     /// Good inputs to damage.
     pub seeds: fn() -> Vec<Vec<u8>>,
+    /// True when it runs code made of its input: then a failure may end the process.
+    pub runs_code: bool,
+}
+
+impl Target {
+    const fn new(name: &'static str, run: fn(&[u8]) -> Outcome, seeds: fn() -> Vec<Vec<u8>>) -> Target {
+        Target { name, run, seeds, runs_code: false }
+    }
+}
+
+/// What became of an input. A target that accepts none checks nothing but its errors.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Outcome {
+    /// It was good, and so was what was made of it.
+    Accepted,
+    /// It was refused with an error.
+    Refused,
+}
+
+impl Outcome {
+    fn accepted_if(accepted: bool) -> Outcome {
+        if accepted { Outcome::Accepted } else { Outcome::Refused }
+    }
 }
 
 /// Every target.
 pub const TARGETS: &[Target] = &[
-    Target { name: "gguf", run: gguf_header, seeds: || vec![tiny_gguf()] },
-    Target { name: "llama2c", run: llama2c_header, seeds: llama2c_of_every_version },
-    Target { name: "tokenize", run: tokenize, seeds: texts },
-    Target { name: "quant", run: quantised_blocks, seeds: blocks_of_every_type },
-    Target { name: "wire", run: wire_frames, seeds: frames },
-    Target { name: "options", run: options, seeds: texts },
-    Target { name: "volume", run: volume, seeds: volumes },
-    Target { name: "frozen_table", run: frozen_table, seeds: || vec![frozen::encode(&[])] },
+    Target::new("gguf", gguf_header, || vec![tiny_gguf()]),
+    Target::new("llama2c", llama2c_header, llama2c_of_every_version),
+    Target::new("tokenize", tokenize, texts),
+    Target::new("quant", quantised_blocks, blocks_of_every_type),
+    Target::new("wire", wire_frames, frames),
+    Target::new("options", options, texts),
+    Target::new("volume", volume, volumes),
+    Target::new("frozen_table", frozen_table, || vec![frozen::encode(&[])]),
+    Target { runs_code: true, ..Target::new("widen", widened, || seeds(64)) },
+    Target { runs_code: true, ..Target::new("kernels", kernels::check, || seeds(64)) },
 ];
+
+/// Accepted when it ran at more than the width it was made at.
+fn widened(data: &[u8]) -> Outcome {
+    Outcome::accepted_if(widen::check(data).compared.iter().any(|width| *width != Width::X128))
+}
 
 fn tiny_gguf() -> Vec<u8> {
     synthetic::gguf(&Spec::default()).expect("the default spec makes a model")
@@ -61,31 +95,36 @@ fn texts() -> Vec<Vec<u8>> {
     .collect()
 }
 
-fn gguf_header(data: &[u8]) {
+fn gguf_header(data: &[u8]) -> Outcome {
+    let mut accepted = false;
     // The file may claim to be longer than what was read of it.
     for file_bytes in [data.len() as u64, data.len() as u64 * 3] {
         if let Ok(description) = gguf::read(data, file_bytes) {
             assert!(description.tensors.iter().all(|t| t.end() <= file_bytes), "a tensor ends outside the file");
+            accepted = true;
         }
     }
+    Outcome::accepted_if(accepted)
 }
 
-fn llama2c_header(data: &[u8]) {
+fn llama2c_header(data: &[u8]) -> Outcome {
     thread_local! {
         static GOOD: Llama2cFiles = tiny_llama2c();
     }
-    GOOD.with(|good| damaged_llama2c(data, good));
+    GOOD.with(|good| damaged_llama2c(data, good))
 }
 
-fn damaged_llama2c(data: &[u8], good: &Llama2cFiles) {
-    if let Ok(description) = llama2c::read(data, data.len() as u64, &good.tokenizer) {
+fn damaged_llama2c(data: &[u8], good: &Llama2cFiles) -> Outcome {
+    let description = llama2c::read(data, data.len() as u64, &good.tokenizer);
+    if let Ok(description) = &description {
         assert!(description.tensors.iter().all(|t| t.end() <= data.len() as u64), "a tensor ends outside the file");
     }
     // The other way round: a damaged tokenizer beside a good model.
     drop(llama2c::read(&good.model, good.model.len() as u64, data));
+    Outcome::accepted_if(description.is_ok())
 }
 
-fn tokenize(data: &[u8]) {
+fn tokenize(data: &[u8]) -> Outcome {
     thread_local! {
         static MODELS: Vec<model::ModelDescription> = {
             let file = tiny_gguf();
@@ -99,6 +138,7 @@ fn tokenize(data: &[u8]) {
             assert_eq!(model.tokenizer.decode(&ids), data, "bytes changed on the way through the tokenizer");
         }
     });
+    Outcome::Accepted
 }
 
 /// A type's number, then blocks of it.
@@ -114,11 +154,11 @@ fn blocks_of_every_type() -> Vec<Vec<u8>> {
 }
 
 /// Any bytes are blocks of any type: packed, each row comes back as it was and means what the file meant.
-fn quantised_blocks(data: &[u8]) {
-    let Some((&id, bytes)) = data.split_first() else { return };
+fn quantised_blocks(data: &[u8]) -> Outcome {
+    let Some((&id, bytes)) = data.split_first() else { return Outcome::Refused };
     let Some((ty, format)) = TensorType::from_id(id.into()).and_then(|ty| Some((ty, RowFormat::of(ty)?))) else {
         assert!(TensorType::from_id(id.into()).is_none_or(|ty| !ty.is_supported()), "a type without a packer");
-        return;
+        return Outcome::Refused;
     };
     let (k, row_bytes) = (ty.block_len() as usize, ty.block_bytes() as usize);
     let rows = &bytes[..bytes.len() / row_bytes * row_bytes];
@@ -135,6 +175,7 @@ fn quantised_blocks(data: &[u8]) {
         unpack_column(format.dtype(), k, ColumnMap::WHOLE, column, &packed, &mut back);
         assert!(ty == TensorType::BF16 || back == row, "{ty}: a packed row is not the file's");
     }
+    Outcome::accepted_if(n > 0)
 }
 
 fn frames() -> Vec<Vec<u8>> {
@@ -145,18 +186,17 @@ fn frames() -> Vec<Vec<u8>> {
     ]
 }
 
-fn wire_frames(data: &[u8]) {
+fn wire_frames(data: &[u8]) -> Outcome {
     let mut decoder = wire::Decoder::default();
     let whole = decoder.push(data);
     let mut decoder = wire::Decoder::default();
     let parts: Vec<_> = data.chunks(3).flat_map(|chunk| decoder.push(chunk)).collect();
     assert_eq!(whole, parts, "chunking changed the messages");
+    Outcome::accepted_if(whole.iter().any(Result::is_ok))
 }
 
-fn options(data: &[u8]) {
-    if let Ok(text) = core::str::from_utf8(data) {
-        drop(Options::default().apply(text));
-    }
+fn options(data: &[u8]) -> Outcome {
+    Outcome::accepted_if(core::str::from_utf8(data).is_ok_and(|text| Options::default().apply(text).is_ok()))
 }
 
 /// Sectors of the volumes: clusters of one sector, a few more than the fewest that make FAT16.
@@ -208,11 +248,12 @@ fn volumes() -> Vec<Vec<u8>> {
 
 const IDENTITY: Identity = Identity { build_id: [0; 32], model_id: [0; 32], machine: [0; 32] };
 
-fn volume(data: &[u8]) {
+fn volume(data: &[u8]) -> Outcome {
     let mut image = vec![0; data.len().max(VOLUME_BYTES + SECTOR_BYTES)];
     image[..data.len()].copy_from_slice(data);
     let mut disk = MemoryDisk::new(image);
-    if let Ok(volume) = FatVolume::open(&mut disk) {
+    let volume = FatVolume::open(&mut disk);
+    if let Ok(volume) = &volume {
         for directory in ["", "MODELS"] {
             for entry in volume.list(&mut disk, directory).unwrap_or_default().iter().take(8) {
                 let path =
@@ -229,10 +270,13 @@ fn volume(data: &[u8]) {
     if let Ok(mut medium) = DiskMedium::open(&mut disk) {
         drop(open(&mut medium, &IDENTITY));
     }
+    Outcome::accepted_if(volume.is_ok())
 }
 
-fn frozen_table(data: &[u8]) {
-    if let Ok(table) = frozen::decode(data) {
+fn frozen_table(data: &[u8]) -> Outcome {
+    let table = frozen::decode(data);
+    if let Ok(table) = &table {
         assert!(table.len() <= data.len(), "more entries than bytes");
     }
+    Outcome::accepted_if(table.is_ok())
 }

@@ -10,7 +10,7 @@ use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 use cranelift_codegen::control::ControlPlane;
 use cranelift_codegen::ir::types::I64;
-use cranelift_codegen::ir::{AbiParam, Function, InstBuilder, Signature, UserFuncName};
+use cranelift_codegen::ir::{AbiParam, Function, InstBuilder, Signature, UserFuncName, Value};
 use cranelift_codegen::isa::{self, CallConv, OwnedTargetIsa};
 use cranelift_codegen::settings::{self, Configurable};
 use cranelift_codegen::{CodegenError, Context};
@@ -75,6 +75,15 @@ pub struct CompileStats {
     pub stack_bytes: u32,
 }
 
+/// What Cranelift made of a function.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Narrow {
+    /// Machine code at 128 bits, carriers included.
+    pub code: Vec<u8>,
+    /// CLIF instructions given to Cranelift.
+    pub clif_instructions: u32,
+}
+
 /// Compiles kernels. Keeps its buffers between kernels, so one compiler is cheaper than many.
 pub struct Compiler {
     isa: TargetIsa,
@@ -128,16 +137,23 @@ impl Compiler {
             return Err(JitError::Isa { variant: *variant, needs });
         }
         let plan = Plan::new(key, variant)?;
-        let mut stats = CompileStats::default();
-        let narrow = self.narrow(&plan, &mut stats)?;
-        let (code, widen_stats) = widen(&narrow, variant.width, variant.dot)?;
-        stats.widen = widen_stats;
-        stats.stack_bytes = audit::audit(&code, variant.width)?.stack_bytes;
+        let narrow = self.narrow(|e, args| nest::kernel(e, &plan, args))?;
+        let (code, widen_stats) = widen(&narrow.code, variant.width, variant.dot)?;
+        let stats = CompileStats {
+            clif_instructions: narrow.clif_instructions,
+            narrow_bytes: narrow.code.len() as u32,
+            widen: widen_stats,
+            stack_bytes: audit::audit(&code, variant.width)?.stack_bytes,
+        };
         Ok(CompiledKernel { key: *key, variant: *variant, code, stats })
     }
 
-    /// Cranelift's code for the plan: right at 128 bits but for the carriers.
-    fn narrow(&mut self, plan: &Plan, stats: &mut CompileStats) -> Result<Vec<u8>, JitError> {
+    /// Cranelift's 128-bit code of a function with the kernel ABI that `build` writes, given its five arguments: what
+    /// [`widen()`] reads. It is right as it is only where `build` used no carriers. Refusals are not counted.
+    ///
+    /// # Errors
+    /// [`JitError::Codegen`] or [`JitError::Relocation`].
+    pub fn narrow(&mut self, build: impl FnOnce(&mut Emit<'_, '_>, [Value; 5])) -> Result<Narrow, JitError> {
         self.context.clear();
         let mut signature = Signature::new(CallConv::SystemV);
         signature.params.extend([AbiParam::new(I64); 5]);
@@ -146,14 +162,14 @@ impl Compiler {
         let entry = builder.create_block();
         builder.append_block_params_for_function_params(entry);
         builder.switch_to_block(entry);
-        let mut args = [cranelift_codegen::ir::Value::from_u32(0); 5];
+        let mut args = [Value::from_u32(0); 5];
         args.copy_from_slice(builder.block_params(entry));
-        nest::kernel(&mut Emit::new(&mut builder), plan, args);
+        build(&mut Emit::new(&mut builder), args);
         builder.ins().return_(&[]);
         builder.seal_all_blocks();
         builder.finalize(self.cranelift.frontend_config());
 
-        stats.clif_instructions = self.context.func.dfg.num_insts() as u32;
+        let clif_instructions = self.context.func.dfg.num_insts() as u32;
         let compiled = self
             .context
             .compile(&*self.cranelift, &mut ControlPlane::default())
@@ -162,9 +178,7 @@ impl Compiler {
         if relocations > 0 {
             return Err(JitError::Relocation { count: relocations });
         }
-        let code = compiled.code_buffer().to_vec();
-        stats.narrow_bytes = code.len() as u32;
-        Ok(code)
+        Ok(Narrow { code: compiled.code_buffer().to_vec(), clif_instructions })
     }
 }
 

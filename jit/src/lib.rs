@@ -32,7 +32,7 @@ extern crate std;
 
 pub mod audit;
 mod blocked;
-mod clif;
+pub mod clif;
 pub mod compiler;
 pub mod disasm;
 pub mod error;

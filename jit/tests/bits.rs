@@ -3,8 +3,9 @@
 
 mod common;
 
-use common::{Case, EVERY_ISA, host_isa};
+use common::{Case, EVERY_ISA, Mapping, Runnable, host_isa};
 use iced_x86::{Decoder, DecoderOptions, EncodingKind, Mnemonic};
+use jit::widen::widen;
 use jit::{Compiler, JitError, space};
 use model::kernel::{DType, Dot, KernelKey, M_BUCKETS, Op, Variant, Width};
 use model::layout::k_multiple;
@@ -228,6 +229,41 @@ fn avx_vnni_kernels_differ_in_encoding_only() {
         }
     }
     assert!(kernels > 300, "only {kernels} kernels");
+}
+
+/// Sums and factors that were just loaded stay what they are: a load that Cranelift folds takes another place among the
+/// operands, where a carrier means something else. (Kernels have no such sums; found by the fuzz target `widen`.)
+#[test]
+fn sums_and_factors_may_be_loads() {
+    let mut compiler = Compiler::new(host_isa()).unwrap();
+    let narrow = compiler.narrow(|e, [x, w, y, ..]| {
+        let (sum, a, b) = (e.load_f32(x, 0), e.load_f32(w, 0), e.load_f32(w, 64));
+        let sum = e.accumulate(sum, a, b);
+        let (a, b) = (e.load_f32(w, 128), e.load_f32(w, 192));
+        let sum = e.fma(a, b, sum);
+        e.store(sum, y, 0);
+    });
+    let narrow = narrow.unwrap();
+    let floats = |values: &[f32]| values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>();
+    let x: Vec<f32> = (0..16).map(|i| i as f32 + 0.5).collect();
+    let w: Vec<f32> = (0..64).map(|i| 3.0 - i as f32).collect();
+    let (mut x_memory, mut w_memory) = (Mapping::new(64, 4), Mapping::new(256, 4));
+    x_memory.bytes_mut().copy_from_slice(&floats(&x));
+    w_memory.bytes_mut().copy_from_slice(&floats(&w));
+    for width in [Width::X128, Width::Y256, Width::Z512] {
+        if width == Width::Z512 && !host_isa().avx512 {
+            continue;
+        }
+        let (code, _) = widen(&narrow.code, width, Dot::Pairs).unwrap();
+        let mut y = Mapping::new(64, 4);
+        let (x_start, w_start) = (x_memory.bytes().as_ptr(), w_memory.bytes().as_ptr());
+        // SAFETY: the code reads one vector of `x`, four of `w`, and writes one of `y`; none is longer than 64 bytes.
+        unsafe { Runnable::of_code(&code).call(x_start, w_start, y.floats_mut().as_mut_ptr(), 0, 0) };
+        for i in 0..width.lanes() {
+            let want = w[32 + i].mul_add(w[48 + i], w[i].mul_add(w[16 + i], x[i]));
+            assert_eq!(y.floats_mut()[i].to_bits(), want.to_bits(), "lane {i} at {} bits", width.bits());
+        }
+    }
 }
 
 /// What cannot be is refused with its own error, and counted.

@@ -30,12 +30,13 @@ enum Command {
     Demo(demo::DemoArgs),
     /// Run every test: formatting, lints, host tests, fuzz targets, the demo model where it is, guest self-tests and scenarios.
     Test,
-    /// Run many damaged inputs through every parser (`fuzz` has the targets) and say how many each survived.
+    /// Run many inputs through every fuzz target (`fuzz` has them) and say how many each survived: damaged files through the
+    /// parsers, random functions and kernels through the compiler.
     Fuzz {
         /// Inputs for each target.
         #[arg(long, default_value_t = 1_000_000)]
         cases: u64,
-        /// Seed of the damage.
+        /// Seed of the inputs.
         #[arg(long, default_value_t = 1)]
         seed: u64,
         /// Targets; all when none is named.

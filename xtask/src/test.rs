@@ -51,7 +51,7 @@ pub fn run(workspace: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Runs `cases` damaged inputs through each of `targets` (all when empty).
+/// Runs `cases` inputs through each of `targets` (all when empty).
 ///
 /// # Errors
 /// A target that panicked or hung; its input is left in the current directory.

@@ -118,8 +118,13 @@ pub struct Runnable {
 
 impl Runnable {
     pub fn new(kernel: &CompiledKernel) -> Runnable {
-        let mut memory = Mapping::new(kernel.code.len(), 64);
-        memory.bytes_mut().copy_from_slice(&kernel.code);
+        Runnable::of_code(&kernel.code)
+    }
+
+    /// Any function of the kernel ABI.
+    pub fn of_code(code: &[u8]) -> Runnable {
+        let mut memory = Mapping::new(code.len(), 64);
+        memory.bytes_mut().copy_from_slice(code);
         memory.protect(libc::PROT_READ | libc::PROT_EXEC);
         Runnable { memory }
     }
@@ -236,7 +241,7 @@ impl Case {
     }
 
     /// As [`Case::run`], for the first `rows` rows.
-    fn run_rows(&self, kernel: &CompiledKernel, rows: usize) -> Vec<f32> {
+    pub fn run_rows(&self, kernel: &CompiledKernel, rows: usize) -> Vec<f32> {
         assert_eq!(kernel.key, self.key);
         let runnable = Runnable::new(kernel);
         let mut y = Mapping::new(self.y_before.len() * 4, 4);
@@ -255,7 +260,8 @@ impl Case {
         counts.into_iter().try_for_each(|rows| self.check_rows(kernel, rows))
     }
 
-    fn check_rows(&self, kernel: &CompiledKernel, rows: usize) -> Result<(), String> {
+    /// As [`Case::check`], of one call for `rows` rows.
+    pub fn check_rows(&self, kernel: &CompiledKernel, rows: usize) -> Result<(), String> {
         let y = self.run_rows(kernel, rows);
         let same = |a: &[f32], b: &[f32]| a.iter().zip(b).all(|(a, b)| a.to_bits() == b.to_bits());
         let is_left = |row: usize| {
