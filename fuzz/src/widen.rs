@@ -768,6 +768,7 @@ pub struct Report {
     pub folded: u32,
     /// Lanes of the result, and those of them whose bits the model knows.
     pub lanes: usize,
+    /// Of these, lanes whose bits the model knows: no NaN has passed through them.
     pub known_lanes: usize,
 }
 

@@ -15,26 +15,20 @@ pub fn run(workspace: &Path) -> Result<()> {
     packages::ensure(&packages::SCENARIOS)?;
     let start = Instant::now();
     let mut steps = Steps { done: Vec::new() };
-    let fuzz = workspace.join("fuzz/Cargo.toml").display().to_string();
     steps.command("format", cargo(workspace, &["fmt", "--all", "--check"]))?;
-    steps.command("format, fuzz targets", cargo(workspace, &["fmt", "--manifest-path", &fuzz, "--check"]))?;
     steps.command("lints, host", lint(cargo(workspace, &["clippy", "--workspace", "--all-targets"])))?;
     for (name, features) in [("lints, JIT image", "bare-metal,jit,signature"), ("lints, native image", "bare-metal")] {
         let mut clippy = kernel_build::cargo(workspace, "clippy")?;
         clippy.args(["--no-default-features", "--features", features]);
         steps.command(name, lint(clippy))?;
     }
-    let of_fuzz = ["--manifest-path", &fuzz, "--target-dir", "target/fuzz"];
-    let mut clippy = cargo(workspace, &["clippy", "--all-targets"]);
-    clippy.args(of_fuzz);
-    steps.command("lints, fuzz targets", lint(clippy))?;
-    let host_tests = steps.tests("tests, host", cargo(workspace, &["test", "--workspace", "--no-fail-fast"]))?;
+    let host_tests = steps.tests(
+        "tests, host, and a second of each fuzz target",
+        cargo(workspace, &["test", "--workspace", "--no-fail-fast"]),
+    )?;
     // By itself it has no compiler and no check of signatures, as the native image.
     let native = cargo(workspace, &["test", "--package", "runtime"]);
     let host_tests = host_tests + steps.tests("tests, runtime of the native image", native)?;
-    let mut fuzz_tests = cargo(workspace, &["test"]);
-    fuzz_tests.args(of_fuzz).args(["--", "--nocapture"]);
-    let fuzz_tests = steps.tests("fuzz targets, a second each", fuzz_tests)?;
     let real = steps.work("the demo model in F32", || real_model::run(workspace))?.unwrap_or(0);
     let kernel = steps.work("build of the JIT image", || kernel_build::jit_image(workspace))?;
     let library = steps.work("build of the native library", || kernel_build::native_library(workspace))?;
@@ -44,10 +38,8 @@ pub fn run(workspace: &Path) -> Result<()> {
     for (name, seconds) in &steps.done {
         println!("  {seconds:>6.1} s  {name}");
     }
-    println!(
-        "{host_tests} host tests, {fuzz_tests} runs of the fuzz targets, {real} prompts of the demo model, {scenarios} scenarios"
-    );
-    println!("{} passed, 0 failed", host_tests + fuzz_tests + real + scenarios);
+    println!("{host_tests} host tests, {real} prompts of the demo model, {scenarios} scenarios");
+    println!("{} passed, 0 failed", host_tests + real + scenarios);
     Ok(())
 }
 
@@ -56,8 +48,7 @@ pub fn run(workspace: &Path) -> Result<()> {
 /// # Errors
 /// A target that panicked or hung; its input is left in the current directory.
 pub fn fuzz(workspace: &Path, cases: u64, seed: u64, targets: &[String]) -> Result<()> {
-    let mut command = cargo(workspace, &["run", "--release", "--target-dir", "target/fuzz", "--manifest-path"]);
-    command.arg(workspace.join("fuzz/Cargo.toml")).arg("--");
+    let mut command = cargo(workspace, &["run", "--profile", "fuzz", "--package", "fuzz", "--"]);
     command.args(["--cases", &cases.to_string(), "--seed", &seed.to_string()]).args(targets);
     let status = command.status()?;
     if !status.success() {

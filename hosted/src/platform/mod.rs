@@ -23,6 +23,9 @@ use storage::BlockDevice;
 /// what holds them to huge pages. Without it the next allocation, which cannot say what it was for, would end the process.
 const OWN_BYTES: u64 = 64 << 20;
 
+/// How long the TSC is timed where CPUID does not say how fast it runs. Somebody waits for an answer meanwhile.
+const CALIBRATION: Duration = Duration::from_millis(2);
+
 /// A Linux process as a machine.
 pub struct Process {
     clock: Clock,
@@ -79,10 +82,21 @@ fn tsc_hz() -> u64 {
     if let Some(hz) = cpuid.get_tsc_info().and_then(|info| info.tsc_frequency()) {
         return hz;
     }
-    let (start, start_tsc) = (Instant::now(), engine::cycles());
-    std::thread::sleep(Duration::from_millis(20));
-    let (ticks, time) = (engine::cycles() - start_tsc, start.elapsed());
-    (ticks as f64 / time.as_secs_f64()) as u64
+    let (start, start_tsc) = moment();
+    std::thread::sleep(CALIBRATION);
+    let (end, end_tsc) = moment();
+    (end_tsc.wrapping_sub(start_tsc) as f64 / (end - start).as_secs_f64()) as u64
+}
+
+/// The time and the TSC at the same moment: of several readings the one with the least between its two looks at the TSC,
+/// some tens of nanoseconds, so that a few milliseconds apart they tell the frequency to some ten parts in a million.
+fn moment() -> (Instant, u64) {
+    let reading = |_| {
+        let (before, time, after) = (engine::cycles(), Instant::now(), engine::cycles());
+        (after.wrapping_sub(before), time, before)
+    };
+    let (width, time, before) = (0..8).map(reading).min_by_key(|reading| reading.0).expect("there are eight");
+    (time, before.wrapping_add(width / 2))
 }
 
 fn cpu_facts() -> CpuFacts {
