@@ -12,7 +12,7 @@ use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 use engine::simd::limits::Limits;
 use engine::{Engine, Isa};
-use model::kernel::{KernelKey, M_BUCKETS};
+use model::kernel::{KernelKey, M_BUCKETS, Op};
 use report::{Convergence, Level, SnapshotStatus};
 use snapshot_format::Identity;
 
@@ -62,18 +62,30 @@ impl<'a> Kernels<'a> {
     /// Says which products have no kernel, and what is done instead: nothing here is slow in silence.
     fn note_gaps(&self, platform: &mut dyn Platform, reporter: &mut Reporter, engine: &Engine<'_>) {
         const REMEDY: &str = "let the JIT image run longer and export again";
-        let single = engine.keys_without_kernel(0);
+        // `batch_sizes` allows every size where none has all its kernels.
         let sizes = engine.batch_sizes();
-        if !single.is_empty() {
-            let names: Vec<String> = single.iter().map(|key| key.to_string()).collect();
-            // `batch_sizes` allows every size where none has all its kernels.
-            let instead = match M_BUCKETS.iter().zip(sizes).find(|&(_, has)| has) {
-                Some((m, _)) if !sizes[0] => format!("batches of {m} serve single tokens"),
-                _ => String::from("the reference computes them, slowly"),
-            };
-            let text = format!("no linked kernel for {}: {instead}; {REMEDY}", names.join(", "));
-            reporter.note(platform, Level::Warning, text);
+        let (mut slow, mut replaced) = (Vec::new(), Vec::new());
+        for (bucket, in_use) in sizes.into_iter().enumerate() {
+            for key in engine.keys_without_kernel(bucket) {
+                // The head runs for one row at a time, whatever the batch.
+                if in_use || key.op == Op::LmHead {
+                    slow.push(key);
+                } else if bucket == 0 {
+                    replaced.push(key);
+                }
+            }
         }
+        let mut note = |keys: &[KernelKey], instead: &str| {
+            if !keys.is_empty() {
+                let names: Vec<String> = keys.iter().map(|key| key.to_string()).collect();
+                let text = format!("no linked kernel for {}: {instead}; {REMEDY}", names.join(", "));
+                reporter.note(platform, Level::Warning, text);
+            }
+        };
+        if let Some((m, _)) = M_BUCKETS.iter().zip(sizes).find(|&(_, has)| has) {
+            note(&replaced, &format!("batches of {m} serve single tokens"));
+        }
+        note(&slow, "the reference computes them, slowly");
     }
 
     /// Which variant runs in each slot.

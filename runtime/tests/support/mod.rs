@@ -1,4 +1,4 @@
-//! A machine in memory: disks, arenas and what was said, for tests of whole boots without a compiler.
+//! A machine in memory: disks, arenas and what was said, for tests of whole boots without a compiler in them.
 #![allow(dead_code)] // each test file uses its part
 
 use bootimage::{FileSpec, ImageSpec};
@@ -7,6 +7,7 @@ use engine::workers::Workers;
 use model::kernel::KernelKey;
 use report::ImageKind;
 use runtime::boot::{Outcome, Request, Settings, run};
+use runtime::kernels::LinkedKernel;
 use runtime::load::Companions;
 use runtime::platform::{Clock, CpuFacts, KernelFault, MemoryUse, OutOfMemory, Platform, WhichDisk};
 use storage::{BlockDevice, MemoryDisk};
@@ -29,12 +30,16 @@ impl Workers for Threads {
 
 /// The machine.
 pub struct Machine {
-    cpu: CpuFacts,
+    pub cpu: CpuFacts,
     pub workers: Threads,
     pub boot: Option<MemoryDisk>,
     pub model: Option<Box<dyn BlockDevice>>,
     /// All that was printed.
     pub printed: String,
+    /// What the kernels of these keys raise when they are tried.
+    pub faults: Vec<(KernelKey, KernelFault)>,
+    /// Kernels tried.
+    pub guarded_calls: usize,
 }
 
 impl Machine {
@@ -48,15 +53,22 @@ impl Machine {
             boot: None,
             model: Some(Box::new(MemoryDisk::new(model.to_vec()))),
             printed: String::new(),
+            faults: Vec::new(),
+            guarded_calls: 0,
         }
     }
 
     /// Boots with `settings` and without compiled kernels.
     pub fn boot(&mut self, settings: &str) -> Outcome {
+        self.boot_linked(settings, &[])
+    }
+
+    /// Boots with `settings` an image that these kernels are linked into.
+    pub fn boot_linked(&mut self, settings: &str, linked: &[LinkedKernel]) -> Outcome {
         let settings = format!("tier=baseline snapshot=false tune.budget_ms=0 ignore_eos=1 report=0 {settings}");
         let settings = Settings::CommandLine(&settings);
         let companions = Companions::default();
-        run(self, Request { image: ImageKind::Hosted, settings, linked: &[], companions })
+        run(self, Request { image: ImageKind::Hosted, settings, linked, companions })
     }
 
     /// Boots, and gives what stopped it.
@@ -120,8 +132,13 @@ impl Platform for Machine {
         Err(OutOfMemory { name: "code", need_bytes: code.len() as u64, have_bytes: 0 })
     }
 
-    fn call_guarded(&mut self, _kernel: Kernel, _args: KernelArgs<'_>) -> Result<(), KernelFault> {
-        unreachable!("there is no compiled kernel without published code")
+    fn call_guarded(&mut self, kernel: Kernel, args: KernelArgs<'_>) -> Result<(), KernelFault> {
+        self.guarded_calls += 1;
+        if let Some((_, fault)) = self.faults.iter().find(|(key, _)| *key == kernel.key()) {
+            return Err(*fault);
+        }
+        kernel.call(args);
+        Ok(())
     }
 
     fn workers(&self) -> &dyn Workers {
