@@ -37,8 +37,6 @@ struct Board {
     round: Line,
     /// Workers whose share of this round's job is finished.
     done: Line,
-    /// For each worker the last round in which its share was begun: by itself, or by the boot CPU.
-    begun: [Line; MAX_CPUS],
     arrived: AtomicUsize,
     busy: AtomicBool,
     areas: AtomicU64,
@@ -61,7 +59,6 @@ static BOARD: Board = Board {
     job: UnsafeCell::new(None),
     round: Line(AtomicUsize::new(0)),
     done: Line(AtomicUsize::new(0)),
-    begun: [const { Line(AtomicUsize::new(0)) }; MAX_CPUS],
     arrived: AtomicUsize::new(0),
     busy: AtomicBool::new(false),
     areas: AtomicU64::new(0),
@@ -69,6 +66,10 @@ static BOARD: Board = Board {
     patience: AtomicU64::new(WAIT_CYCLES),
     parked: [const { AtomicU16::new(AWAKE) }; MAX_CPUS],
 };
+
+/// For each worker the last round in which its share was begun: by itself, or by the boot CPU. Apart from the board because
+/// it is all zeros, which an image need not hold.
+static BEGUN: [Line; MAX_CPUS] = [const { Line(AtomicUsize::new(0)) }; MAX_CPUS];
 
 /// Notes where the other cores' areas start.
 pub fn set_areas(address: u64) {
@@ -150,7 +151,7 @@ extern "sysv64" fn core_main(apic_id: u32) -> ! {
 
 /// Whether the share of worker `index` in `round` falls to who asks: the first to do so.
 fn begin(index: usize, round: usize) -> bool {
-    let begun = &BOARD.begun[index].0;
+    let begun = &BEGUN[index].0;
     begun.compare_exchange(round - 1, round, Ordering::Acquire, Ordering::Relaxed).is_ok()
 }
 
