@@ -55,7 +55,8 @@ impl Shared {
         begun.compare_exchange(epoch - 1, epoch, Ordering::Acquire, Ordering::Relaxed).is_ok()
     }
 
-    /// Waits, the first `spin_cycles` awake, until `ready` gives something, which must come from a change that is followed by [`Shared::signal`].
+    /// Waits, the first `spin_cycles` awake, until `ready` gives something. That must come from a change which
+    /// [`Shared::signal`] follows.
     fn wait_for<T>(&self, spin_cycles: u64, mut ready: impl FnMut() -> Option<T>) -> T {
         let start = engine::cycles();
         while engine::cycles().wrapping_sub(start) < spin_cycles {

@@ -310,8 +310,8 @@ fault:
 ring0_ignore:
     iretq
 
-# Vector {WAKE_VECTOR}, of gate_wake and of the timer: ends the hlt of gate_park. Should it come in between sti and hlt (real CPUs never let it; no host that
-# emulates ring 0 was seen to), the hlt must not happen any more, or nobody would end it.
+# Vector {WAKE_VECTOR}, of gate_wake and of the timer: ends the hlt of gate_park. Should it come in between sti and hlt (real
+# CPUs never let it; no host that emulates ring 0 was seen to), the hlt must not happen any more, or nobody would end it.
     .globl ring0_woken
 ring0_woken:
     push rax
