@@ -9,7 +9,7 @@ use crate::boot::gates;
 #[cfg(feature = "jit")]
 use crate::boot::plan::CODE_ALIAS;
 use crate::platform::traps::probe::{self, Caught};
-use crate::platform::{clock, memory, power, rtc};
+use crate::platform::{clock, memory, power, rtc, virtio};
 use alloc::boxed::Box;
 use alloc::format;
 use alloc::string::{String, ToString};
@@ -487,23 +487,32 @@ fn tsc_agrees_with_the_wall_clock(machine: &mut Machine) -> Result<(), Failure> 
 
 fn disk_reads_agree(machine: &mut Machine) -> Result<(), Failure> {
     for disk in machine.disks() {
-        // Five requests' worth and a bit, so that the stream wraps around its buffers.
-        let len = disk.device.len_bytes().min((5 << 20) + 3 * SECTOR_BYTES as u64);
+        // More requests than are in flight, and a bit, so that the stream wraps around its buffers.
+        let wrapping = (virtio::DEPTH + 1) * virtio::REQUEST_BYTES + 3 * SECTOR_BYTES;
+        let len = disk.device.len_bytes().min(wrapping as u64);
         let mut whole = vec![0u8; len as usize];
         disk.device.read(0, &mut whole).map_err(|e| e.to_string())?;
-        let mut at = 0;
-        let mut wrong = None;
-        disk.device
-            .stream(0, len, &mut |chunk| {
-                if whole.get(at..at + chunk.len()) != Some(chunk) {
-                    wrong.get_or_insert(at);
-                }
-                at += chunk.len();
-            })
-            .map_err(|e| e.to_string())?;
-        if at as u64 != len || wrong.is_some() {
-            return Err(format!("{}: stream gave {at} of {len} bytes, first difference {wrong:?}", disk.place));
+        // Read ahead: nothing, what comes, too little of it, something else.
+        for (lba, ahead_bytes) in [(0, 0), (0, len), (0, SECTOR_BYTES as u64), (1, len - SECTOR_BYTES as u64)] {
+            disk.device.read_ahead(lba, ahead_bytes);
+            let mut at = 0;
+            let mut wrong = None;
+            disk.device
+                .stream(0, len, &mut |chunk| {
+                    if whole.get(at..at + chunk.len()) != Some(chunk) {
+                        wrong.get_or_insert(at);
+                    }
+                    at += chunk.len();
+                })
+                .map_err(|e| e.to_string())?;
+            if at as u64 != len || wrong.is_some() {
+                return Err(format!(
+                    "{}: after reading ahead {ahead_bytes} bytes from sector {lba}, stream gave {at} of {len} bytes, first difference {wrong:?}",
+                    disk.place
+                ));
+            }
         }
+        disk.device.read_ahead(0, len);
         let mut sector = [0u8; SECTOR_BYTES];
         for lba in [0, 1, len / SECTOR_BYTES as u64 - 1] {
             disk.device.read(lba, &mut sector).map_err(|e| e.to_string())?;

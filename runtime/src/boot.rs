@@ -113,7 +113,7 @@ fn work(platform: &mut dyn Platform, reporter: &mut Reporter, request: Request<'
 
     let threads = threads(&options, platform.workers());
     let shape = Shape { isa, threads, context };
-    let reserved = Reserved::new(platform, &location, &description, &options, shape)?;
+    let reserved = Reserved::new(platform, &description, &options, shape)?;
     reporter.stage(platform, "memory");
     let (mut engine, mut session, loaded) = reserved.load(platform, &location, &description, &options)?;
     reporter.stage(platform, "load_model");
@@ -286,14 +286,13 @@ pub struct Reserved {
 }
 
 impl Reserved {
-    /// Sets aside all memory the run needs, and touches that of the weights and of the device's buffers: what a hypervisor
-    /// or operating system gives only when it is touched costs its time here, and not where the device's speed is measured.
+    /// Sets aside all memory the run needs, and touches that of the weights: what a hypervisor or operating system gives only
+    /// when it is touched costs its time here, and not where the device's speed is measured.
     ///
     /// # Errors
     /// A model that cannot be planned or does not fit.
     pub fn new(
         platform: &mut dyn Platform,
-        location: &Location,
         description: &ModelDescription,
         options: &Options,
         shape: Shape,
@@ -314,9 +313,6 @@ impl Reserved {
         for_each(platform.workers(), weights.chunks_mut(TOUCHED_TOGETHER_BYTES), |chunk| {
             chunk.iter_mut().step_by(PAGE_BYTES).for_each(|byte| *byte = 0);
         });
-        if let (Some(disk), _) = platform.disk(location.disk()) {
-            disk.prepare_stream();
-        }
         Ok(Self { shape, plan, kv, session, weights, angles })
     }
 
@@ -364,7 +360,7 @@ pub fn load_session(
     options: &Options,
     shape: Shape,
 ) -> Result<(Engine<'static>, Session<'static>, Loaded), RunError> {
-    Reserved::new(platform, location, description, options, shape)?.load(platform, location, description, options)
+    Reserved::new(platform, description, options, shape)?.load(platform, location, description, options)
 }
 
 /// Leaves the screen in the preallocated report file, if the volume has one. Not worth failing over.

@@ -201,10 +201,15 @@ fn pieces(platform: &mut dyn Platform, what: &str, len_bytes: u64, work: &mut Pi
 pub fn describe_source(source: &mut dyn ByteSource, tokenizer: Option<&[u8]>) -> Result<ModelDescription, RunError> {
     let mut file_bytes = source.len_bytes();
     let mut len = HeaderBytes::of(file_bytes);
+    let mut header = Vec::new();
     loop {
-        let mut header = vec![0; len.len()];
-        source.read_at(0, &mut header)?;
-        match read_header(&header, file_bytes, tokenizer) {
+        if header.len() < len.len() {
+            header = vec![0; len.len()];
+            source.read_at(0, &mut header)?;
+            // The device is idle while the header is parsed and memory is found.
+            source.read_ahead();
+        }
+        match read_header(&header[..len.len()], file_bytes, tokenizer) {
             Err(RunError::Model(error)) if len.grow(&error) => {}
             // A raw disk is whole sectors: the last one holds up to 511 bytes that are not the file's.
             Err(RunError::Model(ModelError::TrailingBytes { expected_bytes, .. }))
@@ -264,7 +269,7 @@ pub struct Loaded {
     pub sha256: FileSha256,
     /// Bytes read.
     pub bytes: u64,
-    /// Ticks of the whole load, packing included.
+    /// Ticks of the whole load, packing included; not of what the device read ahead before, while it would have been idle.
     pub ticks: u64,
 }
 

@@ -90,9 +90,9 @@ pub trait BlockDevice {
     /// [`DeviceError`]; which of the earlier writes are durable is then unknown.
     fn flush(&mut self) -> Result<(), DeviceError>;
 
-    /// Takes the memory that [`BlockDevice::stream`] works with, and touches it: what a hypervisor gives only then costs its
-    /// time here. `stream` does it itself where this was not called.
-    fn prepare_stream(&mut self) {}
+    /// Says that the next request will be a [`BlockDevice::stream`] from sector `lba` on: an implementation may begin to read
+    /// what that needs first. What goes wrong is the stream's to tell. Any other request may come first, and costs time.
+    fn read_ahead(&mut self, _lba: u64, _len_bytes: u64) {}
 
     /// Reads `len_bytes` (a whole number of sectors) from sector `lba` on and hands consecutive chunks to `sink`, each
     /// a whole number of sectors, in order. An implementation may have later chunks under way while `sink` runs; this

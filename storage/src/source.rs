@@ -31,6 +31,9 @@ pub trait ByteSource {
         self.len_bytes()
     }
 
+    /// Says that the next call will be a [`ByteSource::stream`] from the first byte on ([`BlockDevice::read_ahead`]).
+    fn read_ahead(&mut self) {}
+
     /// Fills `buf` from byte `offset` on.
     ///
     /// # Errors
@@ -95,6 +98,12 @@ impl ByteSource for FileSource<'_> {
         self.len_bytes
     }
 
+    fn read_ahead(&mut self) {
+        if let Some(extent) = self.extents.first() {
+            self.dev.read_ahead(extent.lba, (extent.sectors * SECTOR).min(self.len_bytes.next_multiple_of(SECTOR)));
+        }
+    }
+
     fn read_at(&mut self, offset: u64, buf: &mut [u8]) -> Result<(), StorageError> {
         check_end(offset, buf.len() as u64, self.len_bytes)?;
         if (buf.len() as u64) < WINDOW_SECTORS * SECTOR {
@@ -154,6 +163,10 @@ impl ByteSource for RawDisk<'_> {
 
     fn content_bytes(&self) -> u64 {
         self.0.dev.content_bytes()
+    }
+
+    fn read_ahead(&mut self) {
+        self.0.read_ahead();
     }
 
     fn read_at(&mut self, offset: u64, buf: &mut [u8]) -> Result<(), StorageError> {

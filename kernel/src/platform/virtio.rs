@@ -1,12 +1,12 @@
 //! virtio-blk disks as [`BlockDevice`]s.
 //!
 //! Requests are as large as 2 MiB, because a request costs about as much as 250 KiB of data, and each wakes the device once
-//! more, on a host with two cores beside a core that polls. `stream` keeps
-//! [`DEPTH`] requests in flight into buffers of its own, so that reading overlaps with what the caller does with the
-//! data; `read` does the same straight into the caller's buffer. Completion is polled, with naps in between: the threads
-//! that serve the device may need the core of the host that the guest would spin on, and got it only at the end of a time
-//! slice (2 to 5 ms). A device that does not answer
-//! within [`TIMEOUT_MS`] is reset, so that it can no longer write to memory, and stays dead.
+//! more, on a host with two cores beside a core that polls. `stream` keeps [`DEPTH`] requests in flight into buffers of its
+//! own, so that reading overlaps with what the caller does with the data, and the first of them can be in flight before it is
+//! called (`read_ahead`); `read` does the same straight into the caller's buffer. Completion is polled, with naps in between:
+//! the threads that serve the device may need the core of the host that the guest would spin on, and got it only at the end
+//! of a time slice (2 to 5 ms). A device that does not answer within [`TIMEOUT_MS`] is reset, so that it can no longer write to
+//! memory, and stays dead.
 //!
 //! Rings and transport are the `virtio-drivers` crate's.
 
@@ -93,6 +93,8 @@ pub struct VirtioDisk {
     slots: [Slot; DEPTH],
     /// Stream buffers, each made when a stream first needs it.
     buffers: [Option<Buffer>; DEPTH],
+    /// The first chunks of a stream that is expected, chunk `n` in slot and buffer `n`.
+    ahead: Vec<Flight>,
     timeout_ticks: u64,
 }
 
@@ -143,6 +145,7 @@ impl VirtioDisk {
             device: Some(device),
             slots: core::array::from_fn(|_| Slot { request: Box::default(), response: Box::default() }),
             buffers: [None; DEPTH],
+            ahead: Vec::new(),
             timeout_ticks: u64::MAX,
         })
     }
@@ -215,8 +218,15 @@ impl VirtioDisk {
         }
     }
 
+    /// Takes back what was read ahead for a stream that does not come, or not yet.
+    fn forget_ahead(&mut self) {
+        let mut ahead = core::mem::take(&mut self.ahead);
+        self.drain(&mut ahead, false);
+    }
+
     /// Moves `len` bytes between `lba`.. and the memory at `start`, several requests at a time.
     fn transfer(&mut self, lba: u64, start: NonNull<u8>, len: usize, write: bool) -> Result<(), DeviceError> {
+        self.forget_ahead();
         let mut flights = Vec::with_capacity(DEPTH);
         let mut free: Vec<usize> = (0..DEPTH).collect();
         let mut at = 0;
@@ -244,9 +254,24 @@ impl VirtioDisk {
 
     /// The buffer of stream chunks for `slot`, made when it is first needed.
     fn stream_buffer(&mut self, slot: usize) -> Buffer {
-        // The heap zeroes by writing: afterwards the memory is there (`prepare_stream`).
         *self.buffers[slot].get_or_insert_with(|| Buffer::of(alloc::vec![0; REQUEST_BYTES].leak()))
     }
+}
+
+/// A piece of a stream, read by one request.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Chunk {
+    lba: u64,
+    /// Bytes.
+    len: usize,
+}
+
+/// The chunks of a stream of `len_bytes` from sector `lba` on.
+fn chunks(lba: u64, len_bytes: u64) -> impl Iterator<Item = Chunk> {
+    (0..len_bytes).step_by(REQUEST_BYTES).map(move |offset| Chunk {
+        lba: lba + offset / SECTOR_BYTES as u64,
+        len: (len_bytes - offset).min(REQUEST_BYTES as u64) as usize,
+    })
 }
 
 /// One turn of a wait for the device that has lasted `waited` TSC ticks: what serves it may need this very core of the host.
@@ -298,36 +323,50 @@ impl BlockDevice for VirtioDisk {
 
     /// Not bounded in time: the driver crate sends a flush only by waiting for it, and has no form that could be given up.
     fn flush(&mut self) -> Result<(), DeviceError> {
+        self.forget_ahead();
         let device = self.device.as_mut().ok_or(timeout(0, 0))?;
         device.flush().map_err(|error| failed(0, 0, error))
     }
 
-    fn prepare_stream(&mut self) {
-        for slot in 0..DEPTH {
-            self.stream_buffer(slot);
+    fn read_ahead(&mut self, lba: u64, len_bytes: u64) {
+        self.forget_ahead();
+        if check_range(self.len_bytes(), lba, len_bytes).is_err() {
+            return;
+        }
+        for (slot, chunk) in chunks(lba, len_bytes).take(DEPTH).enumerate() {
+            let buffer = Buffer { len: chunk.len, ..self.stream_buffer(slot) };
+            match self.submit(slot, chunk.lba, buffer, false) {
+                Ok(flight) => self.ahead.push(flight),
+                Err(_) => return self.forget_ahead(),
+            }
         }
     }
 
     fn stream(&mut self, lba: u64, len_bytes: u64, sink: &mut dyn FnMut(&[u8])) -> Result<(), DeviceError> {
         check_range(self.len_bytes(), lba, len_bytes)?;
-        let mut flights: Vec<Flight> = Vec::with_capacity(DEPTH);
         // Chunk `n` uses slot and buffer `n % DEPTH`; a finished chunk waits in `ready` for its turn.
         let mut ready: [Option<Flight>; DEPTH] = [None; DEPTH];
-        let chunks = len_bytes.div_ceil(REQUEST_BYTES as u64);
-        let chunk_of = |n: u64| {
-            let offset = n * REQUEST_BYTES as u64;
-            (lba + offset / SECTOR_BYTES as u64, (len_bytes - offset).min(REQUEST_BYTES as u64) as usize)
+        let expected = |flights: &[Flight]| {
+            let mut wanted = chunks(lba, len_bytes);
+            flights.iter().all(|f| wanted.next() == Some(Chunk { lba: f.lba, len: f.buffer.len }))
         };
-        let (mut submitted, mut delivered) = (0u64, 0u64);
+        if !expected(&self.ahead) {
+            self.forget_ahead();
+        }
+        let mut flights = core::mem::take(&mut self.ahead);
+        let count = len_bytes.div_ceil(REQUEST_BYTES as u64);
+        let (mut submitted, mut delivered) = (flights.len() as u64, 0u64);
+        let mut waiting = chunks(lba, len_bytes).skip(flights.len());
         let result = loop {
-            if delivered == chunks {
+            if delivered == count {
                 break Ok(());
             }
-            if submitted < chunks && submitted < delivered + DEPTH as u64 {
-                let (at, len) = chunk_of(submitted);
+            if submitted < delivered + DEPTH as u64
+                && let Some(chunk) = waiting.next()
+            {
                 let slot = (submitted % DEPTH as u64) as usize;
-                let buffer = Buffer { len, ..self.stream_buffer(slot) };
-                match self.submit(slot, at, buffer, false) {
+                let buffer = Buffer { len: chunk.len, ..self.stream_buffer(slot) };
+                match self.submit(slot, chunk.lba, buffer, false) {
                     Ok(flight) => flights.push(flight),
                     Err(error) => break Err(error),
                 }
