@@ -6,7 +6,8 @@
 //! leaves the CPU to a thread of the team that waits for another one. A sleeping thread does, and is put before others when
 //! it is woken. A share that its worker has not even begun when the caller is done with its own is done by the caller.
 //!
-//! Decision 0013 has what each of these is worth. A team that has a thread for each CPU binds them: two of them would share one at times.
+//! Decision 0013 has what each of these is worth. A team that has a thread for each CPU binds them: two of them would share
+//! one at times.
 
 use engine::workers::Workers;
 use std::cell::UnsafeCell;
