@@ -53,6 +53,12 @@ impl<'a> Loader<'a> {
         Ok(Self { plan, level, arena: &mut arena[base..], vectors, tensor: 0, have_bytes: 0, carry: Vec::new() })
     }
 
+    /// Starts over: what was taken in will be taken in again, to the same places.
+    pub fn rewind(&mut self) {
+        (self.tensor, self.have_bytes) = (0, 0);
+        self.carry.clear();
+    }
+
     /// First byte of the file that is still needed; `None` when all weights are in.
     pub fn next_offset(&self) -> Option<u64> {
         self.plan.tensors.get(self.tensor).map(|planned| planned.tensor.offset + self.have_bytes)

@@ -74,6 +74,8 @@ fn name(phase: Phase) -> String {
         Phase::Converge(n) => format!("boot {n}"),
         Phase::Native(n) => format!("native boot {n}"),
         Phase::Interleaved(n) => format!("boot in between {n}"),
+        Phase::Load => "load boot".to_owned(),
+        Phase::NativeLoad => "native load boot".to_owned(),
     }
 }
 

@@ -26,6 +26,6 @@ mod transcript;
 
 pub use elf::{ImageBytes, image_bytes};
 pub use machine::{Accel, BootFrom, Drive, Firmware, Machine, MachineError, Qemu};
-pub use run_report::{BootRecord, Environment, NativeRecord, RunReport, SCHEMA};
+pub use run_report::{BootRecord, Environment, LoadRecord, NativeRecord, RunReport, SCHEMA, Settled, Spread};
 pub use session::{Boot, BootError, Deadlines, Event, Session};
 pub use transcript::{BootFailure, ProcessExit, Transcript};

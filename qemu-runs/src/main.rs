@@ -60,6 +60,9 @@ enum Action {
         /// Boots of the native image; the self-optimising image boots once after each.
         #[arg(long, value_name = "N", default_value_t = 3)]
         native_boots: u32,
+        /// Rounds of reading and loading the model, one after the other, in one more boot of each image; 0 makes no such boot.
+        #[arg(long, value_name = "N", default_value_t = 0, requires = "native_kernel")]
+        load_rounds: u32,
         /// Commit to name in the report; without it, git is asked.
         #[arg(long, value_name = "HASH")]
         commit: Option<String>,
@@ -211,9 +214,19 @@ fn main() -> ExitCode {
 fn run(action: Action) -> Result<ExitCode> {
     match action {
         Action::Boot { machine, json, log } => run_boot(&machine, json.as_deref(), log.as_deref()),
-        Action::Converge { machine, boots, out, json, native_kernel, native_audit, native_boots, commit } => {
+        Action::Converge {
+            machine,
+            boots,
+            out,
+            json,
+            native_kernel,
+            native_audit,
+            native_boots,
+            load_rounds,
+            commit,
+        } => {
             let audit = native_audit.as_deref().map(read_json).transpose()?;
-            let native = native_kernel.map(|elf| NativeSpec { elf, audit, boots: native_boots });
+            let native = native_kernel.map(|elf| NativeSpec { elf, audit, boots: native_boots, load_rounds });
             run_converge(&machine, boots, out.as_deref(), json, native, commit)
         }
         Action::Probe { machine } => {

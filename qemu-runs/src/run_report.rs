@@ -7,7 +7,7 @@ use serde::Serialize;
 use std::path::Path;
 
 /// Version of the JSON schema.
-pub const SCHEMA: u32 = 1;
+pub const SCHEMA: u32 = 2;
 
 /// One boot.
 #[derive(Clone, PartialEq, Debug, Serialize)]
@@ -47,6 +47,76 @@ pub struct NativeRecord {
     pub interleaved_jit_boots: Vec<BootRecord>,
     /// Median of the boots in between.
     pub interleaved_jit_decode_tok_s: Option<f64>,
+}
+
+/// How fast one of the images loads the model, in a boot of its own that does it again and again.
+#[derive(Clone, PartialEq, Debug, Serialize)]
+pub struct LoadRecord {
+    /// Rates of loading, as shares of the rate of reading the same bytes right before, without using them.
+    pub share_of_raw: Spread,
+    /// The boot.
+    pub boot: BootRecord,
+}
+
+impl LoadRecord {
+    /// Of a boot with `load.rounds`; `None` if it reported no round.
+    pub fn of(boot: BootRecord) -> Option<Self> {
+        let rounds = boot.report.load.iter().flat_map(|load| &load.rounds);
+        let share_of_raw = Spread::of(rounds.map(|round| round.mb_s / round.raw_mb_s))?;
+        Some(Self { share_of_raw, boot })
+    }
+}
+
+/// Several measurements of one thing.
+#[derive(Clone, Copy, PartialEq, Debug, Serialize)]
+pub struct Spread {
+    /// The middle one.
+    pub median: f64,
+    /// The least.
+    pub min: f64,
+    /// The greatest.
+    pub max: f64,
+    /// How many.
+    pub n: usize,
+}
+
+impl Spread {
+    /// Of finite values; `None` without any.
+    pub fn of(values: impl Iterator<Item = f64>) -> Option<Self> {
+        let values: Vec<f64> = values.filter(|v| v.is_finite()).collect();
+        Some(Self {
+            median: median(values.iter().copied())?,
+            min: values.iter().copied().fold(f64::INFINITY, f64::min),
+            max: values.iter().copied().fold(f64::NEG_INFINITY, f64::max),
+            n: values.len(),
+        })
+    }
+}
+
+/// What the image with compiler does once it has learnt: medians of its boots since the last that changed a kernel.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Settled {
+    /// Decoded tokens per second.
+    pub decode_tok_s: f64,
+    /// Prompt tokens per second.
+    pub prefill_tok_s: f64,
+    /// Milliseconds from entry to the first token.
+    pub ttft_ms: f64,
+    /// How many boots.
+    pub boots: usize,
+}
+
+impl Settled {
+    /// Medians of these boots; `None` without any.
+    fn of<'a>(boots: impl Iterator<Item = &'a BootRecord> + Clone) -> Option<Self> {
+        let middle = |value: fn(&BootReport) -> f64| median(boots.clone().map(|b| value(&b.report)));
+        Some(Self {
+            decode_tok_s: middle(|b| b.decode_tok_s)?,
+            prefill_tok_s: middle(|b| b.prefill_tok_s)?,
+            ttft_ms: middle(|b| b.ttft_ms)?,
+            boots: boots.count(),
+        })
+    }
 }
 
 /// Where and how the run was made.
@@ -128,6 +198,8 @@ pub struct RunReport {
     pub jit_image: Option<ImageBytes>,
     /// The exported image, if it was run.
     pub native: Option<NativeRecord>,
+    /// Loading against reading, of each image where that was measured.
+    pub load: Vec<LoadRecord>,
     /// Where and how.
     pub environment: Environment,
 }
@@ -149,6 +221,7 @@ impl RunReport {
             boots: Vec::new(),
             jit_image: None,
             native: None,
+            load: Vec::new(),
             environment,
         }
     }
@@ -172,10 +245,25 @@ impl RunReport {
         self.settle();
     }
 
+    /// Adds a boot that loaded the model again and again.
+    pub fn push_load(&mut self, load: LoadRecord) {
+        self.load.push(load);
+        self.settle();
+    }
+
     /// Every boot of either image, in order.
     pub fn all_boots(&self) -> impl Iterator<Item = &BootRecord> {
         let native = self.native.iter().flat_map(|n| n.boots.iter().chain(&n.interleaved_jit_boots));
-        self.boots.iter().chain(native)
+        self.boots.iter().chain(native).chain(self.load.iter().map(|load| &load.boot))
+    }
+
+    /// How fast the image with compiler is once nothing changes any more; `None` before there is such a boot.
+    pub fn settled(&self) -> Option<Settled> {
+        let after_change = self.boots.iter().rposition(|b| b.report.kernels_changed > 0).map_or(0, |last| last + 1);
+        // The first boot is what the others are compared with.
+        let own = &self.boots[after_change.max(1).min(self.boots.len())..];
+        let between = self.native.iter().flat_map(|native| &native.interleaved_jit_boots);
+        Settled::of(own.iter().chain(between))
     }
 
     fn settle(&mut self) {

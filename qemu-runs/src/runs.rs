@@ -2,7 +2,7 @@
 
 use crate::elf::{ImageBytes, image_bytes};
 use crate::machine::{BootFrom, Machine, Qemu};
-use crate::run_report::{BootRecord, Environment, NativeRecord, RunReport, median};
+use crate::run_report::{BootRecord, Environment, LoadRecord, NativeRecord, RunReport, median};
 use crate::session::{BootError, Deadlines, Event, Session};
 use crate::transcript::BootFailure;
 use std::path::{Path, PathBuf};
@@ -16,6 +16,8 @@ pub struct NativeSpec {
     pub audit: Option<serde_json::Value>,
     /// Native boots; after each one the self-optimising image boots again.
     pub boots: u32,
+    /// Rounds of reading and loading the model, in one more boot of each image; 0 makes no such boot.
+    pub load_rounds: u32,
 }
 
 /// A run to make.
@@ -46,6 +48,10 @@ pub enum Phase {
     Native(u32),
     /// The self-optimising image after a native boot, counted from 1.
     Interleaved(u32),
+    /// The self-optimising image, loading again and again.
+    Load,
+    /// The native image, loading again and again.
+    NativeLoad,
 }
 
 /// What a run tells whoever watches.
@@ -167,6 +173,16 @@ fn compare_all(
         boots,
         interleaved_jit_boots: between,
     });
+    for (phase, machine) in [(Phase::Load, &spec.machine), (Phase::NativeLoad, &machine)] {
+        // A machine that boots from its disk takes no further settings.
+        let (BootFrom::Kernel { elf, append }, 1..) = (&machine.boot, native.load_rounds) else { continue };
+        let append = format!("{append} load.rounds={}", native.load_rounds);
+        let machine = Machine { boot: BootFrom::Kernel { elf: elf.clone(), append }, ..machine.clone() };
+        let boot = run_one(qemu, spec, &machine, phase, watch)?;
+        if let Some(load) = LoadRecord::of(boot) {
+            report.push_load(load);
+        }
+    }
     Ok(())
 }
 
@@ -181,6 +197,8 @@ fn run_one(
         Phase::Converge(n) => format!("boot-{n:02}"),
         Phase::Native(n) => format!("native-{n:02}"),
         Phase::Interleaved(n) => format!("interleaved-{n:02}"),
+        Phase::Load => "load-jit".to_owned(),
+        Phase::NativeLoad => "load-native".to_owned(),
     };
     let console = spec.logs.as_ref().map(|logs| logs.join(format!("{name}.log")));
     watch(Progress::Started(phase));

@@ -1,7 +1,7 @@
 //! A run as a short text: the table of its boots and what it comes to.
 
-use crate::run_report::{BootRecord, RunReport, median};
-use report::TrialOutcome;
+use crate::run_report::{BootRecord, RunReport, Spread, median};
+use report::{ImageKind, TrialOutcome};
 use std::fmt::Write;
 
 /// The summary, lines ended by `\n`.
@@ -50,16 +50,14 @@ fn write(run: &RunReport, out: &mut String) -> std::fmt::Result {
     if let Some(identical) = run.tokens_identical {
         writeln!(out, "tokens {}", if identical { "identical in every boot" } else { "DIFFER between boots" })?;
     }
-    if let (Some(first), Some(last)) = (run.boots.first(), run.boots.last())
-        && run.boots.len() > 1
-    {
-        let (first, last) = (&first.report, &last.report);
+    if let (Some(first), Some(settled)) = (run.boots.first(), run.settled()) {
         writeln!(
             out,
-            "decode {}, prefill {}, first token {} (last boot against first)",
-            times(last.decode_tok_s, first.decode_tok_s),
-            times(last.prefill_tok_s, first.prefill_tok_s),
-            times(first.ttft_ms, last.ttft_ms),
+            "decode {}, prefill {}, first token {} (median of {} boots with settled kernels, against the first)",
+            times(settled.decode_tok_s, first.report.decode_tok_s),
+            times(settled.prefill_tok_s, first.report.prefill_tok_s),
+            times(first.report.ttft_ms, settled.ttft_ms),
+            settled.boots,
         )?;
     }
     if let Some(native) = &run.native {
@@ -78,6 +76,19 @@ fn write(run: &RunReport, out: &mut String) -> std::fmt::Result {
             native.text_bytes,
             run.jit_image.map_or("-".into(), |i| i.elf_bytes.to_string()),
             run.jit_image.map_or("-".into(), |i| i.text_bytes.to_string()),
+        )?;
+    }
+    for load in &run.load {
+        let image = if load.boot.report.image == ImageKind::Native { "native image" } else { "image with compiler" };
+        let Spread { median, min, max, n } = load.share_of_raw;
+        let percent = |share: f64| format!("{:.0}%", share * 100.0);
+        writeln!(
+            out,
+            "{image}: the model loads at {} of the raw disk rate ({} rounds of both in turn: {} to {})",
+            percent(median),
+            n,
+            percent(min),
+            percent(max),
         )?;
     }
     if let Some(failure) = &run.failure {

@@ -2,15 +2,15 @@
 
 mod made_up;
 
-use made_up::{made_up_boot, made_up_native, made_up_run, record};
-use qemu_runs::{Accel, html, text};
-use report::{SnapshotOutcome, TrialOutcome};
+use made_up::{made_up_boot, made_up_load, made_up_native, made_up_run, record};
+use qemu_runs::{Accel, LoadRecord, html, text};
+use report::{ImageKind, SnapshotOutcome, TrialOutcome};
 
 #[test]
 fn the_json_has_the_keys_other_tools_read() {
     let mut run = made_up_run(8, Accel::Kvm);
     let json: serde_json::Value = serde_json::from_str(&run.to_json()).unwrap();
-    assert_eq!(json["schema"], 1);
+    assert_eq!(json["schema"], 2);
     assert_eq!(json["accel"], "kvm");
     assert_eq!(json["model"], "Made-up-135M (test fixture)");
     assert_eq!(json["prompt"], "Once upon a time");
@@ -44,6 +44,55 @@ fn the_json_has_the_keys_other_tools_read() {
     for key in ["elf_bytes", "text_bytes", "decode_tok_s", "token_ids", "audit"] {
         assert!(!json["native"][key].is_null(), "native.{key}");
     }
+}
+
+#[test]
+fn settled_speed_is_the_median_of_the_boots_after_the_last_change() {
+    let rates = |decode: &[(f64, u32)]| {
+        let mut run = made_up_run(0, Accel::Kvm);
+        for (i, &(decode_tok_s, kernels_changed)) in decode.iter().enumerate() {
+            run.push(record(report::BootReport { decode_tok_s, kernels_changed, ..made_up_boot(i as u32 + 1) }));
+        }
+        run
+    };
+    let settled = |run: &qemu_runs::RunReport| run.settled().map(|s| (s.decode_tok_s, s.boots));
+    assert_eq!(settled(&rates(&[])), None);
+    assert_eq!(settled(&rates(&[(50.0, 3)])), None);
+    assert_eq!(settled(&rates(&[(50.0, 3), (60.0, 1)])), None, "the last boot still changed a kernel");
+    let mut run = rates(&[(50.0, 3), (1.0, 1), (80.0, 0), (70.0, 0), (20.0, 0)]);
+    assert_eq!(settled(&run), Some((70.0, 3)));
+    let mut native = made_up_native(2);
+    native.interleaved_jit_boots.iter_mut().for_each(|boot| boot.report.decode_tok_s = 90.0);
+    run.set_native(native);
+    assert_eq!(settled(&run), Some((80.0, 5)), "the boots in between count");
+    // What never changed is not compared with itself.
+    assert_eq!(settled(&rates(&[(50.0, 0), (60.0, 0)])), Some((60.0, 1)));
+}
+
+#[test]
+fn loading_is_compared_with_reading_right_before_it() {
+    let shares = [0.8, 0.5, 0.9, 1.2];
+    let load = made_up_load(ImageKind::Jit, &shares);
+    let spread = load.share_of_raw;
+    assert!((spread.median - 0.85).abs() < 1e-12 && spread.n == 4, "{spread:?}");
+    assert!((spread.min - 0.5).abs() < 1e-12 && (spread.max - 1.2).abs() < 1e-12, "{spread:?}");
+    assert_eq!(LoadRecord::of(record(made_up_boot(8))), None, "no rounds, no share");
+    let mut run = made_up_run(8, Accel::Kvm);
+    run.push_load(load);
+    run.push_load(made_up_load(ImageKind::Native, &[0.91]));
+    let summary = text::summary(&run);
+    assert!(
+        summary.contains("image with compiler: the model loads at 85% of the raw disk rate (4 rounds"),
+        "{summary}"
+    );
+    assert!(summary.contains("native image: the model loads at 91%"), "{summary}");
+    let page = html::page(&run);
+    assert!(page.contains("Model load") && page.contains("<b>91%</b> in the native image"), "{page}");
+    // Its tokens count as those of every other boot.
+    let mut other = made_up_load(ImageKind::Native, &[0.9]);
+    other.boot.report.token_ids[0] += 1;
+    run.push_load(other);
+    assert_eq!(run.tokens_identical, Some(false));
 }
 
 #[test]

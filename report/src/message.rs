@@ -5,7 +5,7 @@ use alloc::vec::Vec;
 use serde::{Deserialize, Serialize};
 
 /// Version of the serial protocol; a host refuses any other.
-pub const PROTOCOL: u32 = 4;
+pub const PROTOCOL: u32 = 5;
 
 /// Which image is talking.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -454,6 +454,17 @@ pub struct LoadFacts {
     /// MB/s of the whole load.
     pub mb_s: f64,
     /// MB/s of raw reads from the same device in the same boot.
+    pub raw_mb_s: f64,
+    /// Both again and again in turn, where that was asked for (`load.rounds`).
+    pub rounds: Vec<LoadRound>,
+}
+
+/// A raw pass over the model and a load of it, one right after the other.
+#[derive(Clone, Copy, PartialEq, Debug, Serialize, Deserialize)]
+pub struct LoadRound {
+    /// MB/s of the load.
+    pub mb_s: f64,
+    /// MB/s of the raw pass.
     pub raw_mb_s: f64,
 }
 

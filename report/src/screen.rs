@@ -96,12 +96,15 @@ fn facts(screen: &mut Screen, report: &BootReport) {
         2,
     );
     if let Some(load) = &report.load {
-        let share = if load.raw_mb_s > 0.0 { percent(load.mb_s / load.raw_mb_s) } else { "-".to_string() };
-        screen.fact(
-            "load",
-            &format!("{} at {}, {share} of the raw disk rate", bytes(load.bytes), rate(load.mb_s, "MB/s")),
-            1,
-        );
+        let share = |mb_s: f64, raw_mb_s: f64| if raw_mb_s > 0.0 { percent(mb_s / raw_mb_s) } else { "-".to_string() };
+        let mut line = format!("{} at {}, ", bytes(load.bytes), rate(load.mb_s, "MB/s"));
+        line.push_str(&share(load.mb_s, load.raw_mb_s));
+        line.push_str(" of the raw disk rate");
+        for (i, round) in load.rounds.iter().enumerate() {
+            line.push_str(if i == 0 { "; again, each in turn with a raw pass: " } else { " " });
+            line.push_str(&share(round.mb_s, round.raw_mb_s));
+        }
+        screen.fact("load", &line, 5);
     }
     if !report.memory.is_empty() {
         let rows: Vec<String> = report
@@ -528,7 +531,7 @@ impl Screen {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Convergence, KernelRow, LoadFacts, MemoryRow, ModelFacts, PartRow, Stage, TrialRow};
+    use crate::{Convergence, KernelRow, LoadFacts, LoadRound, MemoryRow, ModelFacts, PartRow, Stage, TrialRow};
 
     fn row(key: &str, variant: &str) -> KernelRow {
         KernelRow {
@@ -594,7 +597,7 @@ mod tests {
             token_ms_median: 12.3,
             read_gb_s: Some(12.34),
             peak_gflop_s: None,
-            load: Some(LoadFacts { bytes: 98_362_432, mb_s: 1810.0, raw_mb_s: 2011.0 }),
+            load: Some(LoadFacts { bytes: 98_362_432, mb_s: 1810.0, raw_mb_s: 2011.0, rounds: Vec::new() }),
             profiler_overhead: 0.0004,
             parts: alloc::vec![
                 part("norm", Some(0.031), Some(0.012), Some(160.0)),
@@ -674,6 +677,19 @@ mod tests {
         ] {
             assert!(screen.contains(expected), "no `{expected}` in\n{screen}");
         }
+    }
+
+    #[test]
+    fn rounds_of_loading_are_listed_beside_the_load() {
+        let mut report = made_up();
+        let round = |mb_s| LoadRound { mb_s, raw_mb_s: 2000.0 };
+        report.load.as_mut().unwrap().rounds = [1700.0, 1910.0].map(round).to_vec();
+        let text = boot_screen(&report).split_whitespace().collect::<Vec<_>>().join(" ");
+        let expected = "90.0% of the raw disk rate; again, each in turn with a raw pass: 85.0% 95.5%";
+        assert!(text.contains(expected), "{text}");
+        let many = 200;
+        report.load.as_mut().unwrap().rounds = alloc::vec![round(1700.0); many];
+        assert_fits(&boot_screen(&report));
     }
 
     #[test]

@@ -8,7 +8,7 @@ use crate::identity::{hex, identity};
 use crate::kernels::LinkedKernel;
 #[cfg(feature = "jit")]
 use crate::learning::Kernels;
-use crate::load::{self, Companions, Loaded, Location};
+use crate::load::{self, Companions, Loaded, Location, Round};
 use crate::options::{IsaLimit, Options, Tier};
 use crate::platform::Platform;
 use crate::prompt;
@@ -328,18 +328,24 @@ impl Reserved {
         options: &Options,
     ) -> Result<(Engine<'static>, Session<'static>, Loaded), RunError> {
         let Shape { isa, context, .. } = self.shape;
-        let tier = if options.tier == Tier::Reference { engine::Tier::Reference } else { engine::Tier::Baseline };
         let mut loader = Loader::new(self.plan, engine::simd::Level::new(isa), self.weights)?;
-        let mut failure = None;
-        let loaded = load::stream(platform, location, description, options, &mut |offset, bytes, workers| {
-            if failure.is_none() {
-                failure = loader.feed(offset, bytes, workers).err();
-            }
-        })?;
-        if let Some(error) = failure {
-            return Err(error.into());
+        let mut fill = |platform: &mut dyn Platform| -> Result<Loaded, RunError> {
+            loader.rewind();
+            let mut failure = None;
+            let loaded = load::stream(platform, location, description, options, &mut |offset, bytes, workers| {
+                if failure.is_none() {
+                    failure = loader.feed(offset, bytes, workers).err();
+                }
+            })?;
+            failure.map_or(Ok(loaded), |error| Err(error.into()))
+        };
+        let mut loaded = fill(platform)?;
+        for _ in 0..options.load_rounds {
+            let raw_ticks = load::raw_ticks(platform, location, loaded.bytes)?;
+            loaded.rounds.push(Round { raw_ticks, ticks: fill(platform)?.ticks });
         }
         let model = loader.finish()?;
+        let tier = if options.tier == Tier::Reference { engine::Tier::Reference } else { engine::Tier::Baseline };
         let weights = platform.freeze(self.weights);
         let mut engine = Engine::new(model, weights, isa, tier)?;
         drop(self.angles);

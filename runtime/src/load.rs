@@ -271,6 +271,17 @@ pub struct Loaded {
     pub bytes: u64,
     /// Ticks of the whole load, packing included; not of what the device read ahead before, while it would have been idle.
     pub ticks: u64,
+    /// The rounds of `load.rounds`.
+    pub rounds: Vec<Round>,
+}
+
+/// Reading the model and loading it, one after the other.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Round {
+    /// Ticks of reading the bytes of a load without using them.
+    pub raw_ticks: u64,
+    /// Ticks of loading them again.
+    pub ticks: u64,
 }
 
 /// Takes in bytes of the file from an offset on, on the cores given.
@@ -326,24 +337,32 @@ pub fn stream(
         None => chosen_hash(&hash.into_inner().finish(), location, description, options.model_sha256)?,
     };
     let (fingerprint, _) = fingerprint.into_inner();
-    Ok(Loaded { fingerprint: fingerprint.finish(), sha256, bytes: len_bytes, ticks })
+    Ok(Loaded { fingerprint: fingerprint.finish(), sha256, bytes: len_bytes, ticks, rounds: Vec::new() })
 }
 
-/// Ticks that reading the file's first bytes takes without using them, and how many bytes those were. The median of
-/// several passes, where one is so short that whatever else the host does shows in it.
+/// Ticks that reading the first `len_bytes` bytes of the file takes without using them.
 ///
 /// # Errors
 /// Storage errors.
-pub fn raw_rate(platform: &mut dyn Platform, location: &Location) -> Result<(u64, u64), RunError> {
+pub fn raw_ticks(platform: &mut dyn Platform, location: &Location, len_bytes: u64) -> Result<u64, RunError> {
     with_source(platform, location, |source| {
-        let len_bytes = source.len_bytes().min(RAW_RATE_BYTES);
-        let mut passes = [0; RAW_RATE_PASSES];
-        for pass in &mut passes {
-            let start = engine::cycles();
-            source.stream(0, len_bytes, &mut |_| {})?;
-            *pass = engine::cycles().saturating_sub(start);
-        }
-        passes.sort_unstable();
-        Ok((len_bytes, passes[RAW_RATE_PASSES / 2]))
+        let start = engine::cycles();
+        source.stream(0, len_bytes, &mut |_| {})?;
+        Ok(engine::cycles().saturating_sub(start))
     })
+}
+
+/// [`raw_ticks`] of as many as `len_bytes` bytes, and how many they were. The median of several passes, where one is so short
+/// that whatever else the host does shows in it.
+///
+/// # Errors
+/// Storage errors.
+pub fn raw_rate(platform: &mut dyn Platform, location: &Location, len_bytes: u64) -> Result<(u64, u64), RunError> {
+    let len_bytes = len_bytes.min(RAW_RATE_BYTES);
+    let mut passes = [0; RAW_RATE_PASSES];
+    for pass in &mut passes {
+        *pass = raw_ticks(platform, location, len_bytes)?;
+    }
+    passes.sort_unstable();
+    Ok((len_bytes, passes[RAW_RATE_PASSES / 2]))
 }

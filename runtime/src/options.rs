@@ -91,6 +91,9 @@ pub struct Options {
     pub model_public_key: Option<[u8; 32]>,
     /// Signature file on the boot volume, 64 bytes (`model.signature=MODEL.SIG`).
     pub model_signature: String,
+    /// Times the model is read and then loaded once more, before it is used, to measure the one against the other
+    /// (`load.rounds=0`).
+    pub load_rounds: u32,
     /// Which kernels may run (`tier=compiled|baseline|reference`).
     pub tier: Tier,
     /// Highest instruction set to use (`isa=auto|avx512|avx2|portable`).
@@ -150,6 +153,7 @@ impl Default for Options {
             model_sha256: ModelHash::Off,
             model_public_key: None,
             model_signature: DEFAULT_SIGNATURE.to_owned(),
+            load_rounds: 0,
             tier: Tier::Compiled,
             isa: IsaLimit::Auto,
             snapshot: true,
@@ -362,6 +366,7 @@ const TABLE: &[(&str, Setter)] = &[
         o.model_signature = v.to_owned();
         Ok(())
     }),
+    ("load.rounds", |o, v| number(v, "a whole number of rounds").map(|x| o.load_rounds = x)),
     ("tier", |o, v| {
         o.tier = match v {
             "compiled" => Tier::Compiled,

@@ -13,7 +13,7 @@ use engine::{Engine, Isa};
 use model::ModelDescription;
 use profiler::{Part, Profile};
 use report::{
-    BootReport, Convergence, ImageKind, KernelRow, LoadFacts, MemoryRow, ModelFacts, PartRow, SnapshotStatus,
+    BootReport, Convergence, ImageKind, KernelRow, LoadFacts, LoadRound, MemoryRow, ModelFacts, PartRow, SnapshotStatus,
 };
 
 /// A boot that has done its work.
@@ -109,12 +109,17 @@ pub fn boot_report(platform: &mut dyn Platform, ran: Ran<'_>) -> BootReport {
 /// Load rate beside the raw rate of the same device; `None` when the device cannot be read again.
 fn load_facts(platform: &mut dyn Platform, location: &Location, loaded: &Loaded) -> Option<LoadFacts> {
     let clock = platform.clock();
-    let (raw_bytes, raw_ticks) = load::raw_rate(platform, location).ok()?;
+    let (raw_bytes, raw_ticks) = load::raw_rate(platform, location, loaded.bytes).ok()?;
     let mb_s = |bytes: u64, ticks: u64| bytes as f64 * clock.tsc_hz as f64 / ticks.max(1) as f64 / 1e6;
+    let rounds = loaded.rounds.iter().map(|round| LoadRound {
+        mb_s: mb_s(loaded.bytes, round.ticks),
+        raw_mb_s: mb_s(loaded.bytes, round.raw_ticks),
+    });
     Some(LoadFacts {
         bytes: loaded.bytes,
         mb_s: mb_s(loaded.bytes, loaded.ticks),
         raw_mb_s: mb_s(raw_bytes, raw_ticks),
+        rounds: rounds.collect(),
     })
 }
 

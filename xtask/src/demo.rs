@@ -42,6 +42,7 @@ struct Pace {
     tune_budget_ms: u64,
     tune_max_variants: u32,
     native_boots: u32,
+    load_rounds: u32,
     deadline: Duration,
 }
 
@@ -53,6 +54,7 @@ impl Pace {
                 tune_budget_ms: 3000,
                 tune_max_variants: 0,
                 native_boots: 3,
+                load_rounds: 24,
                 deadline: Duration::from_secs(120),
             },
             Accel::Tcg => Self {
@@ -60,6 +62,7 @@ impl Pace {
                 tune_budget_ms: 60_000,
                 tune_max_variants: 2,
                 native_boots: 1,
+                load_rounds: 0,
                 deadline: Duration::from_secs(600),
             },
         }
@@ -131,6 +134,7 @@ pub fn run(workspace: &Path, args: &DemoArgs) -> Result<()> {
                     elf: exported.elf,
                     audit: Some(serde_json::to_value(&exported.audit)?),
                     boots: pace.native_boots,
+                    load_rounds: pace.load_rounds,
                 };
                 qemu_runs::runs::compare(&qemu, &spec, &native, &mut report, &mut |p| display.show(p));
             }

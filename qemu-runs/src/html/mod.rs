@@ -4,7 +4,7 @@
 
 mod sections;
 
-use crate::run_report::RunReport;
+use crate::run_report::{LoadRecord, RunReport, Settled};
 use crate::text::{measured, number, times};
 use report::ImageKind;
 use std::fmt::Write;
@@ -77,14 +77,16 @@ fn verdict(run: &RunReport) -> String {
         Some(boot) => format!("<b>Converged at boot {boot}.</b> "),
         None => format!("<b>Not converged after {} boots.</b> ", run.boots.len()),
     };
-    if run.boots.len() > 1 {
+    if let Some(settled) = run.settled() {
         let _ = write!(
             out,
-            "From the first boot to the last, decode went from {} to <b>{} tokens/s</b> and prefill from {} to <b>{} tokens/s</b>. ",
+            "Decode went from {} tokens/s in the first boot to <b>{} tokens/s</b> and prefill from {} to <b>{} tokens/s</b> \
+             (medians of the {} boots since the last kernel changed). ",
             measured(first.decode_tok_s),
-            measured(last.decode_tok_s),
+            measured(settled.decode_tok_s),
             measured(first.prefill_tok_s),
-            measured(last.prefill_tok_s)
+            measured(settled.prefill_tok_s),
+            settled.boots
         );
     }
     match run.tokens_identical {
@@ -100,6 +102,11 @@ fn verdict(run: &RunReport) -> String {
 fn tiles(run: &RunReport, out: &mut String) {
     let (Some(first), Some(last)) = (run.boots.first(), run.boots.last()) else { return };
     let (first, last) = (&first.report, &last.report);
+    let settled = run.settled();
+    let now = |value: fn(&Settled) -> f64, last: f64| settled.as_ref().map_or(last, value);
+    let decode_tok_s = now(|s| s.decode_tok_s, last.decode_tok_s);
+    let prefill_tok_s = now(|s| s.prefill_tok_s, last.prefill_tok_s);
+    let ttft_ms = now(|s| s.ttft_ms, last.ttft_ms);
     out.push_str("<div class=tiles>");
     let against = |now: f64, then: f64, was: String| {
         if run.boots.len() < 2 {
@@ -111,31 +118,31 @@ fn tiles(run: &RunReport, out: &mut String) {
     tile(
         out,
         "Decode",
-        &measured(last.decode_tok_s),
+        &measured(decode_tok_s),
         "tok/s",
-        &against(last.decode_tok_s, first.decode_tok_s, measured(first.decode_tok_s)),
+        &against(decode_tok_s, first.decode_tok_s, measured(first.decode_tok_s)),
     );
     tile(
         out,
         "Prefill",
-        &measured(last.prefill_tok_s),
+        &measured(prefill_tok_s),
         "tok/s",
-        &against(last.prefill_tok_s, first.prefill_tok_s, measured(first.prefill_tok_s)),
+        &against(prefill_tok_s, first.prefill_tok_s, measured(first.prefill_tok_s)),
     );
     tile(
         out,
         "First token",
-        &measured(last.ttft_ms),
+        &measured(ttft_ms),
         "ms",
-        &against(first.ttft_ms, last.ttft_ms, measured(first.ttft_ms)).replace("first boot", "sooner than first boot"),
+        &against(first.ttft_ms, ttft_ms, measured(first.ttft_ms)).replace("first boot", "sooner than first boot"),
     );
     let tried: usize = run.boots.iter().map(|b| b.report.trials.len()).sum();
     let kept: usize = run.boots.iter().map(|b| b.trials_with(report::TrialOutcome::Kept)).sum();
     tile(out, "Variants tried", &tried.to_string(), "", &format!("<b>{kept}</b> kept in {} boots", run.boots.len()));
-    let settled = format!("{:.0}% of kernel time settled", last.convergence.settled_share * 100.0);
+    let share = format!("{:.0}% of kernel time settled", last.convergence.settled_share * 100.0);
     match run.converged_at {
-        Some(boot) => tile(out, "Converged", &format!("boot {boot}"), "", &settled),
-        None => tile(out, "Converged", "not yet", "", &settled),
+        Some(boot) => tile(out, "Converged", &format!("boot {boot}"), "", &share),
+        None => tile(out, "Converged", "not yet", "", &share),
     }
     if let Some(native) = &run.native {
         let size = match run.jit_image {
@@ -147,6 +154,13 @@ fn tiles(run: &RunReport, out: &mut String) {
         };
         let (value, unit) = bytes(native.elf_bytes);
         tile(out, "Native image", &value, unit, &size);
+    }
+    if let Some((load, others)) = run.load.split_first() {
+        let share = |load: &LoadRecord| format!("{:.0}", load.share_of_raw.median * 100.0);
+        let others = others.iter().fold(String::new(), |text, other| {
+            text + &format!("; <b>{}%</b> in the {} image", share(other), image_name(other.boot.report.image))
+        });
+        tile(out, "Model load", &share(load), "%", &format!("of the raw disk rate{others}"));
     }
     out.push_str("</div>");
 }

@@ -2,10 +2,10 @@
 
 #![allow(dead_code)]
 
-use qemu_runs::{Accel, BootRecord, Environment, ImageBytes, NativeRecord, RunReport};
+use qemu_runs::{Accel, BootRecord, Environment, ImageBytes, LoadRecord, NativeRecord, RunReport};
 use report::{
-    BootReport, Convergence, ImageKind, KernelRow, LoadFacts, MemoryRow, ModelFacts, PartRow, SnapshotOutcome,
-    SnapshotStatus, Stage, TrialOutcome, TrialRow,
+    BootReport, Convergence, ImageKind, KernelRow, LoadFacts, LoadRound, MemoryRow, ModelFacts, PartRow,
+    SnapshotOutcome, SnapshotStatus, Stage, TrialOutcome, TrialRow,
 };
 
 const KEYS: [(&str, f64, u64); 7] = [
@@ -110,7 +110,7 @@ pub fn made_up_boot(boot: u32) -> BootReport {
         token_ms_median: 13.0,
         read_gb_s: Some(16.2),
         peak_gflop_s: Some(87.0),
-        load: Some(LoadFacts { bytes: 98_362_432, mb_s: 1810.0, raw_mb_s: 2011.0 }),
+        load: Some(LoadFacts { bytes: 98_362_432, mb_s: 1810.0, raw_mb_s: 2011.0, rounds: Vec::new() }),
         profiler_overhead: 0.0004,
         parts: vec![PartRow {
             name: "attention".into(),
@@ -177,6 +177,13 @@ pub fn made_up_run(boots: u32, accel: Accel) -> RunReport {
 }
 
 #[allow(dead_code, reason = "each test file uses a part of this module")]
+/// A boot of `image` whose loads ran at these shares of the raw rate.
+pub fn made_up_load(image: ImageKind, shares: &[f64]) -> LoadRecord {
+    let rounds = shares.iter().map(|share| LoadRound { mb_s: 2000.0 * share, raw_mb_s: 2000.0 }).collect();
+    let load = Some(LoadFacts { bytes: 98_362_432, mb_s: 1810.0, raw_mb_s: 2011.0, rounds });
+    LoadRecord::of(record(BootReport { image, load, ..made_up_boot(8) })).expect("there are rounds")
+}
+
 pub fn made_up_native(boots: u32) -> NativeRecord {
     let native = |i: u32| {
         let mut report = made_up_boot(8);

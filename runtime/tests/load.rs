@@ -1,4 +1,4 @@
-//! A model that lies across the first 4 GiB of its disk runs as it does anywhere else.
+//! A model that lies across the first 4 GiB of its disk, or is loaded again and again, runs as it does anywhere else.
 
 mod support;
 
@@ -60,4 +60,20 @@ fn a_model_across_four_gibibytes_gives_the_same_tokens() {
     assert_eq!(report.token_ids, expected.token_ids);
     assert!(report.model.file_bytes > FOUR_GIB);
     assert_eq!(machine.printed.matches("loading model: ").count(), 32);
+}
+
+#[test]
+fn loading_in_rounds_measures_each_and_leaves_the_same_model() {
+    let file = synthetic::gguf(&Spec::default()).unwrap();
+    let boot = |rounds: u32| {
+        let mut machine = Machine::with_model(&file);
+        let settings = format!("prompt=\"once upon\" max_tokens=32 load.rounds={rounds}");
+        machine.boot(&settings).report.unwrap()
+    };
+    let (once, again) = (boot(0), boot(3));
+    assert!(once.load.unwrap().rounds.is_empty());
+    assert_eq!(again.token_ids, once.token_ids);
+    let rounds = again.load.unwrap().rounds;
+    assert_eq!(rounds.len(), 3);
+    assert!(rounds.iter().all(|round| round.mb_s > 0.0 && round.raw_mb_s > 0.0), "{rounds:?}");
 }
