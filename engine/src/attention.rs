@@ -207,6 +207,23 @@ pub fn store(level: Level, shape: &KvShape, cache: &mut [u8], layer: usize, pos:
     }
 }
 
+/// Asks for the memory that [`store`] and [`attend`] will touch in the block of `pos`. Keys of one position are strided over
+/// as many cache lines as a head has elements, and by the next token all have left the caches: one by one, each costs a
+/// trip to memory.
+///
+/// # Panics
+/// When `pos` is outside the cache.
+pub fn fetch(shape: &KvShape, cache: &[u8], layer: usize, pos: usize) {
+    let at = pos % KV_BLOCK;
+    for kv_head in 0..shape.n_kv_heads {
+        let block = shape.block(cache, layer, kv_head, pos / KV_BLOCK);
+        let row_bytes = shape.head_dim * shape.ty.bytes();
+        let panels = (at / KV_PANEL + 1) * KV_PANEL;
+        simd::fetch(&block.keys[..panels * row_bytes]);
+        simd::fetch(&block.values[..(at + 1) * row_bytes]);
+    }
+}
+
 /// `max |x| / 127`.
 fn int8_scale(x: &[f32]) -> f32 {
     x.iter().fold(0.0f32, |max, x| if x.abs() > max { x.abs() } else { max }) / 127.0

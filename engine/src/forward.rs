@@ -610,6 +610,10 @@ impl<'m> Session<'m> {
         let Buffers { x, normed, quantised, qkv, attended, projected, partials, .. } = &mut self.buffers;
         let normed = &normed[..m * dim];
 
+        if rows == 1 {
+            // It arrives while the product below is computed.
+            attention::fetch(&self.sizes.kv, self.kv.as_bytes(), layer, chunk.pos);
+        }
         // Where key and value columns start in a row of `qkv`.
         let (k_at, v_at) = match weights.qkv {
             QkvWeights::Fused(matrix) => {

@@ -12,7 +12,7 @@ pub(crate) mod math;
 pub(crate) mod pack;
 
 use crate::isa::{FeatureWords, Isa};
-use core::arch::x86_64::{__cpuid, __cpuid_count, _rdtsc, _xgetbv};
+use core::arch::x86_64::{__cpuid, __cpuid_count, _MM_HINT_T1, _mm_prefetch, _rdtsc, _xgetbv};
 use core::sync::atomic::{AtomicU8, Ordering};
 
 /// Reads the time-stamp counter. Not serialising: good for differences well above 100 cycles.
@@ -20,6 +20,14 @@ use core::sync::atomic::{AtomicU8, Ordering};
 pub fn cycles() -> u64 {
     // SAFETY: RDTSC exists on every x86-64 CPU; CR4.TSD is clear in our kernel and under Linux.
     unsafe { _rdtsc() }
+}
+
+/// Asks for the cache lines of `bytes`, so that they are near when they are wanted.
+pub(crate) fn fetch(bytes: &[u8]) {
+    for line in bytes.chunks(64) {
+        // SAFETY: a hint; it is part of SSE, which every x86-64 CPU has.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().cast()) };
+    }
 }
 
 /// CPUID and XCR0 as far as [`Isa`] needs them.
