@@ -15,6 +15,7 @@ mod common;
 mod decisions;
 pub mod kernels;
 mod mutate;
+mod snapshot;
 mod targets;
 #[allow(unsafe_code)]
 pub mod widen;

@@ -2,7 +2,7 @@
 //! of the bytes and run it.
 
 use crate::decisions::seeds;
-use crate::{kernels, widen};
+use crate::{kernels, snapshot, widen};
 use engine::operands::AlignedBytes;
 use engine::pack::{ColumnMap, RowFormat, dequantise_column, pack_rows, unpack_column};
 use engine::simd::Level;
@@ -58,6 +58,8 @@ pub const TARGETS: &[Target] = &[
     Target::new("wire", wire_frames, frames),
     Target::new("options", options, texts),
     Target::new("volume", volume, volumes),
+    Target::new("snapshot", snapshot::payload, snapshot::payloads),
+    Target::new("audit", snapshot::audit, snapshot::codes),
     Target::new("frozen_table", frozen_table, || vec![frozen::encode(&[])]),
     Target { runs_code: true, ..Target::new("widen", widened, || seeds(64)) },
     Target { runs_code: true, ..Target::new("kernels", kernels::check, || seeds(64)) },
