@@ -446,8 +446,7 @@ gate_refuse:
 
 # ---------------------------------------------------------------------------------------------------------------
 
-    .section .ring0.bss,"aw",@nobits
-    .balign 4096
+    .section .ring0.bss,"aw",@nobits    # starts at a page: link.ld
 # 4 GiB of identity mapping, readable, writable and executable from ring 3: in force until the seal.
 boot_pml4: .skip 4096
 boot_pdpt: .skip 4096
