@@ -35,6 +35,7 @@ pub use names::{short_name, split_name};
 use fatfs::{Date, DateTime, FatType, FileSystem, FormatVolumeOptions, FsOptions, Time, TimeProvider};
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use storage::{FatVolume, SECTOR_BYTES, StorageError};
 use window::{ImageDevice, Window};
@@ -306,6 +307,12 @@ fn write_volume(
         }
     }
     volume.unmount().map_err(failed)
+}
+
+/// True when both names lead to one file, which must then not be an input and an output.
+pub fn is_same_file(a: &Path, b: &Path) -> bool {
+    let of = |path: &Path| std::fs::metadata(path).map(|found| (found.dev(), found.ino()));
+    matches!((of(a), of(b)), (Ok(a), Ok(b)) if a == b)
 }
 
 fn persist(temporary: tempfile::NamedTempFile, out: &Path, overwrite: bool) -> Result<(), ImageError> {

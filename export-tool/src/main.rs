@@ -4,7 +4,9 @@
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use export_tool::{DiskImageSpec, ExportSpec, Exported, audit, export};
+use std::io::{self, Write};
 use std::path::PathBuf;
+use std::process::ExitCode;
 
 /// Freezes a converged snapshot into a native image without a compiler.
 #[derive(Parser)]
@@ -63,8 +65,23 @@ enum Command {
     },
 }
 
-fn main() -> Result<()> {
-    match Cli::parse().command {
+/// What could not be written.
+const STANDARD_OUTPUT: &str = "writing standard output";
+
+fn main() -> ExitCode {
+    match run(Cli::parse().command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // Where standard error cannot be written there is nobody to tell.
+            let _ = writeln!(io::stderr(), "export-tool: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: Command) -> Result<()> {
+    let mut stdout = io::stdout();
+    match command {
         Command::Link {
             disk,
             kernel_library,
@@ -93,19 +110,20 @@ fn main() -> Result<()> {
                 allow_unconverged,
             })?;
             if json {
-                println!("{}", serde_json::to_string_pretty(&exported)?);
+                writeln!(stdout, "{}", serde_json::to_string_pretty(&exported)?).context(STANDARD_OUTPUT)?;
             } else {
-                print(&exported);
+                print(&exported, &mut stdout).context(STANDARD_OUTPUT)?;
             }
             Ok(())
         }
         Command::Audit { elf, json } => {
             let bytes = std::fs::read(&elf).with_context(|| format!("reading {}", elf.display()))?;
-            let audit = audit::audit(&bytes)?;
+            let audit = audit::audit(&bytes).with_context(|| elf.display().to_string())?;
             if json {
-                println!("{}", serde_json::to_string_pretty(&audit)?);
+                writeln!(stdout, "{}", serde_json::to_string_pretty(&audit)?).context(STANDARD_OUTPUT)?;
             } else if audit.passed {
-                println!("{}: passed ({} symbols, {} segments)", elf.display(), audit.symbols, audit.segments);
+                writeln!(stdout, "{}: passed ({} symbols, {} segments)", elf.display(), audit.symbols, audit.segments)
+                    .context(STANDARD_OUTPUT)?;
             }
             anyhow::ensure!(audit.passed, "{} failed the audit:\n  {}", elf.display(), audit.findings.join("\n  "));
             Ok(())
@@ -113,31 +131,34 @@ fn main() -> Result<()> {
     }
 }
 
-fn print(exported: &Exported) {
+fn print(exported: &Exported, out: &mut impl Write) -> io::Result<()> {
     let own_bytes = exported.sizes.elf_bytes - exported.embedded_model_bytes;
     match exported.embedded_model_bytes {
-        0 => println!("{}: {own_bytes} bytes", exported.elf.display()),
+        0 => writeln!(out, "{}: {own_bytes} bytes", exported.elf.display()),
         model => {
-            println!("{}: {own_bytes} bytes without weights, and a model of {model} bytes", exported.elf.display())
+            writeln!(out, "{}: {own_bytes} bytes without weights, and a model of {model} bytes", exported.elf.display())
         }
-    }
-    println!(
+    }?;
+    writeln!(
+        out,
         "  text {} bytes, of which {} kernels take {} bytes",
         exported.sizes.text_bytes,
         exported.kernels.len(),
         exported.kernel_bytes
-    );
+    )?;
     for kernel in &exported.kernels {
-        println!("    {kernel}");
+        writeln!(out, "    {kernel}")?;
     }
     for key in &exported.without_kernel {
-        println!("    {key}: NO KERNEL, no variant matched the hand-written op; the image will be slow there");
+        writeln!(out, "    {key}: NO KERNEL, no variant matched the hand-written op; the image will be slow there")?;
     }
-    println!(
+    writeln!(
+        out,
         "  audit passed: {} symbols and {} segments looked at, no compiler, no writable and executable memory",
         exported.audit.symbols, exported.audit.segments
-    );
+    )?;
     if let Some(disk) = &exported.disk_image {
-        println!("{}: boots it on BIOS and UEFI", disk.display());
+        writeln!(out, "{}: boots it on BIOS and UEFI", disk.display())?;
     }
+    Ok(())
 }

@@ -1,6 +1,6 @@
 //! `bareflow convert`: a GGUF file again with its weights in another type, or a llama2.c model as GGUF.
 
-use crate::read_file;
+use crate::{BadFlag, not_over, read_file};
 use anyhow::{Context, Result, bail, ensure};
 use indicatif::{ProgressBar, ProgressDrawTarget};
 use model::TensorType;
@@ -23,25 +23,36 @@ pub struct Request<'a> {
     pub matrices: Option<&'a str>,
     /// Type of the embedding and head; `None`: as the matrices.
     pub embedding: Option<&'a str>,
+    /// Replace an output that is there.
+    pub force: bool,
 }
 
 /// Writes `request.output`.
 ///
 /// # Errors
-/// An input that is no model, an unsupported type, or a file that cannot be read or written. The output appears only when
-/// it is complete.
+/// An input that is no model, an unsupported type, an output that is there already, or a file that cannot be read or written.
+/// The output appears only when it is complete, and never takes the place of the input.
 pub fn run(request: &Request<'_>) -> Result<()> {
-    let &Request { input, output, tokenizer, matrices, embedding } = request;
+    let &Request { input, output, tokenizer, matrices, embedding, force } = request;
     let target = match (matrices, embedding) {
         (Some(matrices), embedding) => {
             Some(Target { matrices: tensor_type(matrices)?, embedding: tensor_type(embedding.unwrap_or(matrices))? })
         }
-        (None, Some(_)) => bail!("--embedding is given without --type, the type of all other matrices"),
+        (None, Some(_)) => {
+            bail!(BadFlag("--embedding is given without --type, the type of all other matrices".into()))
+        }
         (None, None) => None,
     };
     let file = File::open(input).with_context(|| format!("opening {}", input.display()))?;
     let file_bytes = file.metadata()?.len();
     let tokenizer_bin = read_file(tokenizer)?;
+    for input in [Some(input), tokenizer].into_iter().flatten() {
+        not_over(input, output)?;
+    }
+    let taken =
+        || BadFlag(format!("{} is there already: name another output, or replace it with --force", output.display()));
+    // A link that leads nowhere is there, too.
+    ensure!(force || std::fs::symlink_metadata(output).is_err(), taken());
     // A file of its own beside the output, whatever lies there; gone again unless it becomes the output.
     let dir = output.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let writing = || format!("writing {}", output.display());
@@ -85,7 +96,9 @@ pub fn run(request: &Request<'_>) -> Result<()> {
             Ok(summary) => {
                 let part = out.into_inner().map_err(IntoInnerError::into_error).with_context(writing)?;
                 part.as_file().sync_all().with_context(writing)?;
-                part.persist(output).map_err(|failed| failed.error).with_context(writing)?;
+                // What has appeared meanwhile is not replaced, either.
+                let persisted = if force { part.persist(output) } else { part.persist_noclobber(output) };
+                persisted.map_err(|failed| failed.error).with_context(writing)?;
                 break summary;
             }
             Err(ConvertError::Model(error)) if len.grow(&error) => {}
@@ -117,5 +130,5 @@ fn tensor_type(name: &str) -> Result<TensorType> {
     let mut known = known;
     known
         .find(|ty| ty.name().eq_ignore_ascii_case(name))
-        .with_context(|| format!("unknown type `{name}`: expected one of {}", names.join(" ")))
+        .ok_or_else(|| BadFlag(format!("unknown type `{name}`: expected one of {}", names.join(" "))).into())
 }

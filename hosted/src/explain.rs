@@ -1,5 +1,6 @@
 //! `bareflow explain KEY`: what was tried for one key, what won and how close to the limit it is, and its machine code.
 
+use crate::BadFlag;
 use crate::platform::{FileDisk, Process};
 use anyhow::{Context, Result, bail};
 use engine::simd::{Level, limits};
@@ -18,7 +19,7 @@ const LIMIT_MEMORY_BYTES: usize = 256 << 20;
 /// # Errors
 /// A name that is no key, an image without a snapshot, a key that the snapshot has never met.
 pub fn print(key: &str, image: Option<&Path>, isa: IsaLimit) -> Result<()> {
-    let key: KernelKey = key.parse().with_context(|| format!("`{key}`"))?;
+    let key: KernelKey = key.parse().map_err(|error| BadFlag(format!("`{key}`: {error}")))?;
     let mut process = Process::start(engine::cycles(), 0, None, None, true)?;
     let isa = runtime::boot::limited(process.cpu().isa, isa);
     let compiler = Compiler::new(runtime::tune::target(isa))?;

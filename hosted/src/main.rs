@@ -41,10 +41,10 @@ use platform::{FileDisk, Process};
 use report::{BootReport, ExitStatus, ImageKind};
 use runtime::boot::{Request, Settings};
 use runtime::load::Companions;
-use runtime::options::{OptionError, Tier};
+use runtime::options::{Mode, OptionError, Tier};
 use runtime::{Options, RunError, run};
 use serde_json::json;
-use std::io::{self, ErrorKind, Write};
+use std::io::{self, ErrorKind, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -64,7 +64,7 @@ enum Command {
         #[command(flatten)]
         generate: GenerateArgs,
         /// Rounds.
-        #[arg(long, default_value_t = 3)]
+        #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
         rounds: u32,
     },
     /// Write a GGUF file again with its weights in another type, or a llama2.c model as a GGUF file.
@@ -83,6 +83,9 @@ enum Command {
         /// Type of the token embedding and output head; default: as --type.
         #[arg(long)]
         embedding: Option<String>,
+        /// Replace the output if it is there.
+        #[arg(long)]
+        force: bool,
     },
     /// Judge a snapshot's kernels: time its choice for every hot key beside the hand-written op and the reference.
     Tune {
@@ -105,7 +108,7 @@ enum Command {
         /// Disk image with a snapshot; without it the search space is shown.
         #[arg(long)]
         snapshot: Option<PathBuf>,
-        /// Highest instruction set: auto, avx512, avx2 or portable.
+        /// Highest instruction set: auto, avx512, avx2_vnni, avx2 or portable.
         #[arg(long, default_value = "auto")]
         isa: String,
     },
@@ -244,7 +247,7 @@ struct GenerateArgs {
     /// Which kernels may run: compiled, baseline (hand-written AVX2) or reference.
     #[arg(long, default_value = "compiled")]
     tier: String,
-    /// Highest instruction set: auto, avx512, avx2 or portable.
+    /// Highest instruction set: auto, avx512, avx2_vnni, avx2 or portable.
     #[arg(long, default_value = "auto")]
     isa: String,
     /// Any further option in the guest's form, such as tune.pairs=32; may be repeated.
@@ -263,12 +266,13 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Generate(args) => generate(&args, entry_tsc),
         Command::Bench { generate, rounds } => bench(&generate, rounds),
-        Command::Convert { input, output, tokenizer, ty, embedding } => convert::run(&convert::Request {
+        Command::Convert { input, output, tokenizer, ty, embedding, force } => convert::run(&convert::Request {
             input: &input,
             output: &output,
             tokenizer: tokenizer.as_deref(),
             matrices: ty.as_deref(),
             embedding: embedding.as_deref(),
+            force,
         }),
         Command::Tune { generate, exhaustive, keys, rounds } => tune(&generate, exhaustive, &keys, rounds),
         Command::Explain { key, snapshot, isa } => explain(&key, snapshot.as_deref(), &isa),
@@ -302,11 +306,31 @@ fn main() -> ExitCode {
     }
 }
 
+/// A flag that cannot be taken, where no setting of the runtime is behind it.
+#[derive(Debug)]
+struct BadFlag(String);
+
+impl std::fmt::Display for BadFlag {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for BadFlag {}
+
+/// Refuses to write `output` over `input`.
+fn not_over(input: &Path, output: &Path) -> Result<()> {
+    let text = || BadFlag(format!("{}: input and output are the same file; name another output", output.display()));
+    ensure!(!bootimage::is_same_file(input, output), text());
+    Ok(())
+}
+
 /// The exit code for `error`: by its kind where a run was refused, that of storage where a file could not be used.
 fn exit_code(error: &anyhow::Error) -> u8 {
     let refusals = error.chain().filter_map(|cause| {
         let refusal = cause.downcast_ref::<RunError>().map(RunError::exit_status);
         let setting = cause.downcast_ref::<OptionError>().map(|_| ExitStatus::Settings);
+        let setting = setting.or(cause.downcast_ref::<BadFlag>().map(|_| ExitStatus::Settings));
         let file = cause.downcast_ref::<std::io::Error>().map(|_| ExitStatus::Storage);
         let model = cause.downcast_ref::<model::ModelError>().map(|_| ExitStatus::Model);
         // Making the snapshot image is all that is asked of it here.
@@ -353,6 +377,8 @@ fn options(args: &GenerateArgs) -> Result<Options> {
     for setting in &args.settings {
         options.apply(setting)?;
     }
+    let no_guest = "mode: a process generates; selftest and smoke are for the guest; leave it out";
+    ensure!(options.mode == Mode::Generate, BadFlag(no_guest.into()));
     Ok(options)
 }
 
@@ -363,10 +389,7 @@ fn run_once(args: &GenerateArgs, entry_tsc: u64) -> Result<BootReport> {
         Some(path) => Some(open_snapshot(path)?),
         None => None,
     };
-    let companions = Companions {
-        tokenizer: read_file(args.tokenizer.as_deref())?,
-        signature: read_file(args.signature.as_deref())?,
-    };
+    let companions = companions(args)?;
     let quiet = args.json;
     let mut process = Process::start(entry_tsc, options.threads as usize, Some(model), snapshot, quiet)?;
     let request =
@@ -377,6 +400,14 @@ fn run_once(args: &GenerateArgs, entry_tsc: u64) -> Result<BootReport> {
         (_, _, Some(error)) => Err(error.into()),
         (status, ..) => anyhow::bail!("the run ended as {status:?} without a report"),
     }
+}
+
+/// What belongs to the model and lies in files of its own.
+fn companions(args: &GenerateArgs) -> Result<Companions> {
+    Ok(Companions {
+        tokenizer: read_file(args.tokenizer.as_deref())?,
+        signature: read_file(args.signature.as_deref())?,
+    })
 }
 
 /// Content of a file, where one is named.
@@ -427,13 +458,16 @@ fn generate(args: &GenerateArgs, entry_tsc: u64) -> Result<()> {
         });
         print_line!("{}", serde_json::to_string_pretty(&summary)?);
     } else {
-        // The text went to standard error as it came; standard output gets it whole, for pipes.
-        print_line!("{}", report.text);
+        // The text went to standard error as it came; standard output gets it whole, for pipes and files.
+        if !(io::stdout().is_terminal() && io::stderr().is_terminal()) {
+            print_line!("{}", report.text);
+        }
+        let rate = |tok_s: f64| if tok_s.is_finite() { format!("{tok_s:.1}") } else { "-".to_owned() };
         print_note!(
-            "{} tokens, prefill {:.1} tok/s, decode {:.1} tok/s, first token after {:.0} ms, {} threads",
+            "{} tokens, prefill {} tok/s, decode {} tok/s, first token after {:.0} ms, {} threads",
             report.token_ids.len(),
-            report.prefill_tok_s,
-            report.decode_tok_s,
+            rate(report.prefill_tok_s),
+            rate(report.decode_tok_s),
             report.ttft_ms,
             report.threads
         );
@@ -444,10 +478,9 @@ fn generate(args: &GenerateArgs, entry_tsc: u64) -> Result<()> {
 fn tune(args: &GenerateArgs, exhaustive: bool, keys: &str, rounds: usize) -> Result<()> {
     ensure!(!args.report, "--report: tune boots nothing that could be reported; leave it out");
     ensure!(args.tune_ms == 0, "--tune-ms: tune judges kernels and keeps none; use generate to search for better ones");
-    let tokenizer = read_file(args.tokenizer.as_deref())?;
     let request = tune::Request {
         model: &args.model,
-        tokenizer,
+        companions: companions(args)?,
         snapshot: args.snapshot.as_deref(),
         exhaustive,
         filter: keys,
@@ -464,6 +497,9 @@ fn explain(key: &str, snapshot: Option<&Path>, isa: &str) -> Result<()> {
 }
 
 fn bench(args: &GenerateArgs, rounds: u32) -> Result<()> {
+    ensure!(!args.report, BadFlag("--report: bench prints the rates of every round instead; leave it out".into()));
+    let one_tier = BadFlag("--tier: bench runs the hand-written and the compiled kernels in turn; leave it out".into());
+    ensure!(args.tier == "compiled", one_tier);
     let mut rows = Vec::new();
     for round in 1..=rounds {
         for tier in [Tier::Baseline, Tier::Compiled] {

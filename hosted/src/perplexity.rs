@@ -10,7 +10,7 @@
 //! scored position, window by window, as f32 rows; everything little-endian.
 
 use crate::platform::{FileDisk, Process};
-use crate::read_file;
+use crate::{BadFlag, not_over, read_file};
 use anyhow::{Context, Result, ensure};
 use runtime::boot::Shape;
 use runtime::load::Companions;
@@ -107,6 +107,9 @@ impl Dump {
 /// # Errors
 /// A model that cannot be loaded, a text shorter than one window, a window the model was not made for.
 pub fn run(request: &Request<'_>, options: &Options) -> Result<()> {
+    for input in [Some(request.model), Some(request.text), request.tokenizer].into_iter().flatten() {
+        request.logits.map_or(Ok(()), |output| not_over(input, output))?;
+    }
     let disk = FileDisk::open(request.model, false).with_context(|| format!("opening {}", request.model.display()))?;
     let text = std::fs::read(request.text).with_context(|| format!("reading {}", request.text.display()))?;
     let companions = Companions { tokenizer: read_file(request.tokenizer)?, signature: None };
@@ -116,7 +119,8 @@ pub fn run(request: &Request<'_>, options: &Options) -> Result<()> {
     let description = load::describe(&mut process, &location, options, &companions)?;
     let context = request.context;
     let trained = description.config.seq_len as usize;
-    ensure!((4..=trained).contains(&context), "--context {context}: this model takes 4 to {trained} tokens");
+    let text_of_context = || BadFlag(format!("--context {context}: this model takes 4 to {trained} tokens"));
+    ensure!((4..=trained).contains(&context), text_of_context());
     let mut tokens = description.tokenizer.encode_prompt(&text, false);
     let bos = description.tokenizer.special().bos.filter(|_| description.tokenizer.special().add_bos);
     let windows = match (tokens.len() / context, request.windows) {

@@ -4,8 +4,9 @@
 //! every variant of the search space, and the fastest of those then meets the choice in a trial of its own. All of it takes
 //! turns call by call, on weights that are in no cache. Nothing is written to the snapshot.
 
+use crate::BadFlag;
 use crate::workbench::Workbench;
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use engine::{EngineError, Runs};
 use indicatif::{ProgressBar, ProgressDrawTarget};
 use jit::{Compiler, space};
@@ -13,6 +14,7 @@ use model::kernel::{KernelKey, Variant};
 use profiler::HotKey;
 use profiler::trial::{Order, Trial, TrialConfig};
 use runtime::Options;
+use runtime::load::Companions;
 use runtime::tune::MIN_SHARE;
 use serde_json::{Value, json};
 use std::io::IsTerminal;
@@ -28,8 +30,8 @@ const CUT_RATIO: f64 = 1.2;
 pub struct Request<'a> {
     /// Model file.
     pub model: &'a Path,
-    /// Content of a llama2.c model's tokenizer file.
-    pub tokenizer: Option<Vec<u8>>,
+    /// What belongs to it: tokenizer, signature.
+    pub companions: Companions,
     /// Snapshot image whose choices are judged.
     pub snapshot: Option<&'a Path>,
     /// Try every variant of the space.
@@ -47,10 +49,14 @@ pub struct Request<'a> {
 /// # Errors
 /// What stops a boot; a snapshot that is not this model's or this CPU's.
 pub fn run(request: &Request<'_>, options: &Options) -> Result<()> {
-    let mut bench = Workbench::open(request.model, request.tokenizer.clone(), request.snapshot, options)?;
+    let mut bench = Workbench::open(request.model, request.companions.clone(), request.snapshot, options)?;
     let mut compiler = Compiler::new(runtime::tune::target(bench.isa))?;
     let hot: Vec<HotKey> = bench.hot(MIN_SHARE);
+    let names: Vec<String> = hot.iter().map(|h| h.key.to_string()).collect();
     let hot: Vec<HotKey> = hot.into_iter().filter(|h| h.key.to_string().contains(request.filter)).collect();
+    let nothing =
+        || BadFlag(format!("--keys {}: none of the hot keys has that in it: {}", request.filter, names.join(" ")));
+    ensure!(!hot.is_empty(), nothing());
     let target =
         if std::io::stderr().is_terminal() { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
     let bar = ProgressBar::with_draw_target(Some(hot.len() as u64), target);

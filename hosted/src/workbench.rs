@@ -41,11 +41,11 @@ pub struct Workbench {
 }
 
 impl Workbench {
-    /// Loads `model` (a llama2.c one with the content of its `tokenizer` file) as `options` say and takes the kernels of the snapshot on the image `snapshot`.
+    /// Loads `model` with its `companions` as `options` say and takes the kernels of the snapshot on the image `snapshot`.
     ///
     /// # Errors
     /// What stops a boot; a snapshot of another model or CPU.
-    pub fn open(model: &Path, tokenizer: Option<Vec<u8>>, snapshot: Option<&Path>, options: &Options) -> Result<Self> {
+    pub fn open(model: &Path, companions: Companions, snapshot: Option<&Path>, options: &Options) -> Result<Self> {
         let disk = FileDisk::open(model, false).with_context(|| format!("opening {}", model.display()))?;
         let image = match snapshot {
             Some(path) => Some(FileDisk::open(path, false).with_context(|| format!("opening {}", path.display()))?),
@@ -54,8 +54,7 @@ impl Workbench {
         let mut process = Process::start(engine::cycles(), options.threads as usize, Some(disk), image, true)?;
         let isa = boot::limited(process.cpu().isa, options.isa);
         let location = load::locate(&mut process, options)?;
-        let given = Companions { tokenizer, signature: None };
-        let companions = given.or_from_volume(&mut process, options)?;
+        let companions = companions.or_from_volume(&mut process, options)?;
         let description = load::describe(&mut process, &location, options, &companions)?;
         let context = boot::context(options, &description);
         let prompt = prompt::encode(&description, options, context)?;

@@ -233,14 +233,14 @@ fn perplexity_counts_what_it_scores() {
     folder.write("short", b"ab");
     let error = folder.refused(ANYTHING, &["perplexity", "tiny.gguf", "short", "--context", "16"]);
     assert!(error.contains("less than one window of 16"), "{error}");
-    let error = folder.refused(ANYTHING, &["perplexity", "tiny.gguf", "text", "--context", "100000"]);
+    let error = folder.refused(SETTINGS, &["perplexity", "tiny.gguf", "text", "--context", "100000"]);
     assert!(error.contains("--context 100000"), "{error}");
 }
 
 #[test]
 fn explain_shows_the_search_space_and_what_a_snapshot_knows() {
     let folder = Folder::new();
-    let error = folder.refused(ANYTHING, &["explain", "matmul"]);
+    let error = folder.refused(SETTINGS, &["explain", "matmul"]);
     assert!(error.contains("`matmul`"), "{error}");
     if !engine::Isa::detect().avx2 {
         eprintln!("skipped: no AVX2, so there is nothing to compile");

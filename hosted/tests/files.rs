@@ -23,7 +23,7 @@ fn convert_touches_nothing_but_its_output() {
     // An input whose name is that of the output with the extension of a partial file.
     for name in ["model.part", "model.gguf.part", "model.tmp"] {
         std::fs::write(dir.path().join(name), &file).unwrap();
-        let output = bareflow(&["convert", name, "model.gguf", "--type", "Q8_0"], dir.path());
+        let output = bareflow(&["convert", name, "model.gguf", "--type", "Q8_0", "--force"], dir.path());
         assert!(output.status.success(), "{name}: {}", String::from_utf8_lossy(&output.stderr));
         assert_eq!(std::fs::read(dir.path().join(name)).unwrap(), file, "{name} has changed");
     }

@@ -477,3 +477,75 @@ fn a_full_disk_is_said_and_leaves_nothing_half_written() {
     assert!(output.status.success(), "{stderr}");
     assert!(stderr.contains("snapshot not saved: ") && stderr.contains("the previous snapshot is kept"), "{stderr}");
 }
+
+#[test]
+fn an_output_never_replaces_an_input_and_another_file_only_when_asked() {
+    let folder = Folder::with_model();
+    folder.write("text", "abc def ghi jkl mno pqr stu vwx yz. ".repeat(8).as_bytes());
+    std::os::unix::fs::symlink("tiny.gguf", folder.path("link.gguf")).unwrap();
+    std::fs::hard_link(folder.path("tiny.gguf"), folder.path("hard.gguf")).unwrap();
+    std::os::unix::fs::symlink("nowhere.gguf", folder.path("dangling.gguf")).unwrap();
+    folder.write("other.gguf", b"precious");
+    std::fs::set_permissions(folder.path("other.gguf"), std::fs::Permissions::from_mode(0o444)).unwrap();
+    let convert = |output: &'static str| ["convert", "tiny.gguf", output, "--type", "Q8_0"];
+    for output in ["tiny.gguf", "./tiny.gguf", "link.gguf", "hard.gguf"] {
+        for force in [&[][..], &["--force"]] {
+            let error = folder.refused(SETTINGS, &[&convert(output)[..], force].concat());
+            assert!(error.contains("input and output are the same file; name another output"), "{error}");
+        }
+    }
+    for output in ["other.gguf", "dangling.gguf"] {
+        let error = folder.refused(SETTINGS, &convert(output));
+        assert!(error.contains(&format!("{output} is there already")) && error.contains("--force"), "{error}");
+    }
+    for input in ["tiny.gguf", "text"] {
+        let error = folder.refused(SETTINGS, &["perplexity", "tiny.gguf", "text", "--logits", input]);
+        assert!(error.contains("input and output are the same file"), "{error}");
+    }
+    assert_eq!((folder.read("tiny.gguf"), folder.read("other.gguf")), (tiny(), b"precious".to_vec()));
+    assert!(!folder.path("nowhere.gguf").exists());
+    let output = folder.bareflow(&[&convert("other.gguf")[..], &["--force"]].concat());
+    assert!(output.status.success(), "{output:?}");
+    assert!(Header::parse(&folder.read("other.gguf"), u64::MAX).is_ok());
+}
+
+#[test]
+fn flags_that_cannot_be_taken_are_refused_before_anything_is_done() {
+    let folder = Folder::with_model();
+    std::fs::create_dir(folder.path("dir")).unwrap();
+    for (code, args, words) in [
+        (SETTINGS, &["generate", "--model", "tiny.gguf", "--threads", "99999"][..], "99999"),
+        (SETTINGS, &["limits", "--threads", "99999"], "99999"),
+        (SETTINGS, &["generate", "--model", "tiny.gguf", "--set", "mode=selftest"], "a process generates"),
+        (SETTINGS, &["generate", "--model", "tiny.gguf", "--set", "tune.pairs=4"], "8 to 128"),
+        (SETTINGS, &["bench", "--model", "tiny.gguf", "--tier", "reference"], "leave it out"),
+        (SETTINGS, &["bench", "--model", "tiny.gguf", "--report"], "leave it out"),
+        (SETTINGS, &["tune", "--model", "tiny.gguf", "--keys", "zzz", "--rounds", "1"], "none of the hot keys"),
+        (SETTINGS, &["explain", "foo"], "`foo`"),
+        (SETTINGS, &["convert", "tiny.gguf", "q.gguf", "--type", "Q9"], "unknown type `Q9`"),
+        (SETTINGS, &["convert", "tiny.gguf", "q.gguf", "--embedding", "F16"], "--embedding is given without --type"),
+        (SETTINGS, &["perplexity", "tiny.gguf", "tiny.gguf", "--context", "0"], "--context 0"),
+        (STORAGE, &["generate", "--model", "dir"], "is a directory"),
+        (STORAGE, &["tune", "--model", "tiny.gguf", "--signature", "none.sig"], "reading none.sig"),
+    ] {
+        let error = folder.refused(code, args);
+        assert!(error.to_lowercase().contains(&words.to_lowercase()), "{args:?}: {error}");
+        assert_eq!(error.matches("error:").count(), 1, "{args:?}: {error}");
+    }
+    // A refusal inside a run is said once, too.
+    let error = folder.refused(SETTINGS, &["generate", "--model", "tiny.gguf", "--prompt", ""]);
+    assert_eq!(error.matches("the prompt is empty").count(), 1, "{error}");
+    // Nothing is decoded, so there is no rate.
+    let output = folder.bareflow(&["generate", "--model", "tiny.gguf", "--max-tokens", "0"]);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && said.contains("decode - tok/s"), "{said}");
+}
+
+#[test]
+fn a_note_stands_on_a_line_of_its_own() {
+    let folder = Folder::with_model();
+    let args = ["generate", "--model", "tiny.gguf", "--prompt", "ab", "--context", "16", "--ignore-eos"];
+    let output = folder.bareflow(&args);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && said.contains("\nwarning: the context of 16 tokens is full"), "{said}");
+}

@@ -21,8 +21,8 @@
 //! export RUSTFLAGS="$(sed -e '/^#/d' -e "s|{link.ld}|$PWD/kernel/link.ld|" kernel/rustflags.txt | tr '\n' ' ')"
 //! cargo build -p kernel --bin bareflow --features bare-metal --profile image \
 //!   --target x86_64-unknown-linux-gnu --target-dir target/guest
-//! cargo rustc -p kernel --lib --crate-type staticlib --no-default-features --features bare-metal --profile image \
-//!   --target x86_64-unknown-linux-gnu --target-dir target/guest       # libkernel.a for export-tool
+//! cargo rustc -p kernel --lib --crate-type staticlib --no-default-features --features bare-metal --profile native \
+//!   --target x86_64-unknown-linux-gnu --target-dir target/guest       # libkernel.a for export-tool, without xtask's outlining
 //! qemu-system-x86_64 -machine q35,accel=kvm -cpu host -smp 2 -m 1G -display none -no-reboot -nodefaults \
 //!   -bios qboot.rom -kernel target/guest/x86_64-unknown-linux-gnu/image/bareflow -append "mode=smoke" \
 //!   -serial stdio -serial file:frames.bin -device isa-debug-exit,iobase=0xf4,iosize=0x04 \
@@ -30,7 +30,7 @@
 //! ```
 //! `-bios qboot.rom` is optional and saves the time of the full firmware: half a minute where KVM emulates ring 0. With
 //! `accel=tcg` say `-cpu max`. QEMU's exit code is 33 for a pass, 35 for a failed self-test, 37 for a panic or
-//! fault, 39 for a machine or configuration that cannot work; 0 is never a pass.
+//! fault, and from 39 on one for each kind of refusal (`docs/FORMATS.md`); 0 is never a pass.
 #![no_std]
 
 extern crate alloc;

@@ -89,7 +89,7 @@ Examples:
   qemu-runs converge --kernel bareflow.elf --disk disk.img --boots 40 --accel kvm --json > report.json
 
 The disk keeps the snapshot between boots; build it with: bootimage build --kernel bareflow.elf --out disk.img
-Exit code: 0 if the guest converged, 2 if it did not within --boots, 1 on any failure.";
+Exit code: 0 if the guest converged, 3 if it did not within --boots, 1 on any failure.";
 
 #[derive(Args)]
 struct MachineArguments {

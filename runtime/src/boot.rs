@@ -74,7 +74,8 @@ pub struct Outcome {
 
 /// Runs one boot from the first message to the last.
 pub fn run(platform: &mut dyn Platform, request: Request<'_>) -> Outcome {
-    let mut reporter = Reporter::start(platform, request.image);
+    let image = request.image;
+    let mut reporter = Reporter::start(platform, image);
     reporter.stage(platform, "platform");
     match work(platform, &mut reporter, request) {
         Ok(report) => {
@@ -83,7 +84,13 @@ pub fn run(platform: &mut dyn Platform, request: Request<'_>) -> Outcome {
             Outcome { status, report: Some(report), error: None }
         }
         Err(error) => {
-            reporter.note(platform, Level::Error, error.to_string());
+            let text = error.to_string();
+            // A process says itself why it ends.
+            if image == ImageKind::Hosted {
+                reporter.send(platform, &Message::Note { level: Level::Error, text });
+            } else {
+                reporter.note(platform, Level::Error, text);
+            }
             let status = reporter.end(platform, error.exit_status());
             Outcome { status, report: None, error: Some(error) }
         }

@@ -99,6 +99,7 @@ pub fn generate(
                 let dropped = shift(&mut window, keep as usize);
                 if !shifted {
                     let text = shift_text(session.context(), keep as usize, dropped);
+                    platform.print("\n");
                     reporter.note(platform, Level::Info, text);
                     shifted = true;
                 }
@@ -111,6 +112,7 @@ pub fn generate(
                     "the context of {} tokens is full; stopping here (context.shift= would go on)",
                     session.context()
                 );
+                platform.print("\n");
                 reporter.note(platform, Level::Warning, text);
                 break;
             }

@@ -11,6 +11,7 @@ use core::ops::RangeInclusive;
 use core::str::FromStr;
 use engine::Sampling;
 use engine::attention::KvType;
+use profiler::trial::PAIRS_RANGE;
 
 /// What the boot is for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -96,7 +97,7 @@ pub struct Options {
     pub load_rounds: u32,
     /// Which kernels may run (`tier=compiled|baseline|reference`).
     pub tier: Tier,
-    /// Highest instruction set to use (`isa=auto|avx512|avx2|portable`).
+    /// Highest instruction set to use (`isa=auto|avx512|avx2_vnni|avx2|portable`).
     pub isa: IsaLimit,
     /// Load and save the snapshot (`snapshot=true`).
     pub snapshot: bool,
@@ -276,6 +277,8 @@ pub fn hex_32(value: &str) -> Result<[u8; 32], &'static str> {
     Ok(out)
 }
 
+const PAIRS_EXPECTED: &str = "a whole number of pairs from 8 to 128";
+
 /// Key, setter: the one list of options.
 const TABLE: &[(&str, Setter)] = &[
     ("mode", |o, v| {
@@ -390,7 +393,15 @@ const TABLE: &[(&str, Setter)] = &[
     ("snapshot", |o, v| flag(v).map(|x| o.snapshot = x)),
     ("tune.budget_ms", |o, v| number(v, "a whole number of milliseconds").map(|x| o.tune_budget_ms = x)),
     ("tune.max_trials", |o, v| number(v, "a whole number").map(|x| o.tune_max_trials = x)),
-    ("tune.pairs", |o, v| number(v, "a whole number of pairs").map(|x| o.tune_pairs = x)),
+    ("tune.pairs", |o, v| {
+        let pairs = number(v, PAIRS_EXPECTED)?;
+        let asked = usize::try_from(pairs).unwrap_or(usize::MAX);
+        if !PAIRS_RANGE.contains(&asked) {
+            return Err(PAIRS_EXPECTED);
+        }
+        o.tune_pairs = pairs;
+        Ok(())
+    }),
     ("tune.max_variants", |o, v| number(v, "a whole number of variants, 0 for all").map(|x| o.tune_max_variants = x)),
     ("converge.window", |o, v| {
         const EXPECTED: &str = "a number of boots from 2 on: one shows no variation";
@@ -592,6 +603,8 @@ mod tests {
             "converge.coverage=1.5",
             "converge.window=0",
             "converge.window=1",
+            "tune.pairs=7",
+            "tune.pairs=129",
             "model.sha256=12",
             "model.public_key=12",
             "model.public_key=zz4017c3e843895a92b70aa74d1b7ebc9c982ccf2ec4968cc0cd55f12af4660c",

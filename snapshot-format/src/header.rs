@@ -3,7 +3,7 @@
 //! ```text
 //! offset  bytes  field            meaning (integers little-endian)
 //!      0      4  magic            "SNAP"
-//!      4      4  version          format of the header's middle and of the payload; 2
+//!      4      4  version          format of the header's middle and of the payload; 3
 //!      8      8  generation       1 for the first save; each save has one more than any slot on the volume
 //!     16      4  state            "WRIT" while the payload is being written, "DONE" when it is durable
 //!     20      4  -                zero

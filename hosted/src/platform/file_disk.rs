@@ -27,6 +27,9 @@ impl FileDisk {
     /// The operating system's.
     pub fn open(path: &Path, writable: bool) -> std::io::Result<Self> {
         let mut file = File::options().read(true).write(writable).open(path)?;
+        if file.metadata()?.is_dir() {
+            return Err(std::io::ErrorKind::IsADirectory.into());
+        }
         // Seeking, unlike metadata, also sizes block special files.
         let file_bytes = std::io::Seek::seek(&mut file, std::io::SeekFrom::End(0))?;
         Ok(Self { file, file_bytes, read_only: !writable })

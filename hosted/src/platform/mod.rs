@@ -7,7 +7,8 @@ mod threads;
 
 pub use file_disk::FileDisk;
 
-use engine::dispatch::{Kernel, KernelArgs, guard};
+use engine::EngineError;
+use engine::dispatch::{Kernel, KernelArgs, MAX_PARTS, guard};
 use engine::workers::Workers;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use model::kernel::KernelKey;
@@ -55,6 +56,10 @@ impl Process {
         fault::install();
         let threads = match threads {
             0 => std::thread::available_parallelism().map_or(1, |n| n.get()),
+            // Refused before they are started, as the plan of any model would.
+            n if n > MAX_PARTS => {
+                return Err(RunError::from(EngineError::Threads { threads: n, max: MAX_PARTS }).into());
+            }
             n => n,
         };
         Ok(Self {
