@@ -46,8 +46,10 @@ impl Kernel {
     /// # Safety
     /// `entry` must point at code that stays mapped and executable, unchanged, for the life of the program, follows
     /// the ABI above, uses only instructions this CPU runs, and for operands of the sizes [`KernelArgs`] states reads
-    /// only `x` and `w` and writes only `y[r * ldy .. r * ldy + padded(n)]` for `r < m`, for any `rows` from 1 to `m`. The publisher keeps this by
-    /// publishing only `jit` output or hash-checked snapshot code, and `verify` tests it before first use.
+    /// only `x` and `w` and writes only `y[r * ldy .. r * ldy + padded(n)]` for `r < m`, for any `rows` from 1 to `m`. The publishers (`kernel`, `hosted`) publish only
+    /// what `jit` made and audited, in this boot or an earlier one; before its first use it is called with a guard against faults
+    /// and its results are checked. The audit does not bound offsets from `x`, `w` and `y`: that code from a disk keeps these
+    /// sizes rests on who may write the disk.
     pub unsafe fn from_entry(key: KernelKey, entry: *const u8) -> Kernel {
         // SAFETY: the caller promises that `entry` is code of this ABI.
         let entry = unsafe { core::mem::transmute::<*const u8, Entry>(entry) };

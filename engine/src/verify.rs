@@ -149,7 +149,7 @@ impl Case {
             // A row that is not wanted may have been left as it was, as a whole.
             let is_left = |row: usize| {
                 let columns = row * ldy..(row + 1) * ldy;
-                row >= rows && same_bits(&got[columns.clone()], &self.before[columns])
+                (rows..m).contains(&row) && same_bits(&got[columns.clone()], &self.before[columns])
             };
             let differs = |at: &usize| !same_bits(&self.want[*at..=*at], &got[*at..=*at]) && !is_left(*at / ldy);
             if let Some(at) = (0..got.len()).find(differs) {

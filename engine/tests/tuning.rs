@@ -67,6 +67,15 @@ unsafe extern "sysv64" fn overreaching(x: *const u8, w: *const u8, y: *mut f32, 
     }
 }
 
+/// Writes one element behind the last row, which has spare ones behind it, too. Safety as `overreaching`.
+unsafe extern "sysv64" fn past_the_end(x: *const u8, w: *const u8, y: *mut f32, ldy_bytes: usize, rows: usize) {
+    // SAFETY: as `overreaching`.
+    unsafe {
+        right(x, w, y, ldy_bytes, rows);
+        y.byte_add(KEY.m as usize * ldy_bytes).write(0.0);
+    }
+}
+
 type Entry = unsafe extern "sysv64" fn(*const u8, *const u8, *mut f32, usize, usize);
 
 fn kernel(key: KernelKey, entry: Entry) -> Kernel {
@@ -116,6 +125,7 @@ fn wrong_kernels_are_told_from_right_ones() {
     assert_eq!((result, calls), (Err(VerifyError::Faulted("vector 6")), 2));
     assert_eq!(verify_random(Level::detect(), kernel(KEY, right), 3, call), Ok(()));
     assert!(verify_random(Level::detect(), kernel(KEY, one_bit_off), 3, call).is_err());
+    assert!(verify_random(Level::detect(), kernel(KEY, past_the_end), 3, call).is_err());
     let other = KernelKey { n: 96, ..KEY };
     let mismatch = EngineError::KeyMismatch { slot: KEY, kernel: other };
     assert_eq!(engine.verify(slot, kernel(other, right), call), Err(VerifyError::Engine(mismatch)));

@@ -335,7 +335,8 @@ fn exit_code(error: &anyhow::Error) -> u8 {
         let model = cause.downcast_ref::<model::ModelError>().map(|_| ExitStatus::Model);
         // Making the snapshot image is all that is asked of it here.
         let image = cause.downcast_ref::<bootimage::ImageError>().map(|_| ExitStatus::Storage);
-        refusal.or(setting).or(file).or(model).or(image)
+        let disk = cause.downcast_ref::<storage::StorageError>().map(|_| ExitStatus::Storage);
+        refusal.or(setting).or(file).or(model).or(image).or(disk)
     });
     refusals.last().unwrap_or(ExitStatus::Fatal).process_exit_code()
 }
@@ -476,8 +477,9 @@ fn generate(args: &GenerateArgs, entry_tsc: u64) -> Result<()> {
 }
 
 fn tune(args: &GenerateArgs, exhaustive: bool, keys: &str, rounds: usize) -> Result<()> {
-    ensure!(!args.report, "--report: tune boots nothing that could be reported; leave it out");
-    ensure!(args.tune_ms == 0, "--tune-ms: tune judges kernels and keeps none; use generate to search for better ones");
+    ensure!(!args.report, BadFlag("--report: tune boots nothing that could be reported; leave it out".into()));
+    let no_search = "--tune-ms: tune judges kernels and keeps none; use generate to search for better ones";
+    ensure!(args.tune_ms == 0, BadFlag(no_search.into()));
     let request = tune::Request {
         model: &args.model,
         companions: companions(args)?,

@@ -3,8 +3,8 @@
 //! Checked for every instruction that can be reached: it is on the allow-list at the kernel's width; its memory operand's
 //! base derives from `x`, `w` or `y` (or is the stack within the frame), and nothing is written but `y` and the frame; jumps
 //! land on instructions of the kernel; `rsp` and the callee-saved registers are what they were at every `ret`; a wide
-//! kernel runs `vzeroupper` right before `ret`; the code ends there. So a kernel can reach no memory but by an argument,
-//! and no code but its own.
+//! kernel runs `vzeroupper` right before `ret`; the code ends there. So a kernel reaches memory only from an argument or
+//! the frame, and code only by what lies in the frame.
 //!
 //! Not checked here: offsets from the arguments (a kernel's shape decides them; the tests run kernels between unmapped
 //! pages), offsets of frame addresses that are kept in a register or have an index (loops move them; stores through `rsp` and
@@ -20,6 +20,9 @@ use model::kernel::Width;
 
 /// Largest frame a kernel may take, in bytes.
 pub const MAX_STACK_BYTES: u32 = 64 * 1024;
+
+/// Longest code of a kernel, in bytes.
+pub const MAX_CODE_BYTES: usize = 256 * 1024;
 
 /// What the audit found out.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -38,6 +41,12 @@ pub enum AuditError {
     Undecodable {
         /// Byte offset.
         offset: usize,
+    },
+    /// More than a kernel's code.
+    #[error("{len_bytes} bytes of code, at most {MAX_CODE_BYTES}")]
+    TooLong {
+        /// Bytes.
+        len_bytes: usize,
     },
     /// An instruction not allowed at the kernel's width.
     #[error("instruction at byte {offset} ({code:?}) is not allowed")]
@@ -179,8 +188,17 @@ impl State {
 
     fn set_slot(&mut self, at: i64, origin: Origin) {
         self.lose_slots(at, 8);
-        self.slots.push((at, origin));
-        self.slots.sort_unstable_by_key(|(offset, _)| *offset);
+        let place = self.slots.partition_point(|(offset, _)| *offset < at);
+        self.slots.insert(place, (at, origin));
+    }
+
+    /// Moves `rsp` to `to`, which must lie in the largest frame there may be, and not above where it was at entry.
+    fn move_rsp(&mut self, to: i64, offset: usize) -> Result<(), AuditError> {
+        if !(-i64::from(MAX_STACK_BYTES)..=0).contains(&to) {
+            return Err(AuditError::StackPointer { offset });
+        }
+        self.rsp = to;
+        Ok(())
     }
 
     /// Takes in what another path brings here. `None` if the stack pointers differ.
@@ -295,6 +313,9 @@ pub fn audit(code: &[u8], width: Width) -> Result<Audited, AuditError> {
 
 /// All instructions, each of them allowed.
 fn decode(code: &[u8], width: Width) -> Result<Vec<Instruction>, AuditError> {
+    if code.len() > MAX_CODE_BYTES {
+        return Err(AuditError::TooLong { len_bytes: code.len() });
+    }
     let mut decoder = Decoder::with_ip(64, code, 0, DecoderOptions::NONE);
     let mut instructions = Vec::with_capacity(code.len() / 5);
     while decoder.can_decode() {
@@ -355,7 +376,13 @@ fn address(state: &State, i: &Instruction) -> (Origin, Option<i64>) {
         _ => None,
     };
     if i.memory_index() != Register::None {
-        origin = plus(origin, state.get(i.memory_index()));
+        let index = match state.get(i.memory_index()) {
+            Origin::Number => Origin::Number,
+            // A multiple of a pointer is none.
+            _ if i.memory_index_scale() != 1 => Origin::Mixed,
+            index => index,
+        };
+        origin = plus(origin, index);
         return (origin, None);
     }
     (origin, known)
@@ -389,20 +416,20 @@ fn step(state: &mut State, i: &Instruction) -> Result<(), AuditError> {
     match i.code() {
         Code::Push_r64 => {
             let value = state.get(i.op0_register());
-            state.rsp -= 8;
+            state.move_rsp(state.rsp - 8, offset)?;
             let at = state.rsp;
             state.set_slot(at, value);
         }
         Code::Pop_r64 => {
             let value = state.slot(state.rsp);
-            state.rsp += 8;
+            state.move_rsp(state.rsp + 8, offset)?;
             write(state, i.op0_register(), value, offset)?;
         }
         // The end of a frame.
         Code::Mov_r64_rm64 | Code::Mov_rm64_r64
             if i.op0_register() == Register::RSP && i.op1_register() == Register::RBP =>
         {
-            state.rsp = state.rbp.ok_or(AuditError::StackPointer { offset })?;
+            state.move_rsp(state.rbp.ok_or(AuditError::StackPointer { offset })?, offset)?;
         }
         Code::Mov_r64_rm64 | Code::Mov_rm64_r64 => {
             let value = match (i.op1_kind() == OpKind::Memory, stack) {
@@ -433,10 +460,7 @@ fn step(state: &mut State, i: &Instruction) -> Result<(), AuditError> {
                 return Err(AuditError::NotAllowed { offset, code: i.code() });
             }
             if i.op0_register() == Register::RSP {
-                state.rsp += by;
-                if state.rsp > 0 || state.rsp < -i64::from(MAX_STACK_BYTES) {
-                    return Err(AuditError::StackPointer { offset });
-                }
+                state.move_rsp(state.rsp + by, offset)?;
             } else {
                 // A pointer or number moved by a constant stays what it is.
                 let value = plus(state.get(i.op0_register()), Origin::Number);
@@ -577,6 +601,14 @@ mod tests {
             Err(AuditError::Store { offset: 0, origin: Origin::W })
         );
         assert!(body(|a| a.vmovups(ymmword_ptr(rdx + rcx * 4), ymm0)).is_ok());
+        assert_eq!(
+            body(|a| a.vmovups(ymm0, ymmword_ptr(rcx + rdi * 8))),
+            Err(AuditError::Base { offset: 0, origin: Origin::Mixed })
+        );
+        assert_eq!(
+            audit(&[0xc3; MAX_CODE_BYTES + 1], Width::X128),
+            Err(AuditError::TooLong { len_bytes: MAX_CODE_BYTES + 1 })
+        );
         // A pointer that is only sometimes one.
         let sometimes = body(|a| {
             let mut over = a.create_label();
@@ -594,6 +626,18 @@ mod tests {
         assert_eq!(body(|a| a.push(rax)), Err(AuditError::StackPointer { offset: 4 }));
         assert_eq!(body(|a| a.sub(rsp, 0x10_0000)), Err(AuditError::StackPointer { offset: 0 }));
         assert_eq!(body(|a| a.mov(rsp, rdi)), Err(AuditError::StackPointer { offset: 0 }));
+        // The return address taken off, and another put in its place.
+        let replaced = body(|a| {
+            a.pop(rax)?;
+            a.push(rdi)
+        });
+        assert_eq!(replaced, Err(AuditError::StackPointer { offset: 0 }));
+        let pushed = MAX_STACK_BYTES as usize / 8;
+        let deep = assemble(|a| {
+            (0..=pushed).try_for_each(|_| a.push(rax))?;
+            a.ret()
+        });
+        assert_eq!(audit(&deep, Width::X128), Err(AuditError::StackPointer { offset: pushed }));
         // A vector store over a saved register, over the return address, a constant over half a saved register.
         let saved = |store: &dyn Fn(&mut CodeAssembler) -> Result<(), iced_x86::IcedError>| {
             body(|a| {

@@ -220,8 +220,7 @@ impl Platform for Machine {
             need_bytes: full.need_bytes,
             have_bytes: full.have_bytes,
         })?;
-        // SAFETY: the code is mapped read-execute for the life of the boot; the runtime publishes only compiler output
-        // and hash-checked snapshot code, and verifies it before first use.
+        // SAFETY: the code is mapped read-execute for the life of the boot; the rest is as `from_entry` says of publishers.
         Ok(unsafe { Kernel::from_entry(key, entry) })
     }
 

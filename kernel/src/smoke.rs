@@ -155,7 +155,8 @@ fn disk_lines(machine: &mut Machine) -> Result<(), DeviceError> {
         let serial_large = rate(&mut disk.device, tsc_hz, REQUEST_BYTES)?;
         let stream = stream_rate(&mut disk.device, tsc_hz)?;
         crate::println!(
-            "        read MB/s: {serial_small:.0} at 64 KiB, {serial_large:.0} at 1 MiB, {stream:.0} streamed"
+            "        read MB/s: {serial_small:.0} at 64 KiB, {serial_large:.0} at {} KiB, {stream:.0} streamed",
+            REQUEST_BYTES >> 10
         );
     }
     Ok(())

@@ -40,6 +40,9 @@ impl HeaderBytes {
     /// Enough for nearly every model.
     const GUESS: u64 = 2 << 20;
 
+    /// More than any header of a model: what would need more is damaged.
+    const MOST: u64 = 128 << 20;
+
     /// The first guess for a file of `file_bytes`.
     pub fn of(file_bytes: u64) -> Self {
         Self { file_bytes, have: Self::GUESS.min(file_bytes) }
@@ -56,13 +59,13 @@ impl HeaderBytes {
     }
 
     /// After `error` from a reader that was given [`HeaderBytes::len`] bytes: true when it is to be tried again with more of them.
-    /// Headers grow in steps, so that a damaged length cannot make anyone read the whole file at once.
+    /// Headers grow in steps and up to a limit, so that a damaged length cannot make anyone read the whole file.
     pub fn grow(&mut self, error: &ModelError) -> bool {
         match *error {
             ModelError::Truncated { need_bytes, .. }
-                if need_bytes <= self.file_bytes && self.have < self.file_bytes =>
+                if need_bytes <= self.file_bytes.min(Self::MOST) && self.have < self.file_bytes =>
             {
-                self.have = need_bytes.max(self.have.saturating_mul(2)).min(self.file_bytes);
+                self.have = (2 * self.have).max(need_bytes.min(4 * self.have)).min(self.file_bytes);
                 true
             }
             _ => false,
@@ -96,5 +99,9 @@ mod tests {
         assert!(header.grow(&short(15 << 20)) && header.len() == 15 << 20);
         assert!(header.grow(&short(16 << 20)) && header.len() == 20 << 20);
         assert!(!header.grow(&short(20 << 20)));
+        // One length of a large file is damaged: it is believed up to a point.
+        let mut header = HeaderBytes::of(100 << 30);
+        assert!(header.grow(&short(100 << 20)) && header.len() == 8 << 20);
+        assert!(!header.grow(&short(90 << 30)) && header.len() == 8 << 20);
     }
 }

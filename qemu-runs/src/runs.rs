@@ -81,11 +81,7 @@ pub fn boot(
     let mut transcript = boot.transcript;
     match transcript.report.take() {
         Some(report) => Ok(BootRecord { report, wall_s }),
-        None => Err(BootError {
-            failure: BootFailure::NoReport,
-            transcript: Box::new(transcript),
-            console_tail: String::new(),
-        }),
+        None => Err(BootError { failure: BootFailure::NoReport, transcript: Box::new(transcript), console_tail: None }),
     }
 }
 
@@ -161,27 +157,26 @@ fn compare_all(
     for number in 1..=native.boots {
         boots.push(run_one(qemu, spec, &machine, Phase::Native(number), watch)?);
         between.push(run_one(qemu, spec, &spec.machine, Phase::Interleaved(number), watch)?);
+        // After each pair: should a later boot fail, these are in the report.
+        report.set_native(NativeRecord {
+            elf_bytes,
+            text_bytes,
+            decode_tok_s: median(boots.iter().map(|b: &BootRecord| b.report.decode_tok_s)),
+            prefill_tok_s: median(boots.iter().map(|b| b.report.prefill_tok_s)),
+            token_ids: boots.first().map(|b| b.report.token_ids.clone()).unwrap_or_default(),
+            audit: native.audit.clone(),
+            interleaved_jit_decode_tok_s: median(between.iter().map(|b: &BootRecord| b.report.decode_tok_s)),
+            boots: boots.clone(),
+            interleaved_jit_boots: between.clone(),
+        });
     }
-    report.set_native(NativeRecord {
-        elf_bytes,
-        text_bytes,
-        decode_tok_s: median(boots.iter().map(|b| b.report.decode_tok_s)),
-        prefill_tok_s: median(boots.iter().map(|b| b.report.prefill_tok_s)),
-        token_ids: boots.first().map(|b| b.report.token_ids.clone()).unwrap_or_default(),
-        audit: native.audit.clone(),
-        interleaved_jit_decode_tok_s: median(between.iter().map(|b| b.report.decode_tok_s)),
-        boots,
-        interleaved_jit_boots: between,
-    });
     for (phase, machine) in [(Phase::Load, &spec.machine), (Phase::NativeLoad, &machine)] {
         // A machine that boots from its disk takes no further settings.
         let (BootFrom::Kernel { elf, append }, 1..) = (&machine.boot, native.load_rounds) else { continue };
         let append = format!("{append} load.rounds={}", native.load_rounds);
         let machine = Machine { boot: BootFrom::Kernel { elf: elf.clone(), append }, ..machine.clone() };
         let boot = run_one(qemu, spec, &machine, phase, watch)?;
-        if let Some(load) = LoadRecord::of(boot) {
-            report.push_load(load);
-        }
+        report.push_load(LoadRecord::of(boot).ok_or("a boot with load.rounds reported none")?);
     }
     Ok(())
 }

@@ -45,17 +45,18 @@ pub struct Boot {
 
 /// A boot that did not pass.
 #[derive(Debug, thiserror::Error)]
-#[error("{failure}{}", console_note(console_tail))]
+#[error("{failure}{}", console_note(console_tail.as_deref()))]
 pub struct BootError {
     /// Why.
     pub failure: BootFailure,
     /// What the guest had said until then.
     pub transcript: Box<Transcript>,
-    /// The last lines of COM1.
-    pub console_tail: String,
+    /// The last lines of COM1, where they are what explains it.
+    pub console_tail: Option<String>,
 }
 
-fn console_note(tail: &str) -> String {
+fn console_note(tail: Option<&str>) -> String {
+    let Some(tail) = tail else { return String::new() };
     if tail.is_empty() {
         return "\n(COM1 stayed empty)".into();
     }
@@ -72,7 +73,7 @@ impl From<MachineError> for BootError {
 impl BootError {
     fn host(what: &'static str, error: impl std::fmt::Display) -> Self {
         let failure = BootFailure::Host { what, message: error.to_string() };
-        Self { failure, transcript: Box::default(), console_tail: String::new() }
+        Self { failure, transcript: Box::default(), console_tail: None }
     }
 }
 
@@ -195,7 +196,7 @@ impl Session {
         match outcome {
             Ok(()) => Ok(Boot { transcript, wall }),
             Err(failure) => {
-                Err(BootError { failure, transcript: Box::new(transcript), console_tail: last_lines(&console) })
+                Err(BootError { failure, transcript: Box::new(transcript), console_tail: Some(last_lines(&console)) })
             }
         }
     }

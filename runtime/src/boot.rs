@@ -36,6 +36,8 @@ pub const REPORT_FILE: &str = "REPORT.TXT";
 const MAX_CONFIG_BYTES: u64 = 64 << 10;
 /// Smallest piece of memory that is given at once.
 const PAGE_BYTES: usize = 4096;
+/// Of the report file, this much is written.
+const MAX_REPORT_BYTES: usize = 64 << 10;
 /// Memory is touched in pieces of this size: some large pages.
 const TOUCHED_TOGETHER_BYTES: usize = 8 << 20;
 /// Context when neither the options nor the model ask for less.
@@ -384,8 +386,8 @@ fn write_report(platform: &mut dyn Platform, text: &str) {
     }
     let Ok(volume) = FatVolume::open(disk) else { return };
     let Ok(file) = volume.find(disk, REPORT_FILE) else { return };
-    let Ok(len) = usize::try_from(file.len_bytes) else { return };
-    // The file's length is fixed: blank out what an earlier, longer report left.
+    // The file's length is fixed: blank out what an earlier, longer report left, as far as one can be long.
+    let len = usize::try_from(file.len_bytes).map_or(MAX_REPORT_BYTES, |len| len.min(MAX_REPORT_BYTES));
     let mut bytes = vec![b' '; len];
     let taken = text.len().min(len);
     bytes[..taken].copy_from_slice(&text.as_bytes()[..taken]);

@@ -143,7 +143,7 @@ pub fn verify(
 
 /// Checks a kernel that was verified before it was stored: it has to give the reference's answer of then, whose SHA-256 is
 /// `answer_sha256`. Where there is none, or the kernel gives another (one of the two is damaged, or the weights are others),
-/// the reference itself decides.
+/// the reference itself decides. That is against damage and mistakes: whoever can write the kernel can write the hash.
 ///
 /// # Errors
 /// [`Rejected`].
@@ -194,8 +194,14 @@ pub fn install_linked(
         let Some(slot) = engine.table().find(&key) else { continue };
         matching += 1;
         match check(platform, engine, slot, *kernel, *len_bytes, *answer_sha256) {
-            Ok(()) if engine.table_mut().install(slot, *kernel).is_ok() => running.set(slot, *variant),
-            Ok(()) => {}
+            Ok(()) => match engine.table_mut().install(slot, *kernel) {
+                Ok(_) => running.set(slot, *variant),
+                Err(error) => {
+                    let text = alloc::format!("linked kernel {key} {variant}: {error}; not used");
+                    reporter.note(platform, Level::Warning, text.clone());
+                    first.get_or_insert(text);
+                }
+            },
             Err(rejected) => {
                 let text = alloc::format!("linked kernel {key} {variant} {rejected}; not used");
                 reporter.note(platform, Level::Warning, text.clone());

@@ -42,7 +42,7 @@ pub struct Kernels<'a> {
 }
 
 impl<'a> Kernels<'a> {
-    /// Opens the snapshot and starts the tuner, whose budget runs from here.
+    /// Opens the snapshot and makes the tuner, whose budget runs from [`Kernels::improve`] on.
     pub fn start(
         platform: &mut dyn Platform,
         reporter: &mut Reporter,
@@ -70,7 +70,7 @@ impl<'a> Kernels<'a> {
         kernels
     }
 
-    /// Installs what the snapshot brought, each kernel after it was audited and gave the reference's answer.
+    /// Installs what the snapshot brought, each kernel after it was audited and gave the answer that goes with it.
     ///
     /// # Errors
     /// None: what cannot be used is noted and left out.
@@ -134,12 +134,15 @@ impl<'a> Kernels<'a> {
         engine: &mut Engine<'_>,
         limits: &Limits,
     ) -> TuningWork {
+        let tuner = self.tuner.take();
         if self.no_lesson.is_some() {
-            return TuningWork::default();
+            return tuner.map_or_else(TuningWork::default, Tuner::finish);
         }
         self.record_profile(engine);
-        let Some(tuner) = self.tuner.take().filter(|_| self.options.tune_budget_ms > 0) else {
-            return TuningWork::default();
+        // What was compiled again counts where nothing is tuned, too.
+        let tuner = match tuner {
+            Some(tuner) if self.options.tune_budget_ms > 0 => tuner,
+            tuner => return tuner.map_or_else(TuningWork::default, Tuner::finish),
         };
         let trusted = platform.clock().trusted;
         let fractions: Vec<Option<f64>> = (0..engine.table().len())

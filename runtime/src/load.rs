@@ -204,6 +204,8 @@ pub fn describe_source(source: &mut dyn ByteSource, tokenizer: Option<&[u8]>) ->
     let mut header = Vec::new();
     loop {
         if header.len() < len.len() {
+            // The shorter one makes room first.
+            drop(core::mem::take(&mut header));
             header = vec![0; len.len()];
             source.read_at(0, &mut header)?;
             // The device is idle while the header is parsed and memory is found.

@@ -127,7 +127,8 @@ impl<'a> Tuner<'a> {
         }
     }
 
-    fn finish(mut self) -> TuningWork {
+    /// What was done so far, to the end.
+    pub fn finish(mut self) -> TuningWork {
         self.work.changed = self.changed_keys.len() as u32;
         self.work
     }

@@ -297,7 +297,7 @@ fn load(medium: &mut dyn Medium, slot: Slot, header: &Header, identity: &Identit
         return Err(SlotReason::PayloadDamaged { generation, expected: header.payload_sha256, found });
     }
     let snapshot = match postcard::take_from_bytes::<Snapshot>(&payload) {
-        Ok((snapshot, [])) => snapshot,
+        Ok((snapshot, [])) if snapshot.is_within_limits() => snapshot,
         _ => return Err(SlotReason::Schema { generation, payload_bytes }),
     };
     let damaged = |kernel: &crate::schema::StoredKernel| !kernel.code.is_empty() && !kernel.is_intact();

@@ -11,6 +11,13 @@ use sha2::{Digest, Sha256};
 /// Boot lines kept: enough for the longest convergence window in use, and few enough to be read at every boot.
 pub const MAX_BOOT_LINES: usize = 1024;
 
+/// Records of a snapshot that is taken: a model has some tens of keys.
+const MAX_ENTRIES: usize = 1024;
+/// Trials of one key, and quarantined variants: a search space has some hundreds, each tried a few times.
+const MAX_TRIALS: usize = 4096;
+/// Bytes of one kernel's code: a few thousand, as a rule.
+const MAX_CODE_BYTES: usize = 256 * 1024;
+
 /// Trials after which a variant whose outcome was never clear gets no other.
 pub const MAX_UNDECIDED: usize = 2;
 
@@ -174,6 +181,19 @@ pub struct BootLine {
 }
 
 impl Snapshot {
+    /// What is larger was not made by this project, and going on with it would cost time and memory without bound. Each key
+    /// has one record.
+    pub(crate) fn is_within_limits(&self) -> bool {
+        let of_record = |record: &KeyRecord| {
+            let code_bytes = record.incumbent.as_ref().map_or(0, |kernel| kernel.code.len());
+            code_bytes <= MAX_CODE_BYTES && record.trials.len() <= MAX_TRIALS && record.quarantined.len() <= MAX_TRIALS
+        };
+        self.boots.len() <= MAX_BOOT_LINES
+            && self.entries.len() <= MAX_ENTRIES
+            && self.entries.iter().all(of_record)
+            && self.entries.iter().enumerate().all(|(i, record)| self.entries[..i].iter().all(|r| r.key != record.key))
+    }
+
     /// Record of `key`.
     pub fn record(&self, key: &KernelKey) -> Option<&KeyRecord> {
         self.entries.iter().find(|record| record.key == *key)

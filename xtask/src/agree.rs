@@ -53,7 +53,9 @@ pub fn run(workspace: &Path, args: &AgreeArgs) -> Result<()> {
     let bareflow = ours::build(workspace)?;
     let out = workspace.join(&args.out);
     std::fs::create_dir_all(&out).with_context(|| format!("creating {}", out.display()))?;
-    let f32_model = out.join("f32.gguf");
+    // Half a gigabyte and more, which goes with the directory, however this ends.
+    let dir = tempfile::tempdir_in(&out).with_context(|| format!("making a directory in {}", out.display()))?;
+    let f32_model = dir.path().join("f32.gguf");
     convert(&bareflow, &args.model, &f32_model)?;
 
     let [context, windows] = [args.context, args.windows].map(|number| number.to_string());
@@ -81,7 +83,6 @@ pub fn run(workspace: &Path, args: &AgreeArgs) -> Result<()> {
         Stream::start("BareFlow", ours(&args.model), &out)?,
     ];
     compare(&mut reference, &mut others)?;
-    std::fs::remove_file(&f32_model).with_context(|| format!("removing {}", f32_model.display()))?;
 
     println!("{}, {} tokens of {} scored", args.model.display(), reference.score.tokens, args.text.display());
     println!(

@@ -1,6 +1,6 @@
 //! A file as a disk: the model, or a FAT16 image that holds the snapshot.
 
-use super::memory;
+use super::{memory, threads};
 use memmap2::Mmap;
 use std::fs::File;
 use std::ops::Deref;
@@ -119,6 +119,7 @@ impl BlockDevice for FileDisk {
             // One chunk is brought into memory while `sink` works on another.
             let (tx, rx) = mpsc::sync_channel::<Result<Chunk, DeviceError>>(1);
             scope.spawn(move || {
+                threads::free_from_team();
                 let (mut at, end) = (lba * SECTOR_BYTES as u64, lba * SECTOR_BYTES as u64 + len_bytes);
                 while at < end {
                     let chunk = disk.chunk(at, (end - at).min(CHUNK_BYTES) as usize);

@@ -189,8 +189,7 @@ impl Platform for Process {
         let have_bytes = (memory::CODE_ARENA_BYTES - self.code.used_bytes()) as u64;
         let entry =
             self.code.publish(code).ok_or(OutOfMemory { name: "code", need_bytes: code.len() as u64, have_bytes })?;
-        // SAFETY: the pages are never unmapped or rewritten; the runtime publishes only the compiler's output and
-        // hash-checked snapshot code, and verifies each kernel before its first use.
+        // SAFETY: the pages are never unmapped or rewritten; the rest is as `from_entry` says of publishers.
         Ok(unsafe { Kernel::from_entry(key, entry.as_ptr()) })
     }
 

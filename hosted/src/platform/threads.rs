@@ -12,7 +12,7 @@
 use engine::workers::Workers;
 use std::cell::UnsafeCell;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 
 /// TSC ticks without a job before a worker sleeps: most of a millisecond, longer than any gap inside a forward pass.
@@ -94,6 +94,8 @@ pub struct Threads {
     shared: Arc<Shared>,
     handles: Vec<JoinHandle<()>>,
     running_job: Mutex<()>,
+    /// What the caller's thread was allowed before it was bound.
+    cpus: Vec<usize>,
 }
 
 impl Threads {
@@ -114,15 +116,16 @@ impl Threads {
         });
         let cpus = allowed_cpus();
         // With a thread for each CPU there is nothing to choose; the scheduler would still put two of them on one at times.
-        let cpu_of = move |index: usize| (cpus.len() == count).then(|| cpus[index]);
-        bind_to(cpu_of(0));
-        let mut team = Self { shared, handles: Vec::new(), running_job: Mutex::new(()) };
+        let own = |index: usize| if cpus.len() == count { vec![cpus[index]] } else { Vec::new() };
+        START_CPUS.get_or_init(|| cpus.clone());
+        bind_to(&own(0));
+        let mut team = Self { shared, handles: Vec::new(), running_job: Mutex::new(()), cpus: cpus.clone() };
         for index in 1..count.max(1) {
             let shared = Arc::clone(&team.shared);
             let name = format!("bareflow-{index}");
-            let cpu = cpu_of(index);
+            let cpu = own(index);
             let body = move || {
-                bind_to(cpu);
+                bind_to(&cpu);
                 work(&shared, index);
             };
             team.handles.push(std::thread::Builder::new().name(name).spawn(body)?);
@@ -131,7 +134,7 @@ impl Threads {
     }
 }
 
-/// The CPUs this process may use; empty where the system does not say.
+/// The CPUs the calling thread may use; empty where the system does not say.
 fn allowed_cpus() -> Vec<usize> {
     // SAFETY: all zero is an empty set, which the call fills; it is given the set's size.
     unsafe {
@@ -143,16 +146,27 @@ fn allowed_cpus() -> Vec<usize> {
     }
 }
 
-/// Keeps the calling thread on `cpu`; without one, or where the system refuses, it runs where it is put.
-fn bind_to(cpu: Option<usize>) {
-    let Some(cpu) = cpu else { return };
-    // SAFETY: as above; `cpu` is below the set's size, it was found in one.
+/// Keeps the calling thread on `cpus`; without any, or where the system refuses, it runs where it may already.
+fn bind_to(cpus: &[usize]) {
+    if cpus.is_empty() {
+        return;
+    }
+    // SAFETY: as above; each is below the set's size, it was found in one.
     unsafe {
         let mut set: libc::cpu_set_t = std::mem::zeroed();
-        libc::CPU_SET(cpu, &mut set);
+        cpus.iter().for_each(|&cpu| libc::CPU_SET(cpu, &mut set));
         libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &raw const set);
     }
 }
+
+/// Lets the calling thread, started by one of a team, run on every CPU the process had: it is to work beside the team,
+/// not in turn with the thread that started it.
+pub fn free_from_team() {
+    bind_to(START_CPUS.get().map_or(&[], Vec::as_slice));
+}
+
+/// What the first team's caller was allowed.
+static START_CPUS: OnceLock<Vec<usize>> = OnceLock::new();
 
 fn work(shared: &Shared, index: usize) {
     let mut seen = 0;
@@ -209,6 +223,8 @@ impl Workers for Threads {
 
 impl Drop for Threads {
     fn drop(&mut self) {
+        // Another team may be started from this thread.
+        bind_to(&self.cpus);
         self.shared.stop.store(true, Ordering::Relaxed);
         self.shared.epoch.fetch_add(1, Ordering::Release);
         self.shared.signal();
@@ -240,6 +256,22 @@ mod tests {
             }
             assert!(calls.iter().all(|c| c.load(Ordering::Relaxed) == 500));
         }
+    }
+
+    #[test]
+    fn the_callers_thread_gets_its_cpus_back() {
+        let before = allowed_cpus();
+        for count in [1, before.len(), before.len() + 1] {
+            drop(Threads::start(count).unwrap());
+            assert_eq!(allowed_cpus(), before, "after a team of {count}");
+        }
+        let team = Threads::start(before.len()).unwrap();
+        let beside = std::thread::spawn(|| {
+            free_from_team();
+            allowed_cpus()
+        });
+        assert_eq!(beside.join().unwrap().len(), before.len());
+        drop(team);
     }
 
     #[test]

@@ -75,25 +75,26 @@ pub(super) unsafe fn start(acpi: &AcpiFacts, plan: &Plan, wanted: usize) -> usiz
         unsafe {
             register(COMMAND + 16).write_volatile(u32::from(id) << 24);
             register(COMMAND).write_volatile(command);
-            while register(COMMAND).read_volatile() & 1 << 12 != 0 {
-                core::hint::spin_loop();
-            }
+            clock::spin_until_us(PATIENCE_US, || register(COMMAND).read_volatile() & 1 << 12 == 0)
         }
     };
     let mut running = 1;
     for &id in acpi.apic_ids.as_slice().iter().filter(|&&id| id != own).take(wanted - 1) {
-        send(id, 0x4500); // INIT
+        // INIT. Where it is not even sent there is no APIC at this place.
+        if !send(id, 0x4500) {
+            break;
+        }
         // The 10 ms of the specification are for real hardware.
         clock::spin_us(if clock::hypervised() { 100 } else { 10_000 });
         for _ in 0..2 {
             send(id, 0x4600 | (TRAMPOLINE >> 12) as u32); // start-up
-            if clock::spin_until_us(200, || cores::arrived() == running) {
+            if clock::spin_until_us(200, || cores::arrived() >= running) {
                 break;
             }
         }
-        if clock::spin_until_us(PATIENCE_US, || cores::arrived() == running) {
-            running += 1;
-        }
+        // One that was given up may come late: whoever has arrived by now counts.
+        clock::spin_until_us(PATIENCE_US, || cores::arrived() >= running);
+        running = cores::arrived() + 1;
     }
     cores::close();
     cores::arrived() + 1

@@ -5,7 +5,7 @@
 //! the generated parts of `docs/BENCHMARKS.md` ([`document`]). [`guest`] compares the two bodies of the runtime, [`micro`]
 //! looks at single kernels.
 //!
-//! Architecture invariant: outputs are checked before anything is timed, and only ratios taken inside one round are
+//! Architecture invariant: outputs are checked before anything is timed and in every timed run of our own, and only ratios taken inside one round are
 //! ratios: read bandwidth of shared machines changes by a factor of two within minutes.
 
 mod chart;
@@ -31,6 +31,7 @@ use rows::{EngineFacts, Phase, Row, Run};
 use serde::Serialize;
 use serde_json::Value;
 use stats::Spread;
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
@@ -158,7 +159,7 @@ pub fn run(workspace: &Path, args: &BenchArgs) -> Result<()> {
         if args.no_peers { (Vec::new(), Vec::new()) } else { peers::obtain(&cache.join("peers"), &machine) };
     let models: Vec<ModelFile> =
         args.types.iter().map(|dtype| models::obtain(&cache, &bareflow, dtype)).collect::<Result<_>>()?;
-    let bench = Bench {
+    let mut bench = Bench {
         bareflow,
         sources: workspace.join("xtask/src/bench"),
         out,
@@ -167,6 +168,7 @@ pub fn run(workspace: &Path, args: &BenchArgs) -> Result<()> {
         rounds: if args.quick { 2 } else { args.rounds },
         machine,
         peers,
+        own_ids: BTreeMap::new(),
     };
 
     let (agreement, prompt_tokens) = bench.check_outputs(&models, &mut peer_status)?;
@@ -242,6 +244,8 @@ struct Bench {
     tokens: u32,
     rounds: u32,
     machine: MachineFacts,
+    /// For each weight type the tokens that all of our own forms have to give.
+    own_ids: BTreeMap<String, Vec<u32>>,
 }
 
 /// An engine of the rounds.
@@ -296,11 +300,12 @@ impl Bench {
         own.chain(others).collect()
     }
 
-    /// Every engine once on every model, untimed: the same ids from all of our own kernels, and on F32 the same first ids
-    /// from the peers. Returns how far the peers agree, and the tokens of the prompt.
-    fn check_outputs(&self, models: &[ModelFile], statuses: &mut [PeerStatus]) -> Result<(Vec<Agreement>, u32)> {
+    /// Every engine once on every model, untimed: the same ids from all of our own forms, which every later run is held to,
+    /// and on F32 the same first ids from the peers. Returns how far the peers agree, and the tokens of the prompt.
+    fn check_outputs(&mut self, models: &[ModelFile], statuses: &mut [PeerStatus]) -> Result<(Vec<Agreement>, u32)> {
         let mut agreement = Vec::new();
         let mut prompt_tokens = None;
+        let mut own_ids = BTreeMap::new();
         for model in models {
             let job = self.job(model, 1);
             let mut own: Option<(Vec<u32>, String)> = None;
@@ -320,6 +325,7 @@ impl Bench {
                 }
             }
             let Some((ids, text)) = own else { bail!("no form of ours to run") };
+            own_ids.insert(model.dtype.clone(), ids.clone());
             println!("{:<5} {:?}", model.dtype, text.chars().take(110).collect::<String>());
             for peer in &self.peers {
                 let run = peer.run(&self.peer_job(model, 1))?;
@@ -343,6 +349,7 @@ impl Bench {
                 agreement.push(Agreement { dtype, peer: engine, same_ids, of: ids.len(), text: text.clone() });
             }
         }
+        self.own_ids = own_ids;
         Ok((agreement, prompt_tokens.context("no model to check")?))
     }
 
@@ -477,6 +484,14 @@ impl Bench {
             Engine::Ours(form) => {
                 let snapshot = self.snapshot(*form, &dtype, threads);
                 let report = job.run(*form, form.is_tuned().then_some(snapshot.as_path()), 0)?;
+                let expected = self.own_ids.get(&dtype);
+                ensure!(
+                    expected == Some(&report.token_ids),
+                    "{} on {dtype}: with its tuned kernels {} gives other tokens than the hand-written ops, {:?} and {expected:?}",
+                    model.name,
+                    form.engine(),
+                    report.token_ids
+                );
                 let peak = report.memory.iter().find(|m| m.name == "process").map_or(0, |m| m.used_bytes);
                 Run {
                     round,
