@@ -352,34 +352,49 @@ pub fn list(image: &Path) -> Result<Vec<Entry>, ImageError> {
 
 fn list_file(image: &File, path: &Path) -> Result<Vec<Entry>, ImageError> {
     let mut device = ImageDevice::new(image).map_err(|reason| ImageError::Read { path: path.to_owned(), reason })?;
-    let mut entries = Vec::new();
+    let mut walk = Walk { looked_at: 0, files: Vec::new() };
     FatVolume::open(&mut device)
-        .and_then(|volume| walk(&volume, &mut device, "", 0, &mut entries))
+        .and_then(|volume| walk.directory(&volume, &mut device, "", 0))
         .map_err(|reason| ImageError::Volume { path: path.to_owned(), reason })?;
+    let mut entries = walk.files;
     entries.sort_by(|a, b| a.path.cmp(&b.path));
     Ok(entries)
 }
 
 /// Directories deeper than this are not looked into; a damaged volume can hold loops.
 const MAX_DEPTH: usize = 8;
+/// Entries looked at, at most: each of a damaged volume's may lead to all of the others.
+const MAX_ENTRIES: usize = 1 << 16;
 
-fn walk(
-    volume: &FatVolume,
-    device: &mut ImageDevice<'_>,
-    directory: &str,
-    depth: usize,
-    out: &mut Vec<Entry>,
-) -> Result<(), StorageError> {
-    for entry in volume.list(device, directory)? {
-        let path = if directory.is_empty() { entry.name.clone() } else { format!("{directory}/{}", entry.name) };
-        if !entry.is_dir {
-            let file = volume.find(device, &path)?;
-            out.push(Entry { path, len_bytes: file.len_bytes, extents: file.extents });
-        } else if depth < MAX_DEPTH && entry.name != "." && entry.name != ".." {
-            walk(volume, device, &path, depth + 1, out)?;
+/// A search for every file.
+struct Walk {
+    looked_at: usize,
+    files: Vec<Entry>,
+}
+
+impl Walk {
+    fn directory(
+        &mut self,
+        volume: &FatVolume,
+        device: &mut ImageDevice<'_>,
+        path: &str,
+        depth: usize,
+    ) -> Result<(), StorageError> {
+        for entry in volume.list(device, path)? {
+            self.looked_at += 1;
+            if self.looked_at > MAX_ENTRIES {
+                return Err(StorageError::DirectoryTooLong { path: path.to_owned(), limit: MAX_ENTRIES });
+            }
+            let path = if path.is_empty() { entry.name.clone() } else { format!("{path}/{}", entry.name) };
+            if !entry.is_dir {
+                let file = volume.find(device, &path)?;
+                self.files.push(Entry { path, len_bytes: file.len_bytes, extents: file.extents });
+            } else if depth < MAX_DEPTH && entry.name != "." && entry.name != ".." {
+                self.directory(volume, device, &path, depth + 1)?;
+            }
         }
+        Ok(())
     }
-    Ok(())
 }
 
 /// The bytes of one file, by its path as [`list`] gives it.

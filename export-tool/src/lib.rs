@@ -165,7 +165,7 @@ pub fn read_snapshot(disk: &Path) -> Result<OnDisk> {
     }
 }
 
-/// Keys of single tokens that took time worth a search, and for which none is kept.
+/// Keys of single tokens that were met and for which no kernel is kept.
 fn without_kernel(snapshot: &Snapshot) -> Vec<String> {
     let open = snapshot.entries.iter().filter(|record| record.key.m == 1 && record.incumbent.is_none());
     open.map(|record| record.key.to_string()).collect()

@@ -150,7 +150,10 @@ fn print(exported: &Exported, out: &mut impl Write) -> io::Result<()> {
         writeln!(out, "    {kernel}")?;
     }
     for key in &exported.without_kernel {
-        writeln!(out, "    {key}: NO KERNEL, no variant matched the hand-written op; the image will be slow there")?;
+        writeln!(
+            out,
+            "    {key}: NO KERNEL, no variant was faster than the hand-written op, or none was tried; the image will be slow there"
+        )?;
     }
     writeln!(
         out,

@@ -400,7 +400,7 @@ pub struct BootReport {
     /// Model load rate against the raw device rate of the same boot.
     pub load: Option<LoadFacts>,
     /// Cost of profiling as a share of kernel time, measured.
-    pub profiler_overhead: f64,
+    pub profiler_overhead: Option<f64>,
     /// Where the time of the prompt and of the decoded tokens went, in the order of a token.
     pub parts: Vec<PartRow>,
     /// Memory high-water marks.

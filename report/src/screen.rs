@@ -222,7 +222,7 @@ fn tuning(screen: &mut Screen, report: &BootReport) {
             report.kernels_compiled,
             millis(report.compile_ms_total),
             report.kernels_changed,
-            percent(report.profiler_overhead)
+            report.profiler_overhead.map_or("-".to_string(), percent)
         ),
         2,
     );
@@ -598,7 +598,7 @@ mod tests {
             read_gb_s: Some(12.34),
             peak_gflop_s: None,
             load: Some(LoadFacts { bytes: 98_362_432, mb_s: 1810.0, raw_mb_s: 2011.0, rounds: Vec::new() }),
-            profiler_overhead: 0.0004,
+            profiler_overhead: Some(0.0004),
             parts: alloc::vec![
                 part("norm", Some(0.031), Some(0.012), Some(160.0)),
                 part("product", Some(0.9), Some(0.9), Some(11_000.0)),

@@ -124,8 +124,8 @@ fn load_facts(platform: &mut dyn Platform, location: &Location, loaded: &Loaded)
 }
 
 /// Cost of two time-stamps and one record, measured here and now, as a share of the time in kernels.
-fn profiler_overhead(engine: &Engine<'_>) -> f64 {
-    engine.table().profile().overhead(Profile::measure_record_cycles(engine::cycles)).unwrap_or(0.0)
+fn profiler_overhead(engine: &Engine<'_>) -> Option<f64> {
+    engine.table().profile().overhead(Profile::measure_record_cycles(engine::cycles))
 }
 
 /// Where the prompt's time and that of `decoded` tokens went.
@@ -142,12 +142,6 @@ fn part_rows(engine: &Engine<'_>, decoded: usize, tsc_hz: u64) -> Vec<PartRow> {
 
 fn model_facts(description: &ModelDescription, loaded: &Loaded) -> ModelFacts {
     let config = &description.config;
-    let mut types: Vec<&str> = Vec::new();
-    for tensor in description.tensors.iter().filter(|tensor| !tensor.role.is_vector()) {
-        if !types.contains(&tensor.ty.name()) {
-            types.push(tensor.ty.name());
-        }
-    }
     ModelFacts {
         name: description.name.clone(),
         architecture: config.architecture.to_string(),
@@ -157,6 +151,6 @@ fn model_facts(description: &ModelDescription, loaded: &Loaded) -> ModelFacts {
         n_layers: config.n_layers,
         dim: config.dim,
         vocab_size: config.vocab_size,
-        dtypes: types.join("+"),
+        dtypes: description.dtypes(),
     }
 }

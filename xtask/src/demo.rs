@@ -169,7 +169,7 @@ fn export(workspace: &Path, disk: &Path, kernel_library: PathBuf, out: &Path) ->
     );
     for key in &exported.without_kernel {
         println!(
-            "        no kernel for {key}: no variant matched the hand-written op, and the native image will be slow there"
+            "        no kernel for {key}: no variant was faster than the hand-written op, or none was tried; the native image will be slow there"
         );
     }
     Ok(exported)

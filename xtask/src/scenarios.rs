@@ -396,7 +396,7 @@ fn cold_then_warm(bench: &mut Bench) -> Result<()> {
     ensure!(cold.snapshot.generation_saved == Some(1), "first boot saved {:?}", cold.snapshot);
     ensure!(cold.token_ids == tokens, "cold tokens {:?}, reference {tokens:?}", cold.token_ids);
     // How large it is says nothing under TCG; that it was measured does.
-    ensure!(cold.profiler_overhead > 0.0 && cold.profiler_overhead.is_finite(), "{}", cold.profiler_overhead);
+    ensure!(cold.profiler_overhead.is_some_and(|share| share > 0.0), "{:?}", cold.profiler_overhead);
     // Under TCG a compiled kernel may not win; whatever won is what must come back.
     let mut kept = cold.kernels_changed;
     for number in 2..=4 {
@@ -651,7 +651,7 @@ fn k_types(bench: &mut Bench) -> Result<()> {
         let mut machine = bench.machine(append);
         machine.drives[1].path = path.clone();
         let report = bench.report(&machine)?;
-        ensure!(report.model.dtypes == "Q6_K+Q4_K", "types {}", report.model.dtypes);
+        ensure!(["q4_k+q6_k", "q6_k+q4_k"].contains(&report.model.dtypes.as_str()), "types {}", report.model.dtypes);
         ensure!(report.token_ids == expected, "{append}: {:?}, hosted {expected:?}", report.token_ids);
         ensure!(!compiles || report.kernels_loaded + report.kernels_compiled > 0, "nothing was compiled");
     }

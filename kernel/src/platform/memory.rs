@@ -29,6 +29,9 @@ use spin::Mutex;
 const HEAP_RANGE_BYTES: u64 = 16 << 20;
 /// Step of heap growth.
 const HEAP_STEP_BYTES: usize = 4 << 20;
+/// What arenas leave of the heap's piece: the compiler, captured operands and profiles come after them, and what found no
+/// room then would end a boot that had begun to answer.
+const HEAP_RESERVE_BYTES: u64 = 32 << 20;
 /// Bytes for allocations before the heap and after a fault.
 const EMERGENCY_BYTES: usize = 128 << 10;
 /// Most arenas.
@@ -168,11 +171,20 @@ pub fn arena(name: &'static str, len_bytes: u64) -> Result<&'static mut [u8], Ex
 
 fn take(name: &'static str, len_bytes: u64) -> Result<Range, Exhausted> {
     let mut memory = MEMORY.lock();
-    let have_bytes = memory.ranges.iter().map(Range::len_bytes).max().unwrap_or(0);
+    let heap_range = memory.heap_range;
+    let free = |(index, range): (usize, &Range)| {
+        let reserve_bytes = if index == heap_range { HEAP_RESERVE_BYTES } else { 0 };
+        range.len_bytes().saturating_sub(reserve_bytes)
+    };
+    let (largest, have_bytes) =
+        memory.ranges.iter().enumerate().map(|piece| (piece.0, free(piece))).max_by_key(|p| p.1).unwrap_or((0, 0));
     let exhausted = Exhausted { need_bytes: len_bytes, have_bytes };
     let whole = len_bytes.max(1).checked_next_multiple_of(LARGE_PAGE_BYTES).ok_or(exhausted)?;
     let slot = memory.arenas.iter().position(Option::is_none).ok_or(exhausted)?;
-    let largest = memory.ranges.iter_mut().max_by_key(|r| r.len_bytes()).ok_or(exhausted)?;
+    if whole > have_bytes {
+        return Err(exhausted);
+    }
+    let largest = &mut memory.ranges[largest];
     // The heap's piece starts inside a large page; what is cut off at the top is whole pages.
     let start = largest.end.checked_sub(whole).filter(|&start| start >= largest.start).ok_or(exhausted)?;
     let range = Range { start, end: largest.end };

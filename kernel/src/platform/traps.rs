@@ -9,8 +9,7 @@ use crate::boot::area::{AREA_BYTES, AREA_FAULT_STACK, AREA_FAULT_STACK_END, AREA
 use crate::boot::gates;
 use crate::options::Crash;
 use alloc::vec::Vec;
-use core::arch::{asm, global_asm};
-use core::sync::atomic::{AtomicU64, Ordering};
+use core::arch::asm;
 use engine::dispatch::guard;
 use report::{ExitStatus, Fault, Message};
 
@@ -89,6 +88,7 @@ extern "sysv64" fn fault_entry(frame: *const FaultFrame) -> ! {
     let frame = unsafe { frame.read() };
     // Guarded calls run on the boot CPU only.
     if frame.cpu == 0 && is_recoverable(frame.vector) {
+        #[cfg(feature = "jit")]
         if let Some(rip) = probe::recovery(&frame) {
             // SAFETY: the probe that is running left its stack pointer for exactly this jump.
             unsafe { resume(rip) }
@@ -249,12 +249,15 @@ fn recurse(depth: u64) -> u64 {
     core::hint::black_box(recurse(depth + 1)) + frame[0]
 }
 
+#[cfg(feature = "jit")]
 pub mod probe {
     //! Doing something forbidden on purpose and surviving it: what the self-tests of memory and port protection need.
     //! On the boot CPU only, one at a time.
 
-    use super::{AtomicU64, FaultFrame, Ordering, global_asm};
+    use super::FaultFrame;
     use crate::boot::gates;
+    use core::arch::global_asm;
+    use core::sync::atomic::{AtomicU64, Ordering};
 
     /// An exception that a probe raised.
     #[derive(Clone, Copy, PartialEq, Eq, Debug)]

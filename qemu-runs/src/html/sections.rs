@@ -456,7 +456,8 @@ pub(super) fn environment(run: &RunReport, out: &mut String) {
         );
         let trusted = if b.clock_trusted { "trusted" } else { "not trusted" };
         fact("clock", &format!("TSC {:.3} GHz, {trusted}", b.tsc_hz as f64 / 1e9));
-        fact("profiling", &format!("{:.3}% of kernel time", b.profiler_overhead * 100.0));
+        let overhead = b.profiler_overhead.map_or("-".into(), |share| format!("{:.3}% of kernel time", share * 100.0));
+        fact("profiling", &overhead);
         let m = &b.model;
         fact(
             "model",
