@@ -29,7 +29,7 @@ use spin::Mutex;
 const HEAP_RANGE_BYTES: u64 = 16 << 20;
 /// Step of heap growth.
 const HEAP_STEP_BYTES: usize = 4 << 20;
-/// What arenas leave of the heap's piece: the compiler, captured operands and profiles come after them, and what found no
+/// What arenas leave of the heap's piece, or a quarter of it where that is less: the compiler, captured operands and profiles come after them, and what found no
 /// room then would end a boot that had begun to answer.
 const HEAP_RESERVE_BYTES: u64 = 32 << 20;
 /// Bytes for allocations before the heap and after a fault.
@@ -60,6 +60,8 @@ pub struct Exhausted {
 struct Memory {
     heap: Heap,
     heap_range: usize,
+    /// Bytes of that range that no arena takes.
+    heap_reserve_bytes: u64,
     ranges: [Range; RAM_RANGES],
     arenas: [Option<Arena>; ARENAS],
     used_bytes: usize,
@@ -70,6 +72,7 @@ struct Memory {
 static MEMORY: Mutex<Memory> = Mutex::new(Memory {
     heap: Heap::empty(),
     heap_range: 0,
+    heap_reserve_bytes: 0,
     ranges: [Range { start: 0, end: 0 }; RAM_RANGES],
     arenas: [None; ARENAS],
     used_bytes: 0,
@@ -101,9 +104,11 @@ pub unsafe fn init(ranges: &[Range]) {
     let heap_range = ranges.iter().position(|r| r.len_bytes() >= HEAP_RANGE_BYTES).unwrap_or(0);
     memory.heap_range = heap_range;
     let Some(range) = memory.ranges.get_mut(heap_range).filter(|r| r.len_bytes() > 0) else { return };
+    let reserve_bytes = HEAP_RESERVE_BYTES.min(range.len_bytes() / 4);
     let start = range.start;
     let len = range.len_bytes().min(HEAP_STEP_BYTES as u64);
     range.start += len;
+    memory.heap_reserve_bytes = reserve_bytes;
     // SAFETY: the caller gives the range to us alone; the piece was just taken out of it.
     unsafe { memory.heap.init(start as *mut u8, len as usize) };
     HEAP_READY.store(true, Ordering::Release);
@@ -171,9 +176,9 @@ pub fn arena(name: &'static str, len_bytes: u64) -> Result<&'static mut [u8], Ex
 
 fn take(name: &'static str, len_bytes: u64) -> Result<Range, Exhausted> {
     let mut memory = MEMORY.lock();
-    let heap_range = memory.heap_range;
+    let (heap_range, heap_reserve_bytes) = (memory.heap_range, memory.heap_reserve_bytes);
     let free = |(index, range): (usize, &Range)| {
-        let reserve_bytes = if index == heap_range { HEAP_RESERVE_BYTES } else { 0 };
+        let reserve_bytes = if index == heap_range { heap_reserve_bytes } else { 0 };
         range.len_bytes().saturating_sub(reserve_bytes)
     };
     let (largest, have_bytes) =
