@@ -68,7 +68,8 @@ impl Machine {
         let settings = format!("tier=baseline snapshot=false tune.budget_ms=0 ignore_eos=1 report=0 {settings}");
         let settings = Settings::CommandLine(&settings);
         let companions = Companions::default();
-        run(self, Request { image: ImageKind::Hosted, settings, linked, companions })
+        let image = if linked.is_empty() { ImageKind::Hosted } else { ImageKind::Native };
+        run(self, Request { image, settings, linked, companions })
     }
 
     /// Boots, and gives what stopped it.
