@@ -35,7 +35,8 @@ pub(crate) fn link(spec: &ExportSpec, object: &[u8]) -> Result<Linked> {
     let run = |strip: bool| -> Result<Vec<u8>> {
         let out = dir.path().join(if strip { "stripped" } else { "unstripped" });
         let mut command = Command::new(&linker);
-        command.args(["-flavor", "gnu", "-static", "--gc-sections", "--build-id=none"]);
+        // Functions with the same code are kept once: nothing compares their addresses.
+        command.args(["-flavor", "gnu", "-static", "--gc-sections", "--icf=all", "--build-id=none"]);
         // Pages are laid out by the script. Loaders copy segments, so in the file they need not start at pages.
         command.args(["-zmax-page-size=64", "-zcommon-page-size=64"]);
         // Every member stays a candidate: the entry point is reached only through the linker script.
