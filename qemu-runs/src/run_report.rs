@@ -70,7 +70,7 @@ impl LoadRecord {
 /// Several measurements of one thing.
 #[derive(Clone, Copy, PartialEq, Debug, Serialize)]
 pub struct Spread {
-    /// The middle one.
+    /// Median; of an even number the mean of the middle two.
     pub median: f64,
     /// The least.
     pub min: f64,
@@ -82,8 +82,8 @@ pub struct Spread {
 
 impl Spread {
     /// Of finite values; `None` without any.
-    pub fn of(values: impl Iterator<Item = f64>) -> Option<Self> {
-        let values: Vec<f64> = values.filter(|v| v.is_finite()).collect();
+    pub fn of(values: impl IntoIterator<Item = f64>) -> Option<Self> {
+        let values: Vec<f64> = values.into_iter().filter(|v| v.is_finite()).collect();
         Some(Self {
             median: median(values.iter().copied())?,
             min: values.iter().copied().fold(f64::INFINITY, f64::min),

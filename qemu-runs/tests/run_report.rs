@@ -3,7 +3,7 @@
 mod made_up;
 
 use made_up::{made_up_boot, made_up_load, made_up_native, made_up_run, record};
-use qemu_runs::{Accel, LoadRecord, html, text};
+use qemu_runs::{Accel, LoadRecord, Spread, html, text};
 use report::{ImageKind, SnapshotOutcome, TrialOutcome};
 
 #[test]
@@ -242,4 +242,11 @@ fn the_summary_lists_each_boot_once() {
     assert!(summary.lines().all(|l| l.len() <= 110), "{summary}");
     let kept: usize = run.boots.iter().map(|b| b.trials_with(TrialOutcome::Kept)).sum();
     assert_eq!(kept, 16);
+}
+
+#[test]
+fn spread_of_odd_even_and_nothing() {
+    assert_eq!(Spread::of([3.0, 1.0, 2.0]), Some(Spread { median: 2.0, min: 1.0, max: 3.0, n: 3 }));
+    assert_eq!(Spread::of([4.0, 1.0]), Some(Spread { median: 2.5, min: 1.0, max: 4.0, n: 2 }));
+    assert_eq!(Spread::of([]), None);
 }

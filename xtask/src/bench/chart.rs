@@ -1,6 +1,6 @@
 //! Grouped bars with their spread, as an SVG file that stands alone: own colours for light and dark, no scripts, no fonts.
 
-use crate::bench::stats::Spread;
+use qemu_runs::Spread;
 use std::fmt::Write;
 
 const WIDTH: f64 = 860.0;

@@ -2,8 +2,8 @@
 
 use crate::bench::chart::{Group, bars};
 use crate::bench::rows::{Phase, Row};
-use crate::bench::stats::Spread;
 use anyhow::{Context, Result};
+use qemu_runs::Spread;
 use std::fmt::Write;
 
 /// Puts `content` between the markers of `section` in `text`.

@@ -1,6 +1,6 @@
 //! From single runs to rows: medians with spread, and ratios that were taken inside one round.
 
-use crate::bench::stats::Spread;
+use qemu_runs::Spread;
 use serde::Serialize;
 use std::collections::BTreeMap;
 
