@@ -8,7 +8,8 @@ use engine::attention::{KvShape, KvType, Queries, attend, store};
 use engine::operands::AlignedBytes;
 use engine::simd::{Level, limits};
 use engine::workers::Single;
-use engine::{Isa, SplitMix64, cycles};
+use engine::{SplitMix64, cycles};
+use model::Isa;
 
 const ROUNDS: usize = 25;
 
@@ -33,7 +34,7 @@ fn main() {
         let q = row(width);
         let (mut out, mut partials) = (vec![0.0; width], vec![0.0; shape.partials_len()]);
         let bytes = shape.len_bytes();
-        let levels = [Isa::detect(), Isa { avx512: false, ..Isa::detect() }].map(Level::new);
+        let levels = [engine::isa::detect(), Isa { avx512: false, ..engine::isa::detect() }].map(Level::new);
         // For each layer: plain reads, then each level.
         let mut fastest = vec![[u64::MAX; 3]; n_layers];
         for _ in 0..ROUNDS {

@@ -562,12 +562,12 @@ fn portable_pass(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::isa::Isa;
     use crate::operands::AlignedBytes;
     use crate::random::SplitMix64;
     use crate::workers::Single;
     use alloc::vec;
     use alloc::vec::Vec;
+    use model::Isa;
 
     /// Workers that take turns.
     struct Turns(usize);
@@ -662,7 +662,9 @@ mod tests {
                     out
                 };
                 let portable = run(Level::Portable, &Single, 1);
-                for level in [Level::Portable, Level::detect(), Level::new(Isa { avx512: false, ..Isa::detect() })] {
+                for level in
+                    [Level::Portable, Level::detect(), Level::new(Isa { avx512: false, ..crate::isa::detect() })]
+                {
                     for (workers, parts) in [(1, 1), (2, 2), (3, 3), (2, 5)] {
                         let got = run(level, &Turns(workers), parts);
                         assert!(bits(&portable) == bits(&got), "{shape:?} {level:?} {parts} parts on {workers}");

@@ -9,7 +9,6 @@
 use crate::attention::{self, KvShape, KvType, Queries};
 use crate::dispatch::ColumnsMut;
 use crate::error::EngineError;
-use crate::isa::Isa;
 use crate::loader::LoadedModel;
 use crate::math::{RopeTable, activate, layernorm, quantise_activations, rmsnorm, rmsnorm_quantise, rope};
 use crate::operands::AlignedBytes;
@@ -21,6 +20,7 @@ use crate::weights::{Embedding, NormWeights, Plan, QkvWeights, RopeParameters, U
 use crate::workers::Workers;
 use alloc::vec::Vec;
 use core::ops::Range;
+use model::Isa;
 use model::architecture::Positions;
 use model::kernel::{DType, KernelKey, M_BUCKETS, Op};
 use model::layout::{KV_BLOCK, PANEL, WEIGHT_ALIGN, padded, x_row_bytes};

@@ -1,67 +1,35 @@
 //! Which instruction sets may be used: the CPU has them and the operating state for their registers is enabled.
 
-/// Usable instruction sets. Plain facts: holding an `Isa` with a flag set does not by itself run anything
-/// (the hand-written ops check the CPU again before they run, see [`crate::simd::Level`]).
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub struct Isa {
-    /// AVX2, FMA and F16C, with ymm state enabled.
-    pub avx2: bool,
-    /// AVX-512 F, BW, DQ and VL, with zmm state enabled.
-    pub avx512: bool,
-    /// `vpdpbusd` in its EVEX form (AVX512-VNNI).
-    pub avx512_vnni: bool,
-    /// `vpdpbusd` in its VEX form (AVX-VNNI).
-    pub avx_vnni: bool,
+use model::Isa;
+
+/// Asks CPUID and XGETBV. Both work in ring 3 and under Linux; under a hypervisor each CPUID may trap, so ask once.
+/// The hand-written ops check the CPU again before they run, see [`crate::simd::Level`].
+///
+/// # Source
+/// Intel SDM volume 1, sections 14.3, 15.2 (detection of AVX, FMA, AVX-512).
+pub fn detect() -> Isa {
+    let words = crate::simd::feature_words();
+    from_words(&words)
 }
 
-impl Isa {
-    /// No vector extension beyond the SSE2 that x86-64 guarantees.
-    pub const PORTABLE: Isa = Isa { avx2: false, avx512: false, avx512_vnni: false, avx_vnni: false };
-
-    /// Asks CPUID and XGETBV. Both work in ring 3 and under Linux; under a hypervisor each CPUID may trap, so ask once.
-    ///
-    /// # Source
-    /// Intel SDM volume 1, sections 14.3, 15.2 (detection of AVX, FMA, AVX-512).
-    pub fn detect() -> Isa {
-        let words = crate::simd::feature_words();
-        Self::from_words(&words)
-    }
-
-    /// True where SHA-256 has instructions of its own (with the SSSE3 and SSE4.1 that code for them uses).
-    pub fn has_sha_extensions() -> bool {
-        let words = crate::simd::feature_words();
-        words.leaf7_ebx >> 29 & 1 == 1 && words.leaf1_ecx >> 9 & 1 == 1 && words.leaf1_ecx >> 19 & 1 == 1
-    }
-
-    /// The same decision from given CPUID and XCR0 words.
-    fn from_words(words: &FeatureWords) -> Isa {
-        let bit = |word: u32, bit: u32| word >> bit & 1 == 1;
-        let ymm_state = words.xcr0 & 0x06 == 0x06;
-        let zmm_state = words.xcr0 & 0xe6 == 0xe6;
-        let avx = bit(words.leaf1_ecx, 28) && ymm_state;
-        let avx2 = avx && bit(words.leaf7_ebx, 5) && bit(words.leaf1_ecx, 12) && bit(words.leaf1_ecx, 29);
-        let avx512 = avx2 && zmm_state && [16, 17, 30, 31].into_iter().all(|b| bit(words.leaf7_ebx, b));
-        Isa {
-            avx2,
-            avx512,
-            avx512_vnni: avx512 && bit(words.leaf7_ecx, 11),
-            avx_vnni: avx2 && bit(words.leaf7_1_eax, 4),
-        }
-    }
-
-    /// Short name of the highest tier, as reports show it.
-    pub fn name(&self) -> &'static str {
-        match (self.avx512_vnni, self.avx512, self.avx_vnni, self.avx2) {
-            (true, ..) => "avx512_vnni",
-            (_, true, ..) => "avx512",
-            (_, _, true, _) => "avx2_vnni",
-            (_, _, _, true) => "avx2",
-            _ => "portable",
-        }
-    }
+/// True where SHA-256 has instructions of its own (with the SSSE3 and SSE4.1 that code for them uses).
+pub fn has_sha_extensions() -> bool {
+    let words = crate::simd::feature_words();
+    words.leaf7_ebx >> 29 & 1 == 1 && words.leaf1_ecx >> 9 & 1 == 1 && words.leaf1_ecx >> 19 & 1 == 1
 }
 
-/// The words of CPUID and XCR0 that [`Isa::detect`] looks at; 0 where a leaf does not exist.
+/// The same decision from given CPUID and XCR0 words.
+fn from_words(words: &FeatureWords) -> Isa {
+    let bit = |word: u32, bit: u32| word >> bit & 1 == 1;
+    let ymm_state = words.xcr0 & 0x06 == 0x06;
+    let zmm_state = words.xcr0 & 0xe6 == 0xe6;
+    let avx = bit(words.leaf1_ecx, 28) && ymm_state;
+    let avx2 = avx && bit(words.leaf7_ebx, 5) && bit(words.leaf1_ecx, 12) && bit(words.leaf1_ecx, 29);
+    let avx512 = avx2 && zmm_state && [16, 17, 30, 31].into_iter().all(|b| bit(words.leaf7_ebx, b));
+    Isa { avx2, avx512, avx512_vnni: avx512 && bit(words.leaf7_ecx, 11), avx_vnni: avx2 && bit(words.leaf7_1_eax, 4) }
+}
+
+/// The words of CPUID and XCR0 that [`detect`] looks at; 0 where a leaf does not exist.
 #[derive(Clone, Copy, Default, Debug)]
 pub(crate) struct FeatureWords {
     pub leaf1_ecx: u32,
@@ -86,36 +54,33 @@ mod tests {
 
     #[test]
     fn state_that_is_not_enabled_switches_the_tier_off() {
-        assert_eq!(Isa::from_words(&ALL).name(), "avx512_vnni");
-        let no_zmm = Isa::from_words(&FeatureWords { xcr0: 7, ..ALL });
+        assert_eq!(from_words(&ALL).name(), "avx512_vnni");
+        let no_zmm = from_words(&FeatureWords { xcr0: 7, ..ALL });
         assert_eq!((no_zmm.name(), no_zmm.avx512), ("avx2_vnni", false));
-        assert_eq!(Isa::from_words(&FeatureWords { xcr0: 3, ..ALL }), Isa::PORTABLE);
-        assert_eq!(Isa::from_words(&FeatureWords { xcr0: 0, ..ALL }).name(), "portable");
+        assert_eq!(from_words(&FeatureWords { xcr0: 3, ..ALL }), Isa::PORTABLE);
+        assert_eq!(from_words(&FeatureWords { xcr0: 0, ..ALL }).name(), "portable");
     }
 
     #[test]
     fn each_feature_bit_is_needed() {
         for bit in [12, 28, 29] {
-            assert!(
-                !Isa::from_words(&FeatureWords { leaf1_ecx: ALL.leaf1_ecx & !(1 << bit), ..ALL }).avx2,
-                "bit {bit}"
-            );
+            assert!(!from_words(&FeatureWords { leaf1_ecx: ALL.leaf1_ecx & !(1 << bit), ..ALL }).avx2, "bit {bit}");
         }
         for bit in [16, 17, 30, 31] {
-            let isa = Isa::from_words(&FeatureWords { leaf7_ebx: ALL.leaf7_ebx & !(1 << bit), ..ALL });
+            let isa = from_words(&FeatureWords { leaf7_ebx: ALL.leaf7_ebx & !(1 << bit), ..ALL });
             assert!(isa.avx2 && !isa.avx512 && !isa.avx512_vnni, "bit {bit}");
         }
     }
 
     #[test]
     fn detection_agrees_with_the_standard_library() {
-        let isa = Isa::detect();
+        let isa = detect();
         let std_avx2 = std::is_x86_feature_detected!("avx2")
             && std::is_x86_feature_detected!("fma")
             && std::is_x86_feature_detected!("f16c");
         assert_eq!(isa.avx2, std_avx2);
         let std_sha = std::is_x86_feature_detected!("sha") && std::is_x86_feature_detected!("sse4.1");
-        assert_eq!(Isa::has_sha_extensions(), std_sha && std::is_x86_feature_detected!("ssse3"));
+        assert_eq!(has_sha_extensions(), std_sha && std::is_x86_feature_detected!("ssse3"));
         let std_avx512 = std::is_x86_feature_detected!("avx512f")
             && std::is_x86_feature_detected!("avx512bw")
             && std::is_x86_feature_detected!("avx512dq")

@@ -19,7 +19,7 @@ pub mod attention;
 pub mod dispatch;
 mod error;
 pub mod forward;
-mod isa;
+pub mod isa;
 pub mod loader;
 pub mod math;
 pub mod operands;
@@ -38,7 +38,6 @@ pub mod workers;
 
 pub use error::EngineError;
 pub use forward::{Engine, Session, SessionMemory};
-pub use isa::Isa;
 pub use loader::{LoadedModel, Loader};
 pub use random::SplitMix64;
 pub use sampler::{Sampler, Sampling};

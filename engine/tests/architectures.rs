@@ -3,9 +3,9 @@
 
 mod support;
 
+use engine::Tier;
 use engine::attention::KvType;
 use engine::workers::Single;
-use engine::{Isa, Tier};
 use serde_json::Value as Json;
 use support::{Threads, forced_logits, generate, load};
 
@@ -28,14 +28,14 @@ fn logits_and_greedy_ids_are_those_of_transformers() {
         let recorded = &fixture[name];
         let want = numbers(&recorded["logits"]);
         let ids: Vec<u32> = numbers(&recorded["greedy"]).into_iter().map(|id| id as u32).collect();
-        let mut engine = load(&description, &file, 1, 1 << 20, Isa::detect(), Tier::Baseline);
+        let mut engine = load(&description, &file, 1, 1 << 20, engine::isa::detect(), Tier::Baseline);
         let logits = forced_logits(&mut engine, &Single, &prompt, &[], KvType::F32).remove(0);
         assert_eq!(logits.len(), want.len(), "{name}");
         let error = logits.iter().zip(&want).map(|(a, b)| (a - *b as f32).abs()).fold(0.0, f32::max);
         let size = want.iter().fold(0.0f64, |max, x| max.max(x.abs()));
         assert!(error < TOLERANCE && size > 0.5, "{name}: logits up to {size} differ by {error}");
         // Two threads take other ways through chunks and slices.
-        let mut engine = load(&description, &file, 2, 999, Isa::detect(), Tier::Baseline);
+        let mut engine = load(&description, &file, 2, 999, engine::isa::detect(), Tier::Baseline);
         assert_eq!(generate(&mut engine, &Threads(2), &prompt, ids.len(), KvType::F32), ids, "{name}");
     }
 }

@@ -7,7 +7,8 @@ use engine::attention::KvType;
 use engine::operands::AlignedBytes;
 use engine::simd::Level;
 use engine::workers::{Single, Workers};
-use engine::{Engine, EngineError, Isa, Loader, Plan, Session, SessionMemory, Tier};
+use engine::{Engine, EngineError, Loader, Plan, Session, SessionMemory, Tier};
+use model::Isa;
 use model::architecture::{Activation, Norm, Positions, RopeOrder};
 use model::quant::{dequantise, quantise};
 use model::synthetic::{self, Spec, TokenizerKind};
@@ -108,20 +109,20 @@ fn every_tier_thread_count_and_chunking_gives_the_same_logits() {
         let mut reference = load(&model, &file, 1, file.len(), Isa::PORTABLE, Tier::Reference);
         let want = bits(&forced_logits(&mut reference, &Single, &PROMPT, &FORCED, kv));
         for (threads, chunk_bytes, isa, tier) in [
-            (1, 1 << 20, Isa::detect(), Tier::Reference),
+            (1, 1 << 20, engine::isa::detect(), Tier::Reference),
             (1, 1000, Isa::PORTABLE, Tier::Baseline),
-            (1, 4099, Isa::detect(), Tier::Baseline),
-            (2, 17, Isa::detect(), Tier::Baseline),
-            (3, 65_536, Isa::detect(), Tier::Baseline),
+            (1, 4099, engine::isa::detect(), Tier::Baseline),
+            (2, 17, engine::isa::detect(), Tier::Baseline),
+            (3, 65_536, engine::isa::detect(), Tier::Baseline),
             // More workers than panels: some have nothing to do.
-            (7, 512, Isa::detect(), Tier::Baseline),
+            (7, 512, engine::isa::detect(), Tier::Baseline),
         ] {
             let mut engine = load(&model, &file, threads, chunk_bytes, isa, tier);
             let got = bits(&forced_logits(&mut engine, &Threads(threads), &PROMPT, &FORCED, kv));
             assert!(got == want, "{name}: {threads} threads, chunks of {chunk_bytes}, {isa:?}, {tier:?}");
         }
         // Fewer workers than the plan has parts: each takes several.
-        let mut engine = load(&model, &file, 3, 1 << 20, Isa::detect(), Tier::Baseline);
+        let mut engine = load(&model, &file, 3, 1 << 20, engine::isa::detect(), Tier::Baseline);
         assert!(bits(&forced_logits(&mut engine, &Threads(2), &PROMPT, &FORCED, kv)) == want, "{name}: 3 parts on 2");
     }
 }
@@ -129,7 +130,7 @@ fn every_tier_thread_count_and_chunking_gives_the_same_logits() {
 #[test]
 fn a_prompt_in_any_pieces_is_the_same_context() {
     let (model, file) = gguf(&Spec { matrices: TensorType::Q8_0, ..Spec::default() });
-    let mut engine = load(&model, &file, 2, 1 << 20, Isa::detect(), Tier::Baseline);
+    let mut engine = load(&model, &file, 2, 1 << 20, engine::isa::detect(), Tier::Baseline);
     let prompt: Vec<u32> = (0..150).map(|i| i * 37 % 300).collect();
     for kv in [KvType::F32, KvType::F16, KvType::Q8_0] {
         let mut memory = session_memory(&engine, 160, kv);
@@ -169,11 +170,11 @@ fn every_file_format_gives_the_same_tokens() {
     let (model, file) = gguf(&spec);
     let files = synthetic::llama2c(&spec).unwrap();
     let other = model::llama2c::read(&files.model, files.model.len() as u64, &files.tokenizer).unwrap();
-    let mut a = load(&model, &file, 2, 3000, Isa::detect(), Tier::Baseline);
-    let mut b = load(&other, &files.model, 1, 100, Isa::detect(), Tier::Reference);
+    let mut a = load(&model, &file, 2, 3000, engine::isa::detect(), Tier::Baseline);
+    let mut b = load(&other, &files.model, 1, 100, engine::isa::detect(), Tier::Reference);
     let newer = synthetic::llama2c_version(&spec, 1).unwrap();
     let described = model::llama2c::read(&newer.model, newer.model.len() as u64, &newer.tokenizer).unwrap();
-    let mut c = load(&described, &newer.model, 1, 1 << 20, Isa::detect(), Tier::Baseline);
+    let mut c = load(&described, &newer.model, 1, 1 << 20, engine::isa::detect(), Tier::Baseline);
     let tokens = generate(&mut a, &Threads(2), &PROMPT, 100, KvType::F32);
     assert_eq!(tokens, generate(&mut b, &Single, &PROMPT, 100, KvType::F32));
     assert_eq!(tokens, generate(&mut c, &Single, &PROMPT, 100, KvType::F32));
@@ -231,10 +232,12 @@ fn int8_llama2c_files_give_what_their_weights_as_f32_give() {
         let tokenizer = synthetic::llama2c(&base).unwrap().tokenizer;
         let describe = |file: &[u8]| model::llama2c::read(file, file.len() as u64, &tokenizer).unwrap();
         let (of_int8, of_f32) = (describe(&int8), describe(&f32s));
-        let mut wanted = load(&of_f32, &f32s, 1, 1 << 20, Isa::detect(), Tier::Reference);
+        let mut wanted = load(&of_f32, &f32s, 1, 1 << 20, engine::isa::detect(), Tier::Reference);
         let forced: Vec<u32> = (0..40).map(|i| 3 + i * 7 % 300).collect();
         let expected = forced_logits(&mut wanted, &Single, &PROMPT, &forced, KvType::F32);
-        for (threads, chunk, isa) in [(1, 1 << 20, Isa::detect()), (2, 1000, Isa::detect()), (1, 3, Isa::PORTABLE)] {
+        for (threads, chunk, isa) in
+            [(1, 1 << 20, engine::isa::detect()), (2, 1000, engine::isa::detect()), (1, 3, Isa::PORTABLE)]
+        {
             let mut engine = load(&of_int8, &int8, threads, chunk, isa, Tier::Baseline);
             let found = forced_logits(&mut engine, &Threads(threads), &PROMPT, &forced, KvType::F32);
             assert!(bits(&expected) == bits(&found), "groups of {group_len}, tied {tied_head}, chunks of {chunk}");
@@ -395,7 +398,7 @@ fn logits_are_those_of_the_formula() {
         let int8 = Role::ALL.into_iter().any(|role| spec.type_of(role).dtype().unwrap().is_quantised());
         let tolerance = if int8 { 0.2 } else { 1e-4 };
         let (model, file) = gguf(&spec);
-        let mut engine = load(&model, &file, 1, 1 << 20, Isa::detect(), Tier::Baseline);
+        let mut engine = load(&model, &file, 1, 1 << 20, engine::isa::detect(), Tier::Baseline);
         let got = forced_logits(&mut engine, &Single, &PROMPT, &FORCED, KvType::F32);
         let tokens = [&PROMPT[..], &FORCED].concat();
         let want = naive_logits(&spec, &tokens);
@@ -454,7 +457,7 @@ fn nothing_of_the_arena_is_left_as_it_was() {
 #[test]
 fn sessions_refuse_what_they_cannot_do() {
     let (model, file) = gguf(&Spec::default());
-    let mut engine = load(&model, &file, 1, 1 << 20, Isa::detect(), Tier::Baseline);
+    let mut engine = load(&model, &file, 1, 1 << 20, engine::isa::detect(), Tier::Baseline);
     let mut memory = session_memory(&engine, 10, KvType::F16);
     let need_bytes = memory.kv.len() + memory.activations.len();
     let refused = EngineError::SessionMemory { context: 10, need_bytes, have_bytes: need_bytes - 1 };
@@ -474,7 +477,7 @@ fn sessions_refuse_what_they_cannot_do() {
     assert_eq!(session.pos(), 9, "a refused call appends nothing");
     session.decode(&mut engine, &Single, 1).unwrap();
     assert!(session.decode(&mut engine, &Single, 1).is_err());
-    let mut other = load(&model, &file, 2, 1 << 20, Isa::detect(), Tier::Baseline);
+    let mut other = load(&model, &file, 2, 1 << 20, engine::isa::detect(), Tier::Baseline);
     session.truncate(0);
     assert_eq!(session.decode(&mut other, &Threads(2), 1).err(), Some(EngineError::ForeignSession));
 }

@@ -8,7 +8,7 @@ mod support;
 
 use engine::attention::KvType;
 use engine::workers::Single;
-use engine::{Engine, Isa, Tier};
+use engine::{Engine, Tier};
 use model::ModelDescription;
 use serde_json::Value;
 use std::path::PathBuf;
@@ -43,7 +43,7 @@ fn gguf(path: PathBuf) -> (ModelDescription, Vec<u8>) {
 }
 
 fn engine_of(model: &ModelDescription, file: &[u8], threads: usize) -> Engine<'static> {
-    load(model, file, threads, 1 << 20, Isa::detect(), Tier::Baseline)
+    load(model, file, threads, 1 << 20, engine::isa::detect(), Tier::Baseline)
 }
 
 #[test]

@@ -8,7 +8,7 @@ use engine::dispatch::{ColumnsMut, Kernel, KernelArgs};
 use engine::ops::run_reference;
 use engine::simd::Level;
 use engine::verify::{VerifyError, verify_random};
-use engine::{Engine, EngineError, Isa, Runs, Tier};
+use engine::{Engine, EngineError, Runs, Tier};
 use model::TensorType;
 use model::kernel::{DType, KernelKey, Op};
 use model::layout::{op_weight_bytes, padded, x_row_bytes};
@@ -93,7 +93,7 @@ fn engine() -> Engine<'static> {
     let spec = Spec { hidden_dim: 128, matrices: TensorType::Q4_1, ..Spec::default() };
     let file = synthetic::gguf(&spec).unwrap();
     let model = model::gguf::read(&file, file.len() as u64).unwrap();
-    load(&model, &file, 2, 1 << 20, Isa::detect(), Tier::Baseline)
+    load(&model, &file, 2, 1 << 20, engine::isa::detect(), Tier::Baseline)
 }
 
 #[test]

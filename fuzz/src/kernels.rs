@@ -12,7 +12,8 @@ use engine::dispatch::ColumnsMut;
 use engine::operands::AlignedBytes;
 use engine::ops::{run_baseline, run_reference};
 use engine::simd::Level;
-use jit::{Compiler, JitError, TargetIsa, space};
+use jit::{Compiler, JitError, space};
+use model::Isa;
 use model::kernel::{DType, Dot, KernelKey, M_BUCKETS, Op, Variant, Width};
 use model::layout::{k_multiple, padded};
 
@@ -52,14 +53,14 @@ fn any_variant(d: &mut Decisions<'_>, key: &KernelKey) -> Variant {
 }
 
 /// Instruction sets of this machine, from the least on.
-fn tiers() -> Vec<TargetIsa> {
+fn tiers() -> Vec<Isa> {
     let host = host_isa();
-    let least = TargetIsa { avx2: host.avx2, ..Default::default() };
+    let least = Isa { avx2: host.avx2, ..Default::default() };
     let mut tiers = vec![
         least,
-        TargetIsa { avx_vnni: host.avx_vnni, ..least },
-        TargetIsa { avx512: host.avx512, ..least },
-        TargetIsa { avx_vnni: false, ..host },
+        Isa { avx_vnni: host.avx_vnni, ..least },
+        Isa { avx512: host.avx512, ..least },
+        Isa { avx_vnni: false, ..host },
         host,
     ];
     tiers.dedup();

@@ -22,7 +22,7 @@ pub fn print(key: &str, image: Option<&Path>, isa: IsaLimit) -> Result<()> {
     let key: KernelKey = key.parse().map_err(|error| BadFlag(format!("`{key}`: {error}")))?;
     let mut process = Process::start(engine::cycles(), 0, None, None, true)?;
     let isa = runtime::boot::limited(process.cpu().isa, isa);
-    let compiler = Compiler::new(runtime::tune::target(isa))?;
+    let compiler = Compiler::new(isa)?;
     print_line!("{key}");
     print_line!("  reads {} bytes of weights, does {} multiply-adds", key.weight_bytes(), key.flops() / 2);
     let Some(image) = image else { return print_space(&key, compiler) };

@@ -2,8 +2,8 @@
 
 use crate::platform::Process;
 use anyhow::{Result, ensure};
-use engine::Isa;
 use engine::simd::{Level, limits};
+use model::Isa;
 use runtime::platform::Platform;
 use serde_json::json;
 

@@ -50,7 +50,7 @@ pub struct Request<'a> {
 /// What stops a boot; a snapshot that is not this model's or this CPU's.
 pub fn run(request: &Request<'_>, options: &Options) -> Result<()> {
     let mut bench = Workbench::open(request.model, request.companions.clone(), request.snapshot, options)?;
-    let mut compiler = Compiler::new(runtime::tune::target(bench.isa))?;
+    let mut compiler = Compiler::new(bench.isa)?;
     let hot: Vec<HotKey> = bench.hot(MIN_SHARE);
     let names: Vec<String> = hot.iter().map(|h| h.key.to_string()).collect();
     let hot: Vec<HotKey> = hot.into_iter().filter(|h| h.key.to_string().contains(request.filter)).collect();

@@ -6,8 +6,9 @@
 use crate::platform::{FileDisk, Process};
 use anyhow::{Context, Result, bail};
 use engine::simd::limits::{self, Limits};
-use engine::{Engine, EngineError, Isa, Runs};
+use engine::{Engine, EngineError, Runs};
 use jit::Compiler;
+use model::Isa;
 use model::kernel::{KernelKey, Variant};
 use profiler::HotKey;
 use report::ImageKind;
@@ -79,7 +80,7 @@ impl Workbench {
         };
         let mut running = RunningKernels::none(engine.table().len());
         if options.tier == Tier::Compiled && isa.avx2 {
-            let mut compiler = Compiler::new(runtime::tune::target(isa))?;
+            let mut compiler = Compiler::new(isa)?;
             let mut rebuild = |key: &KernelKey, variant: &Variant| {
                 let compiled = compiler.compile(key, variant).map_err(|error| error.to_string())?;
                 Ok(StoredKernel::new(*variant, compiled.code))

@@ -242,7 +242,7 @@ fn explain_shows_the_search_space_and_what_a_snapshot_knows() {
     let folder = Folder::new();
     let error = folder.refused(SETTINGS, &["explain", "matmul"]);
     assert!(error.contains("`matmul`"), "{error}");
-    if !engine::Isa::detect().avx2 {
+    if !engine::isa::detect().avx2 {
         eprintln!("skipped: no AVX2, so there is nothing to compile");
         return;
     }

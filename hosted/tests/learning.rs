@@ -1,6 +1,7 @@
 //! `bareflow` with a snapshot: what a run may take from it and what it may leave in it.
 
-use jit::{Compiler, TargetIsa};
+use jit::Compiler;
+use model::Isa;
 use model::kernel::{Variant, Width};
 use model::synthetic::{self, Spec};
 use serde_json::Value;
@@ -57,16 +58,14 @@ impl Bench {
 
 /// Compiled kernels need AVX2; without it a run with a snapshot is that of `a_machine_without_avx2_...` alone.
 fn has_avx2() -> bool {
-    engine::Isa::detect().avx2
+    engine::isa::detect().avx2
 }
-
-const AVX2: TargetIsa = TargetIsa { avx2: true, avx512: false, avx512_vnni: false, avx_vnni: false };
 
 /// Puts a working AVX2 kernel in place of every incumbent, by the name `rename` gives it.
 fn install_everywhere(snapshot: &mut Snapshot, rename: impl Fn(Variant) -> Variant) {
-    let mut compiler = Compiler::new(AVX2).unwrap();
+    let mut compiler = Compiler::new(Isa::AVX2).unwrap();
     for record in &mut snapshot.entries {
-        let variant = jit::space::variants(&record.key, AVX2)
+        let variant = jit::space::variants(&record.key, Isa::AVX2)
             .into_iter()
             .find(|variant| variant.width == Width::Y256 && compiler.compile(&record.key, variant).is_ok())
             .unwrap();
@@ -77,7 +76,7 @@ fn install_everywhere(snapshot: &mut Snapshot, rename: impl Fn(Variant) -> Varia
 
 #[test]
 fn kernels_that_a_forced_tier_rules_out_do_not_run_and_are_kept() {
-    if !engine::Isa::detect().avx512 {
+    if !engine::isa::detect().avx512 {
         return; // The CPU itself rules them out: they are compiled again or dropped.
     }
     let bench = Bench::new();

@@ -136,9 +136,9 @@ fn main() {
     let mut y = vec![0.0f32; n * n];
     let count = all.len();
     let mut peaks = [Vec::new(), Vec::new()];
-    let avx2_only = engine::Isa { avx512: false, avx512_vnni: false, ..engine::Isa::detect() };
+    let avx2_only = model::Isa { avx512: false, avx512_vnni: false, ..engine::isa::detect() };
     for round in 0..rounds {
-        for (peak, isa) in peaks.iter_mut().zip([avx2_only, engine::Isa::detect()]) {
+        for (peak, isa) in peaks.iter_mut().zip([avx2_only, engine::isa::detect()]) {
             peak.push(limits::measure(&[], level, isa, &engine::workers::Single, 1).fma_flops_per_cycle);
         }
         for i in 0..count {

@@ -17,6 +17,7 @@ use engine::dispatch::ColumnsMut;
 use engine::ops::run_baseline;
 use engine::simd::Level;
 use jit::{Compiler, space};
+use model::Isa;
 use model::kernel::{DType, Dot, KernelKey, Op, Variant, Width};
 use model::layout::{k_multiple, padded, x_row_bytes};
 use std::alloc::{GlobalAlloc, Layout, System};
@@ -295,7 +296,7 @@ fn main() {
                 }
             }
             "--compile" => compile_only = true,
-            "--avx2" => isa = jit::TargetIsa { avx512: false, avx512_vnni: false, ..isa },
+            "--avx2" => isa = Isa { avx512: false, avx512_vnni: false, ..isa },
             "--rounds" => rounds = args.next().and_then(|n| n.parse().ok()).expect("--rounds N"),
             name => keys.push(name.parse().unwrap_or_else(|e| panic!("{name}: {e}"))),
         }

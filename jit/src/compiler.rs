@@ -15,38 +15,9 @@ use cranelift_codegen::isa::{self, CallConv, OwnedTargetIsa};
 use cranelift_codegen::settings::{self, Configurable};
 use cranelift_codegen::{CodegenError, Context};
 use cranelift_frontend::{FunctionBuilder, FunctionBuilderContext};
-use model::kernel::{Dot, KernelKey, Variant, Width};
+use model::Isa;
+use model::kernel::{KernelKey, Variant};
 use target_lexicon::{Architecture, BinaryFormat, Environment, OperatingSystem, Triple, Vendor};
-
-/// Instruction sets a kernel may use, with their operating-system state enabled.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub struct TargetIsa {
-    /// AVX2, FMA and F16C: the least any compiled kernel needs, at 128 bits too.
-    pub avx2: bool,
-    /// AVX-512 F, BW, DQ and VL.
-    pub avx512: bool,
-    /// AVX-512 VNNI.
-    pub avx512_vnni: bool,
-    /// AVX-VNNI.
-    pub avx_vnni: bool,
-}
-
-impl TargetIsa {
-    /// The first instruction set `variant` needs and this machine lacks.
-    pub fn missing(&self, variant: &Variant) -> Option<&'static str> {
-        if !self.avx2 {
-            Some("AVX2, FMA and F16C")
-        } else if !self.avx512 && (variant.width == Width::Z512 || variant.dot == Dot::Evex) {
-            Some("AVX-512 F, BW, DQ and VL")
-        } else if !self.avx512_vnni && variant.dot == Dot::Evex {
-            Some("AVX-512 VNNI")
-        } else if !self.avx_vnni && variant.dot == Dot::Vex {
-            Some("AVX-VNNI")
-        } else {
-            None
-        }
-    }
-}
 
 /// A finished kernel: position-independent bytes of one leaf function with the kernel ABI
 /// `extern "sysv64" fn(x: *const u8, w: *const u8, y: *mut f32, ldy_bytes: usize, rows: usize)`.
@@ -86,7 +57,7 @@ pub struct Narrow {
 
 /// Compiles kernels. Keeps its buffers between kernels, so one compiler is cheaper than many.
 pub struct Compiler {
-    isa: TargetIsa,
+    isa: Isa,
     cranelift: OwnedTargetIsa,
     context: Context,
     builder: FunctionBuilderContext,
@@ -98,7 +69,7 @@ impl Compiler {
     ///
     /// # Errors
     /// [`JitError::Codegen`] when this build's Cranelift lacks x86-64.
-    pub fn new(isa: TargetIsa) -> Result<Compiler, JitError> {
+    pub fn new(isa: Isa) -> Result<Compiler, JitError> {
         Ok(Compiler {
             isa,
             cranelift: cranelift_isa().map_err(|message| JitError::Codegen { message })?,
@@ -109,7 +80,7 @@ impl Compiler {
     }
 
     /// Instruction sets this compiler may use.
-    pub fn isa(&self) -> TargetIsa {
+    pub fn isa(&self) -> Isa {
         self.isa
     }
 

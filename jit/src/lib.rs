@@ -44,6 +44,6 @@ mod plan;
 pub mod space;
 pub mod widen;
 
-pub use compiler::{CompileStats, CompiledKernel, Compiler, TargetIsa};
+pub use compiler::{CompileStats, CompiledKernel, Compiler};
 pub use disasm::disassemble;
 pub use error::{JitError, Refusals};

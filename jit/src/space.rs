@@ -7,9 +7,9 @@
 //! software prefetch matter more than vector width; and a width the model dislikes may still win on another machine (under
 //! software emulation 128 bits win by an order of magnitude), so every width keeps a share of the list.
 
-use crate::compiler::TargetIsa;
 use crate::plan::{Home, Plan};
 use alloc::vec::Vec;
+use model::Isa;
 use model::kernel::{DType, Dot, KernelKey, Variant, Width};
 use model::layout::{BlockLayout, PANEL, QUADS, panels};
 
@@ -28,7 +28,7 @@ struct Candidate {
 
 /// Variants of `key` that machines with `isa` can run, best guess first; at most [`LIMIT`]; empty only where no variant can
 /// compute the key at all.
-pub fn variants(key: &KernelKey, isa: TargetIsa) -> Vec<Variant> {
+pub fn variants(key: &KernelKey, isa: Isa) -> Vec<Variant> {
     let mut classes: Vec<Vec<Candidate>> = Vec::new();
     for width in [Width::X128, Width::Y256, Width::Z512] {
         // Both encodings of `vpdpbusd` do the same: one is enough.
@@ -59,7 +59,7 @@ pub fn variants(key: &KernelKey, isa: TargetIsa) -> Vec<Variant> {
 }
 
 /// The legal part of the grid at one width.
-fn candidates(key: &KernelKey, width: Width, dot: Dot, isa: TargetIsa) -> Vec<Candidate> {
+fn candidates(key: &KernelKey, width: Width, dot: Dot, isa: Isa) -> Vec<Candidate> {
     let decode = key.m == 1;
     let rows: &[u8] = if decode { &[1] } else { &[1, 2, 3, 4, 6, 8, 12, 14] };
     let streams: &[u8] = if decode { &[1, 2, 3, 4, 6, 8] } else { &[1, 2] };
@@ -287,9 +287,8 @@ mod tests {
     use model::kernel::{M_BUCKETS, Op};
     use model::layout::k_multiple;
 
-    const EVERYTHING: TargetIsa = TargetIsa { avx2: true, avx512: true, avx512_vnni: true, avx_vnni: true };
-    const AVX2: TargetIsa = TargetIsa { avx2: true, avx512: false, avx512_vnni: false, avx_vnni: false };
-    const AVX_VNNI: TargetIsa = TargetIsa { avx_vnni: true, ..AVX2 };
+    const EVERYTHING: Isa = Isa { avx2: true, avx512: true, avx512_vnni: true, avx_vnni: true };
+    const AVX_VNNI: Isa = Isa { avx_vnni: true, ..Isa::AVX2 };
 
     /// Keys of a 135M-parameter llama, whole and cut for two cores.
     fn keys() -> Vec<KernelKey> {
@@ -314,7 +313,7 @@ mod tests {
     #[test]
     fn a_boot_can_exhaust_the_space_of_every_key() {
         for key in keys() {
-            for isa in [AVX2, AVX_VNNI, EVERYTHING] {
+            for isa in [Isa::AVX2, AVX_VNNI, EVERYTHING] {
                 let variants = variants(&key, isa);
                 let dots = |dot| variants.iter().any(|v| v.dot == dot);
                 assert_eq!(dots(Dot::Vex), isa == AVX_VNNI && key.dtype.is_quantised(), "{key}");
@@ -335,7 +334,7 @@ mod tests {
     fn the_space_is_the_same_every_time_and_empty_without_avx2() {
         for key in keys().into_iter().step_by(7) {
             assert_eq!(variants(&key, EVERYTHING), variants(&key, EVERYTHING));
-            assert!(variants(&key, TargetIsa::default()).is_empty());
+            assert!(variants(&key, Isa::default()).is_empty());
         }
     }
 
@@ -344,10 +343,10 @@ mod tests {
         let key = |dtype, m, n, k| KernelKey { op: Op::Matmul, dtype, m, n, k };
         for dtype in DType::ALL {
             for m in M_BUCKETS {
-                assert!(!variants(&key(dtype, m, 1, k_multiple(dtype).max(32) as u32), AVX2).is_empty());
+                assert!(!variants(&key(dtype, m, 1, k_multiple(dtype).max(32) as u32), Isa::AVX2).is_empty());
             }
         }
-        assert!(!variants(&key(DType::F32, 1, 1, 1), AVX2).is_empty());
+        assert!(!variants(&key(DType::F32, 1, 1, 1), Isa::AVX2).is_empty());
         for bad in [
             key(DType::F32, 1, 0, 1),
             key(DType::F32, 2, 8, 8),

@@ -7,6 +7,7 @@ use common::{Case, EVERY_ISA, Mapping, Runnable, host_isa};
 use iced_x86::{Decoder, DecoderOptions, EncodingKind, Mnemonic};
 use jit::widen::widen;
 use jit::{Compiler, JitError, space};
+use model::Isa;
 use model::kernel::{DType, Dot, KernelKey, M_BUCKETS, Op, Variant, Width};
 use model::layout::k_multiple;
 use proptest::prelude::*;
@@ -38,7 +39,7 @@ fn check_space(
 fn check_dtype(dtype: DType) {
     let mut kernels = 0;
     let mut wrong = Vec::new();
-    for isa in [host_isa(), jit::TargetIsa { avx512: false, avx512_vnni: false, ..host_isa() }] {
+    for isa in [host_isa(), Isa { avx512: false, avx512_vnni: false, ..host_isa() }] {
         let mut compiler = Compiler::new(isa).unwrap();
         for (turn, op) in Op::ALL.into_iter().enumerate() {
             for m in M_BUCKETS {
@@ -131,7 +132,7 @@ fn q6_k_space_matches_the_oracle() {
 #[test]
 fn spaces_of_a_real_model_compile_without_refusal() {
     let mut kernels = 0;
-    for isa in [EVERY_ISA, jit::TargetIsa { avx2: true, ..Default::default() }] {
+    for isa in [EVERY_ISA, Isa::AVX2] {
         let mut compiler = Compiler::new(isa).unwrap();
         for dtype in DType::ALL {
             for m in M_BUCKETS {
@@ -203,7 +204,7 @@ fn wide_code_computes_what_narrow_code_computes() {
 /// the other tests run on machines with AVX512-VNNI alone holds for them too.
 #[test]
 fn avx_vnni_kernels_differ_in_encoding_only() {
-    let avx_vnni = jit::TargetIsa { avx2: true, avx_vnni: true, ..Default::default() };
+    let avx_vnni = Isa { avx2: true, avx_vnni: true, ..Default::default() };
     let mut without_avx512 = Compiler::new(avx_vnni).unwrap();
     let mut with_everything = Compiler::new(EVERY_ISA).unwrap();
     // Offsets differ with the lengths of encodings, and with them the targets of branches.
@@ -280,7 +281,7 @@ fn refusals_have_their_own_error() {
         prefetch_bytes: 0,
         k_block: 0,
     };
-    let mut compiler = Compiler::new(jit::TargetIsa { avx2: true, ..Default::default() }).unwrap();
+    let mut compiler = Compiler::new(Isa::AVX2).unwrap();
     assert!(compiler.compile(&key, &variant).is_ok());
     for key in [
         KernelKey { m: 5, ..key },

@@ -77,7 +77,7 @@ impl Machine {
         let boot_disk = volume.iter().position(|&v| v);
         let model_disk = volume.iter().position(|&v| !v);
         mark(&mut facts.steps, "disk kinds");
-        let isa = engine::Isa::detect();
+        let isa = engine::isa::detect();
         let cpu =
             CpuFacts { brand: cpu::brand(), fingerprint: cpu::fingerprint(isa), hypervisor: cpu::hypervisor(), isa };
         // SAFETY: `early` mapped the plan's code range read-write here and read-execute at the alias.

@@ -10,8 +10,9 @@ use crate::reporter::Reporter;
 use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
+use engine::Engine;
 use engine::simd::limits::Limits;
-use engine::{Engine, Isa};
+use model::Isa;
 use model::kernel::{KernelKey, M_BUCKETS, Op};
 use report::{Convergence, Level, SnapshotStatus};
 use snapshot_format::Identity;
@@ -51,7 +52,7 @@ impl<'a> Kernels<'a> {
     ) -> Result<(), RunError> {
         self.running = RunningKernels::none(engine.table().len());
         if self.options.tier == Tier::Compiled && self.isa.avx2 {
-            self.running = install_linked(platform, reporter, engine, self.linked)?;
+            self.running = install_linked(platform, reporter, engine, self.linked, self.isa)?;
             self.note_gaps(platform, reporter, engine);
             let sizes = M_BUCKETS.iter().zip(engine.batch_sizes());
             self.largest_batch = sizes.rev().find(|&(_, has)| has).map_or(1, |(m, _)| *m);

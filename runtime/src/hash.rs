@@ -135,7 +135,7 @@ pub(crate) fn no_hash(option: ModelHash, workers: &dyn Workers) -> Option<&'stat
     match option {
         ModelHash::Show | ModelHash::Is(_) => None,
         ModelHash::Off => Some("not asked for (model.sha256=show computes it)"),
-        ModelHash::Auto if !engine::Isa::has_sha_extensions() => {
+        ModelHash::Auto if !engine::isa::has_sha_extensions() => {
             Some("this CPU has no instructions for it (model.sha256=show computes it)")
         }
         ModelHash::Auto if workers.count() < 2 => {

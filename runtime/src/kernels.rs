@@ -8,19 +8,16 @@ use crate::platform::OutOfMemory;
 use crate::platform::{KernelFault, Platform};
 use crate::reporter::Reporter;
 #[cfg(feature = "jit")]
-use crate::tune::target;
-#[cfg(feature = "jit")]
 use alloc::string::String;
 use alloc::vec;
 use alloc::vec::Vec;
 use core::fmt;
-#[cfg(feature = "jit")]
-use engine::Isa;
 use engine::dispatch::Kernel;
 use engine::verify::{Mismatch, VerifyError};
 use engine::{Engine, EngineError};
 #[cfg(feature = "jit")]
 use jit::audit::AuditError;
+use model::Isa;
 #[cfg(feature = "jit")]
 use model::kernel::KernelKey;
 use model::kernel::Variant;
@@ -106,7 +103,7 @@ impl fmt::Display for Rejected {
                 write!(f, "raised CPU exception {vector} outside its code")
             }
             Rejected::Wrong(mismatch) => write!(f, "differs from the reference: {mismatch}"),
-            Rejected::Unusable(error) => write!(f, "{error}"),
+            Rejected::Unusable(error) => write!(f, "cannot be used: {error}"),
             #[cfg(feature = "jit")]
             Rejected::Unsafe(error) => write!(f, "refused by the audit before it ran: {error}"),
         }
@@ -177,7 +174,7 @@ fn digest(output: &[f32]) -> [u8; 32] {
 }
 
 #[cfg(not(feature = "jit"))]
-/// Verifies and installs the kernels linked into a native image; returns those in use.
+/// Verifies and installs the kernels linked into a native image that may run with `allowed`; returns those in use.
 ///
 /// # Errors
 /// [`RunError::NoLinkedKernel`] when none is for this model, [`RunError::LinkedKernelsRefused`] when none of those can be used.
@@ -186,6 +183,7 @@ pub fn install_linked(
     reporter: &mut Reporter,
     engine: &mut Engine<'_>,
     linked: &[LinkedKernel],
+    allowed: Isa,
 ) -> Result<RunningKernels, RunError> {
     let mut running = RunningKernels::none(engine.table().len());
     let (mut matching, mut first) = (0, None);
@@ -193,20 +191,19 @@ pub fn install_linked(
         let key = kernel.key();
         let Some(slot) = engine.table().find(&key) else { continue };
         matching += 1;
-        match check(platform, engine, slot, *kernel, *len_bytes, *answer_sha256) {
-            Ok(()) => match engine.table_mut().install(slot, *kernel) {
-                Ok(_) => running.set(slot, *variant),
-                Err(error) => {
-                    let text = alloc::format!("linked kernel {key} {variant}: {error}; not used");
-                    reporter.note(platform, Level::Warning, text.clone());
-                    first.get_or_insert(text);
-                }
-            },
-            Err(rejected) => {
-                let text = alloc::format!("linked kernel {key} {variant} {rejected}; not used");
-                reporter.note(platform, Level::Warning, text.clone());
-                first.get_or_insert(text);
-            }
+        let refused = match allowed.missing(variant) {
+            Some(needs) => Some(alloc::format!("needs {needs}, which the CPU lacks or isa= rules out")),
+            None => check(platform, engine, slot, *kernel, *len_bytes, *answer_sha256)
+                .and_then(|()| engine.table_mut().install(slot, *kernel).map_err(Rejected::Unusable))
+                .err()
+                .map(|why| alloc::format!("{why}")),
+        };
+        if let Some(why) = refused {
+            let text = alloc::format!("linked kernel {key} {variant} {why}; not used");
+            reporter.note(platform, Level::Warning, text.clone());
+            first.get_or_insert(text);
+        } else {
+            running.set(slot, *variant);
         }
     }
     match first {
@@ -262,7 +259,7 @@ pub fn restore(
     allowed: Isa,
     rebuild: &mut Rebuild<'_>,
 ) -> Restored {
-    let (allowed, cpu) = (target(allowed), target(platform.cpu().isa));
+    let cpu = platform.cpu().isa;
     let mut restored = Restored { running: RunningKernels::none(engine.table().len()), left_out: 0 };
     let mut lacks = None;
     for record in &mut snapshot.entries {

@@ -9,13 +9,14 @@ use crate::options::{Options, Tier};
 use crate::platform::{Clock, Platform};
 use crate::reporter::Reporter;
 use crate::rows::limit_fraction;
-use crate::tune::{Tuner, space_len, target, untried};
+use crate::tune::{Tuner, space_len, untried};
 use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
+use engine::Engine;
 use engine::simd::limits::Limits;
-use engine::{Engine, Isa};
 use jit::space;
+use model::Isa;
 use model::kernel::KernelKey;
 use profiler::convergence::{BootEvidence, ConvergenceConfig, decide};
 use report::{Convergence, Level, SnapshotOutcome, SnapshotStatus};
@@ -115,7 +116,7 @@ impl<'a> Kernels<'a> {
     /// What is known of `key`.
     pub fn remembered(&self, key: &KernelKey) -> Remembered {
         let record = self.snapshot.record(key);
-        let isa = target(self.isa);
+        let isa = self.isa;
         let available = space::variants(key, isa).len();
         Remembered {
             baseline_cycles: record.and_then(|record| record.baseline_median_cycles),

@@ -17,7 +17,7 @@ pub struct CpuFacts {
     /// Hypervisor vendor string, if CPUID reports one.
     pub hypervisor: Option<String>,
     /// Usable instruction sets (CPU and enabled state).
-    pub isa: engine::Isa,
+    pub isa: model::Isa,
 }
 
 /// The time-stamp counter as a clock.
@@ -129,6 +129,6 @@ pub trait Platform {
 
 /// The text that names a CPU in snapshots: machine code made on one CPU runs on every other with the same text.
 /// Family, model, stepping and instruction sets decide what may run and how fast it is; core counts and clocks do not.
-pub fn cpu_fingerprint(vendor: &str, signature: u32, isa: engine::Isa) -> String {
+pub fn cpu_fingerprint(vendor: &str, signature: u32, isa: model::Isa) -> String {
     alloc::format!("{vendor} {signature:08x} {isa:?}")
 }

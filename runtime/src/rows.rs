@@ -74,7 +74,8 @@ mod tests {
     use engine::operands::AlignedBytes;
     use engine::simd::Level;
     use engine::workers::Workers;
-    use engine::{Isa, Loader, Plan, Session};
+    use engine::{Loader, Plan, Session};
+    use model::Isa;
     use model::{gguf, synthetic};
 
     struct One;

@@ -8,8 +8,9 @@ use crate::options::Options;
 use crate::platform::Platform;
 use alloc::string::ToString;
 use alloc::vec::Vec;
+use engine::Engine;
 use engine::simd::limits::Limits;
-use engine::{Engine, Isa};
+use model::Isa;
 use model::ModelDescription;
 use profiler::{Part, Profile};
 use report::{

@@ -14,7 +14,8 @@ use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 use engine::dispatch::Kernel;
 use engine::{Engine, Runs};
-use jit::{Compiler, TargetIsa, space};
+use jit::{Compiler, space};
+use model::Isa;
 use model::kernel::{KernelKey, Variant};
 use profiler::Settled;
 use profiler::trial::{Order, Trial as PairedTrial, TrialConfig, Verdict};
@@ -46,12 +47,12 @@ impl<'a> Tuner<'a> {
         reporter: &mut Reporter,
         options: &'a Options,
         boot: u32,
-        isa: engine::Isa,
+        isa: model::Isa,
     ) -> Option<Self> {
         if !isa.avx2 {
             return None;
         }
-        let compiler = match Compiler::new(target(isa)) {
+        let compiler = match Compiler::new(isa) {
             Ok(compiler) => compiler,
             Err(error) => {
                 reporter.note(platform, Level::Warning, format!("kernels are not compiled: {error}"));
@@ -308,14 +309,9 @@ struct Attempt {
     compile_us: f64,
 }
 
-/// The instruction sets kernels may be compiled for.
-pub fn target(isa: engine::Isa) -> TargetIsa {
-    TargetIsa { avx2: isa.avx2, avx512: isa.avx512, avx512_vnni: isa.avx512_vnni, avx_vnni: isa.avx_vnni }
-}
-
 /// The next variant of a key to try; `None` when all that are in the search with these options and `isa` were tried. Never
 /// stored: another boot may search with other instruction sets or limits.
-pub fn untried(record: &KeyRecord, options: &Options, isa: TargetIsa) -> Option<Variant> {
+pub fn untried(record: &KeyRecord, options: &Options, isa: Isa) -> Option<Variant> {
     let incumbent = record.incumbent.as_ref().map(|kernel| kernel.variant);
     space::variants(&record.key, isa)
         .into_iter()
@@ -349,7 +345,7 @@ mod tests {
     use super::*;
 
     /// A record of a key of which every variant for `isa` was tried.
-    fn tried(isa: TargetIsa) -> KeyRecord {
+    fn tried(isa: Isa) -> KeyRecord {
         let mut record = KeyRecord::new("matmul_q4_0_m1_n576_k576".parse().unwrap());
         for variant in space::variants(&record.key, isa) {
             record.trials.push(Trial {
@@ -367,8 +363,8 @@ mod tests {
 
     #[test]
     fn a_space_is_exhausted_for_the_options_of_this_boot_only() {
-        let avx2 = TargetIsa { avx2: true, ..TargetIsa::default() };
-        let avx512 = TargetIsa { avx512: true, avx512_vnni: true, ..avx2 };
+        let avx2 = Isa::AVX2;
+        let avx512 = Isa { avx512: true, avx512_vnni: true, ..avx2 };
         let (few, all) = (Options { tune_max_variants: 2, ..Options::default() }, Options::default());
         let mut record = tried(avx2);
         assert_eq!(untried(&record, &all, avx2), None);

@@ -5,7 +5,7 @@ mod support;
 use engine::attention::KvType;
 use engine::simd::Level;
 use engine::workers::Single;
-use engine::{Engine, Isa, Loader, Plan, Session, SessionMemory, Tier, sampler};
+use engine::{Engine, Loader, Plan, Session, SessionMemory, Tier, sampler};
 use model::Architecture;
 use model::synthetic::{self, Spec};
 use runtime::RunError;
@@ -35,7 +35,7 @@ impl Fresh {
         let arena = vec![0; plan.arena_bytes()].leak();
         let mut loader = Loader::new(plan, Level::detect(), arena).unwrap();
         loader.feed(0, file, &Single).unwrap();
-        let engine = Engine::new(loader.finish().unwrap(), arena, Isa::detect(), Tier::Baseline).unwrap();
+        let engine = Engine::new(loader.finish().unwrap(), arena, engine::isa::detect(), Tier::Baseline).unwrap();
         let kv = KvType::for_model(&description);
         Self { engine, memory: Session::memory_bytes(&description.config, CONTEXT, 1, kv).map(|len| vec![0; len]), kv }
     }

@@ -2,7 +2,6 @@
 
 mod support;
 
-use engine::Isa;
 use model::synthetic::{self, Llama2cFiles, Spec, TokenizerKind};
 use runtime::RunError;
 use sha2::{Digest, Sha256};
@@ -32,7 +31,7 @@ fn the_hash_is_shown_by_rule_and_says_of_how_many_bytes() {
             assert!(sha256.is_none() && printed.contains("not computed: not asked for"), "{printed}");
         }
         let (sha256, printed) = boot(workers, "model.sha256=auto");
-        assert_eq!(sha256.is_some(), workers > 1 && Isa::has_sha_extensions());
+        assert_eq!(sha256.is_some(), workers > 1 && engine::isa::has_sha_extensions());
         assert_eq!(printed.contains("not computed"), sha256.is_none());
         assert_eq!(sha256.unwrap_or(hash(&file)), hash(&file));
         let (sha256, _) = boot(workers, &format!("model.sha256={}", hash(&file)));

@@ -7,9 +7,10 @@
 mod support;
 
 use engine::dispatch::Kernel;
-use engine::{Engine, Isa, Loader, Plan, Tier};
-use jit::{Compiler, TargetIsa, space};
+use engine::{Engine, Loader, Plan, Tier};
+use jit::{Compiler, space};
 use memmap2::MmapMut;
+use model::Isa;
 use model::kernel::{KernelKey, M_BUCKETS, Op};
 use model::synthetic::{self, Spec};
 use report::ExitStatus;
@@ -40,7 +41,7 @@ fn a_public_key_is_refused_rather_than_ignored() {
 fn an_image_without_kernels_for_the_model_is_refused() {
     let file = synthetic::gguf(&Spec::default()).unwrap();
     let mut machine = Machine::with_model(&file);
-    if !engine::Isa::detect().avx2 {
+    if !engine::isa::detect().avx2 {
         // Nothing compiled could run: such a machine takes the reference, and says so.
         return;
     }
@@ -58,7 +59,6 @@ fn nothing_is_tuned_and_nothing_saved() {
     assert!(!report.convergence.converged);
 }
 
-const AVX2: TargetIsa = TargetIsa { avx2: true, avx512: false, avx512_vnni: false, avx_vnni: false };
 /// `vzeroupper; ret`.
 const NOTHING: [u8; 4] = [0xc5, 0xf8, 0x77, 0xc3];
 /// Tokens of a prompt that takes the largest batch, and a smaller one for the rest.
@@ -74,7 +74,7 @@ fn linked(key: KernelKey, code: &[u8]) -> LinkedKernel {
     // SAFETY: the pages are never unmapped or written again, and hold what the compiler made for `key` and AVX2, without
     // which no test gets here, or NOTHING, which touches no operand.
     let kernel = unsafe { Kernel::from_entry(key, entry) };
-    LinkedKernel { variant: space::variants(&key, AVX2)[0], kernel, len_bytes: code.len(), answer_sha256: None }
+    LinkedKernel { variant: space::variants(&key, Isa::AVX2)[0], kernel, len_bytes: code.len(), answer_sha256: None }
 }
 
 /// Every kernel that the model of `file` can use, as `export-tool` would link them.
@@ -84,12 +84,12 @@ fn image_for(file: &[u8]) -> Vec<LinkedKernel> {
     let arena = vec![0; plan.arena_bytes()].leak();
     let mut loader = Loader::new(plan, engine::simd::Level::detect(), arena).unwrap();
     loader.feed(0, file, &engine::workers::Single).unwrap();
-    let engine = Engine::new(loader.finish().unwrap(), arena, Isa::detect(), Tier::Reference).unwrap();
-    let mut compiler = Compiler::new(AVX2).unwrap();
+    let engine = Engine::new(loader.finish().unwrap(), arena, engine::isa::detect(), Tier::Reference).unwrap();
+    let mut compiler = Compiler::new(Isa::AVX2).unwrap();
     let mut image = Vec::new();
     for slot in 0..engine.table().len() {
         let key = engine.table().key(slot).unwrap();
-        let kernel = linked(key, &compiler.compile(&key, &space::variants(&key, AVX2)[0]).unwrap().code);
+        let kernel = linked(key, &compiler.compile(&key, &space::variants(&key, Isa::AVX2)[0]).unwrap().code);
         let answer = engine.reference_answer(slot).unwrap();
         image.push(LinkedKernel { answer_sha256: Some(Sha256::digest(answer.as_bytes()).into()), ..kernel });
     }
@@ -106,7 +106,7 @@ struct Frozen {
 impl Frozen {
     /// `None` on a machine that runs no compiled kernel at all.
     fn new() -> Option<Self> {
-        if !Isa::detect().avx2 {
+        if !engine::isa::detect().avx2 {
             eprintln!("skipped: no AVX2, FMA and F16C here, so no compiled kernel can run");
             return None;
         }
@@ -354,7 +354,20 @@ fn on_another_cpu_the_image_says_what_it_cannot_use() {
     assert!(booted.ran.iter().all(|(_, linked)| !linked), "{:?}", booted.ran);
     assert_eq!(booted.guarded_calls, 0);
 
-    // With AVX2, but without what the kernels were compiled for: invalid opcodes.
+    // With AVX2, but without what one of them was compiled for: that one does not run.
+    let first = frozen.first();
+    for (name, needs) in [("w512_r1_c32_s1_u1_pf0", "AVX-512 F, BW, DQ and VL"), ("w256a_r1_c32_s1_u1_pf0", "AVX-VNNI")]
+    {
+        let image = frozen.with(LinkedKernel { variant: name.parse().unwrap(), ..first });
+        let key = first.kernel.key();
+        let booted = boots(frozen.machine(), &image, &frozen.tokens, image.len() - 1);
+        let refusal =
+            format!("linked kernel {key} {name} needs {needs}, which the CPU lacks or isa= rules out; not used");
+        assert_eq!(booted.warnings, [refusal, gap(&[key], "batches of 4 serve single tokens")]);
+        assert_eq!(booted.guarded_calls, image.len() - 1, "it was called");
+    }
+
+    // Kernels that need more than their names say: invalid opcodes.
     let LinkedKernel { variant, kernel, .. } = frozen.image[0];
     let mut machine = frozen.machine();
     let fault = KernelFault { vector: 6, offset: Some(9) };

@@ -17,6 +17,9 @@ pub fn run(workspace: &Path) -> Result<()> {
     let mut steps = Steps { done: Vec::new() };
     steps.command("format", cargo(workspace, &["fmt", "--all", "--check"]))?;
     steps.command("lints, host", lint(cargo(workspace, &["clippy", "--workspace", "--all-targets"])))?;
+    // By itself it has no compiler and no check of signatures, as the native image.
+    let native = lint(cargo(workspace, &["clippy", "--package", "runtime", "--all-targets"]));
+    steps.command("lints, runtime of the native image", native)?;
     for (name, features) in [("lints, JIT image", "bare-metal,jit,signature"), ("lints, native image", "bare-metal")] {
         let mut clippy = kernel_build::cargo(workspace, "clippy")?;
         clippy.args(["--no-default-features", "--features", features]);
@@ -26,7 +29,6 @@ pub fn run(workspace: &Path) -> Result<()> {
         "tests, host, and a second of each fuzz target",
         cargo(workspace, &["test", "--workspace", "--no-fail-fast"]),
     )?;
-    // By itself it has no compiler and no check of signatures, as the native image.
     let native = cargo(workspace, &["test", "--package", "runtime"]);
     let host_tests = host_tests + steps.tests("tests, runtime of the native image", native)?;
     let real = steps.work("the demo model in F32", || real_model::run(workspace))?.unwrap_or(0);

@@ -5,9 +5,9 @@
 
 use super::{Level, cycles};
 use crate::forward::Engine;
-use crate::isa::Isa;
 use crate::workers::Workers;
 use core::sync::atomic::{AtomicU64, Ordering};
+use model::Isa;
 
 /// Measured limits of some cores together.
 #[derive(Clone, Copy, PartialEq, Debug, Default)]
@@ -60,7 +60,7 @@ struct Wide {
 
 impl Wide {
     fn new(isa: Isa) -> Self {
-        let here = Isa::detect();
+        let here = crate::isa::detect();
         Self {
             avx512: isa.avx512 && here.avx512,
             avx512_vnni: isa.avx512_vnni && here.avx512_vnni,
@@ -333,7 +333,7 @@ mod tests {
     fn every_probe_measures_something() {
         let memory = vec![7u8; 1 << 20];
         for level in [Level::Portable, Level::detect()] {
-            let limits = measure(&memory, level, Isa::detect(), &Single, 1);
+            let limits = measure(&memory, level, crate::isa::detect(), &Single, 1);
             assert!(limits.read_bytes_per_cycle > 0.0 && limits.read_bytes_per_cycle.is_finite());
             // More than a core can do means that the probe was optimised away: 2 x 16 lanes x 2 ports, and 4 times that.
             assert!(limits.fma_flops_per_cycle > 0.0 && limits.fma_flops_per_cycle < 128.0);

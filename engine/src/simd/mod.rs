@@ -11,9 +11,10 @@ pub mod limits;
 pub(crate) mod math;
 pub(crate) mod pack;
 
-use crate::isa::{FeatureWords, Isa};
+use crate::isa::FeatureWords;
 use core::arch::x86_64::{__cpuid, __cpuid_count, _MM_HINT_T1, _mm_prefetch, _rdtsc, _xgetbv};
 use core::sync::atomic::{AtomicU8, Ordering};
+use model::Isa;
 
 /// Reads the time-stamp counter. Not serialising: good for differences well above 100 cycles.
 #[inline(always)]
@@ -92,12 +93,12 @@ impl Level {
     }
 }
 
-/// [`Isa::detect`]'s answers for AVX2 and AVX-512, kept because a CPUID under a hypervisor can cost tens of microseconds.
+/// [`crate::isa::detect`]'s answers for AVX2 and AVX-512, kept because a CPUID under a hypervisor can cost tens of microseconds.
 fn cpu_has() -> (bool, bool) {
     static KNOWN: AtomicU8 = AtomicU8::new(0);
     match KNOWN.load(Ordering::Relaxed) {
         0 => {
-            let isa = Isa::detect();
+            let isa = crate::isa::detect();
             KNOWN.store(1 + u8::from(isa.avx2) + u8::from(isa.avx2 && isa.avx512), Ordering::Relaxed);
             (isa.avx2, isa.avx2 && isa.avx512)
         }

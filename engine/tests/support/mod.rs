@@ -5,7 +5,8 @@ use engine::attention::KvType;
 use engine::operands::AlignedBytes;
 use engine::simd::Level;
 use engine::workers::Workers;
-use engine::{Engine, Isa, Loader, Plan, Session, SessionMemory, Tier, sampler};
+use engine::{Engine, Loader, Plan, Session, SessionMemory, Tier, sampler};
+use model::Isa;
 use model::ModelDescription;
 
 /// Scoped threads, started anew for each job: slow, and as unordered as it gets.

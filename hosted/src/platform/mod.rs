@@ -109,7 +109,7 @@ fn cpu_facts() -> CpuFacts {
     let vendor = cpuid.get_vendor_info().map_or_else(String::new, |v| v.as_str().to_owned());
     let brand = cpuid.get_processor_brand_string().map_or_else(|| vendor.clone(), |b| b.as_str().trim().to_owned());
     let hypervisor = cpuid.get_hypervisor_info().map(|h| format!("{:?}", h.identify()));
-    let isa = engine::Isa::detect();
+    let isa = engine::isa::detect();
     let signature = raw_cpuid::cpuid!(1).eax;
     CpuFacts { fingerprint: runtime::platform::cpu_fingerprint(&vendor, signature, isa), brand, hypervisor, isa }
 }

@@ -4,7 +4,8 @@
 //! compiler under test.
 #![allow(dead_code)]
 
-use jit::{CompiledKernel, TargetIsa};
+use jit::CompiledKernel;
+use model::Isa;
 use model::kernel::{DType, KernelKey, Op};
 use model::layout::{
     BLOCK, BlockLayout, PANEL, QuadField, WORD_BYTES, XBLOCK_BYTES, XBLOCK_D, XBLOCK_DSUM, XBLOCK_QS, XBLOCK_SUM,
@@ -16,14 +17,14 @@ use model::numerics::{EXP_HI, EXP_LO, EXP_POLY, GELU_CUBIC, GELU_LINEAR, LN2_HI,
 const PAGE: usize = 4096;
 
 /// Instruction sets of the machine the tests run on.
-pub fn host_isa() -> TargetIsa {
+pub fn host_isa() -> Isa {
     let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
     let avx512 = avx2
         && is_x86_feature_detected!("avx512f")
         && is_x86_feature_detected!("avx512bw")
         && is_x86_feature_detected!("avx512dq")
         && is_x86_feature_detected!("avx512vl");
-    TargetIsa {
+    Isa {
         avx2,
         avx512,
         avx512_vnni: avx512 && is_x86_feature_detected!("avx512vnni"),
@@ -32,7 +33,7 @@ pub fn host_isa() -> TargetIsa {
 }
 
 /// Everything there is, to compile kernels this machine may not run.
-pub const EVERY_ISA: TargetIsa = TargetIsa { avx2: true, avx512: true, avx512_vnni: true, avx_vnni: true };
+pub const EVERY_ISA: Isa = Isa { avx2: true, avx512: true, avx512_vnni: true, avx_vnni: true };
 
 /// Anonymous memory between two unmapped pages.
 pub struct Mapping {

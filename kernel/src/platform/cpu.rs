@@ -34,7 +34,7 @@ pub fn brand() -> String {
 }
 
 /// The text that names this CPU in snapshots (`runtime::platform::cpu_fingerprint`).
-pub fn fingerprint(isa: engine::Isa) -> String {
+pub fn fingerprint(isa: model::Isa) -> String {
     let vendor = CpuId::new().get_vendor_info().map_or_else(|| "unknown".to_string(), |v| v.as_str().to_string());
     runtime::platform::cpu_fingerprint(&vendor, __cpuid(1).eax, isa)
 }

@@ -45,7 +45,7 @@ pub struct Machine {
 impl Machine {
     /// One with `model` on a raw disk and no other.
     pub fn with_model(model: &[u8]) -> Self {
-        let isa = engine::Isa::detect();
+        let isa = engine::isa::detect();
         let cpu = CpuFacts { brand: "test".into(), fingerprint: "test".into(), hypervisor: None, isa };
         Self {
             cpu,
