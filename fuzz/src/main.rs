@@ -4,6 +4,7 @@
 use fuzz::{Mutator, Outcome, TARGETS};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// A case that takes longer than this counts as a hang.
@@ -11,6 +12,48 @@ const LIMIT: Duration = Duration::from_secs(5);
 
 const USAGE: &str =
     "usage: fuzz [--cases N] [--seed N] [TARGET ...]   (default: 1000000 cases of every target, seed 1)";
+
+/// An input on its way through a target.
+struct Case {
+    target: &'static str,
+    seed: u64,
+    number: u64,
+    input: Vec<u8>,
+    began: Instant,
+}
+
+impl Case {
+    /// Says that this one `what`, and keeps its input.
+    fn report(&self, what: &str) {
+        let Case { target, seed, number, input, .. } = self;
+        let file = format!("fuzz-{target}-{number}.bin");
+        eprintln!("{target}: case {number} of seed {seed} {what}");
+        match std::fs::write(&file, input) {
+            Ok(()) => eprintln!("its {} bytes are in {file}", input.len()),
+            Err(error) => eprintln!("its {} bytes could not be written to {file}: {error}", input.len()),
+        }
+    }
+}
+
+/// The case that runs now, for [`watch`].
+static CURRENT: Mutex<Option<Case>> = Mutex::new(None);
+
+/// Puts `case` in the place of the one before, which is returned.
+fn now_runs(case: Option<Case>) -> Option<Case> {
+    std::mem::replace(&mut *CURRENT.lock().unwrap_or_else(PoisonError::into_inner), case)
+}
+
+/// Ends the process when a case takes longer than [`LIMIT`]: a loop without end cannot be ended otherwise.
+fn watch() {
+    loop {
+        std::thread::sleep(LIMIT / 10);
+        let current = CURRENT.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(case) = current.as_ref().filter(|case| case.began.elapsed() > LIMIT) {
+            case.report("hung");
+            std::process::exit(1);
+        }
+    }
+}
 
 struct Arguments {
     cases: u64,
@@ -47,6 +90,7 @@ fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
+    std::thread::spawn(watch);
     for target in TARGETS {
         if !arguments.targets.is_empty() && !arguments.targets.iter().any(|name| name == target.name) {
             continue;
@@ -57,29 +101,27 @@ fn main() -> ExitCode {
         let running = format!("fuzz-{}-running.bin", target.name);
         // A file left behind says nothing: the result does.
         let clean_up = || drop(target.runs_code.then(|| std::fs::remove_file(&running)));
-        for case in 0..arguments.cases {
+        for number in 0..arguments.cases {
             let input = mutator.mutate(&seeds);
-            // Wrong code can end the process, or never return: then this file has the input.
+            // Wrong code can end the process: then this file has the input.
             if target.runs_code
                 && let Err(error) = std::fs::write(&running, &input)
             {
                 eprintln!("cannot write {running}: {error}; choose a writable current directory");
                 return ExitCode::FAILURE;
             }
-            let began = Instant::now();
+            let (seed, began) = (arguments.seed, Instant::now());
+            now_runs(Some(Case { target: target.name, seed, number, input: input.clone(), began }));
             let outcome = catch_unwind(AssertUnwindSafe(|| (target.run)(&input)));
             slowest = slowest.max(began.elapsed());
-            accepted += u64::from(matches!(outcome, Ok(Outcome::Accepted)));
-            if outcome.is_err() || slowest > LIMIT {
-                clean_up();
-                let file = format!("fuzz-{}-{case}.bin", target.name);
-                let what = if outcome.is_err() { "panicked" } else { "hung" };
-                eprintln!("{}: case {case} of seed {} {what}", target.name, arguments.seed);
-                match std::fs::write(&file, &input) {
-                    Ok(()) => eprintln!("its {} bytes are in {file}", input.len()),
-                    Err(error) => eprintln!("its {} bytes could not be written to {file}: {error}", input.len()),
+            let case = now_runs(None);
+            match outcome {
+                Ok(outcome) => accepted += u64::from(matches!(outcome, Outcome::Accepted)),
+                Err(_) => {
+                    clean_up();
+                    case.iter().for_each(|case| case.report("panicked"));
+                    return ExitCode::FAILURE;
                 }
-                return ExitCode::FAILURE;
             }
         }
         clean_up();
