@@ -1,9 +1,11 @@
 //! The machine as one value: the runtime's [`Platform`] on bare metal.
 
+use crate::boot::area::MAX_CPUS;
 use crate::boot::early::{BootFacts, mark};
 use crate::boot::gates;
 use crate::boot::info::{Loader, Range};
 use crate::boot::paging::LARGE_PAGE_BYTES;
+use crate::boot::plan::RAM_LIMIT;
 use crate::platform::code::CodeArena;
 use crate::platform::cores::Cores;
 use crate::platform::embedded::EmbeddedModel;
@@ -68,6 +70,19 @@ impl Machine {
                 None => "the others did not start",
             };
             notes.push(alloc::format!("{} of {} cores are used: {why}", facts.cores, facts.cores_listed));
+        }
+        for (left_out, what, most) in [
+            (facts.acpi.apic_ids.left_out(), "cores", MAX_CPUS),
+            (facts.disks.left_out(), "disks", pci::MAX_DISKS),
+            ((facts.plan.left_out_bytes >> 20) as usize, "MiB of memory", (RAM_LIMIT >> 20) as usize),
+        ] {
+            if left_out > 0 {
+                notes.push(alloc::format!("{left_out} {what} left out: this kernel uses up to {most}"));
+            }
+        }
+        if !facts.can_nap {
+            notes
+                .push("the local APIC's timer does not count: this machine spins while it waits for disks".to_string());
         }
         if !cpu::has_no_execute() {
             notes.push("this CPU has no NX bit: data can be executed".to_string());

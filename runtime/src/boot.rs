@@ -122,6 +122,11 @@ fn work(platform: &mut dyn Platform, reporter: &mut Reporter, request: Request<'
     reporter.stage(platform, "model_header");
 
     let threads = threads(&options, platform.workers());
+    for (asked, what, given) in [(options.context, "context", context), (options.threads, "threads", threads)] {
+        if asked as usize > given {
+            reporter.note(platform, Level::Warning, alloc::format!("{what}={asked} is more than there is: {given}"));
+        }
+    }
     let shape = Shape { isa, threads, context };
     let reserved = Reserved::new(platform, &description, &options, shape)?;
     reporter.stage(platform, "memory");

@@ -108,3 +108,15 @@ fn keeping_the_whole_context_is_refused() {
         assert!(error.to_string().contains("at most 38"), "{error}");
     }
 }
+
+#[test]
+fn asking_for_more_than_there_is_gives_what_there_is_and_says_so() {
+    let file = synthetic::gguf(&Spec { seq_len: 64, ..Spec::default() }).unwrap();
+    let mut machine = Machine::with_model(&file);
+    machine.boot("prompt=ab max_tokens=2 context=65 threads=3 kv=f16").report.unwrap();
+    let warnings: Vec<_> = machine.printed.lines().filter_map(|line| line.strip_prefix("warning: ")).collect();
+    assert_eq!(warnings, ["context=65 is more than there is: 64", "threads=3 is more than there is: 1"]);
+    machine.printed.clear();
+    machine.boot("prompt=ab max_tokens=2 context=64 threads=1").report.unwrap();
+    assert!(!machine.printed.contains("more than there is"), "{}", machine.printed);
+}

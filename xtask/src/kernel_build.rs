@@ -9,7 +9,8 @@ const TARGET: &str = "x86_64-unknown-linux-gnu";
 const JIT_PROFILE: &str = "image";
 const NATIVE_PROFILE: &str = "native";
 
-/// Compiler flags of the guest; the linker script's path is filled in.
+/// Compiler flags of the guest; the linker script's path is filled in, and where crates lie on this machine is left out of
+/// messages, so that an image does not depend on who built it.
 ///
 /// # Errors
 /// When `kernel/rustflags.txt` cannot be read.
@@ -17,14 +18,26 @@ pub fn rustflags(workspace: &Path) -> Result<String> {
     let file = workspace.join("kernel/rustflags.txt");
     let text = std::fs::read_to_string(&file).with_context(|| format!("reading {}", file.display()))?;
     let script = workspace.join("kernel/link.ld");
-    let flags: Vec<String> = text
+    let mut flags: Vec<String> = text
         .lines()
         .map(|line| line.split('#').next().unwrap_or_default().trim())
         .filter(|line| !line.is_empty())
         .map(|line| line.replace("{link.ld}", &script.display().to_string()))
         .collect();
+    flags.extend(registries().iter().map(|registry| format!("--remap-path-prefix={}/=", registry.display())));
     // cargo separates encoded flags by the unit separator, so that paths may hold spaces.
     Ok(flags.join("\x1f"))
+}
+
+/// Where cargo keeps the sources of crates, a directory for each registry. Crates of this program lie there, too, so the
+/// directories exist before the guest's are fetched.
+fn registries() -> Vec<PathBuf> {
+    let home = std::env::var_os("CARGO_HOME").map(PathBuf::from);
+    let home = home.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cargo")));
+    let sources = home.and_then(|home| std::fs::read_dir(home.join("registry/src")).ok());
+    let mut registries: Vec<PathBuf> = sources.into_iter().flatten().flatten().map(|entry| entry.path()).collect();
+    registries.sort();
+    registries
 }
 
 fn target_dir(workspace: &Path) -> PathBuf {

@@ -55,7 +55,13 @@ impl Process {
     ) -> anyhow::Result<Self> {
         fault::install();
         let threads = match threads {
-            0 => std::thread::available_parallelism().map_or(1, |n| n.get()),
+            0 => {
+                let cpus = std::thread::available_parallelism().map_or(1, |n| n.get());
+                if cpus > MAX_PARTS {
+                    print_note!("warning: {MAX_PARTS} of {cpus} CPUs are used: a model is cut into no more parts");
+                }
+                cpus.min(MAX_PARTS)
+            }
             // Refused before they are started, as the plan of any model would.
             n if n > MAX_PARTS => {
                 return Err(RunError::from(EngineError::Threads { threads: n, max: MAX_PARTS }).into());

@@ -118,7 +118,9 @@ impl Threads {
         // With a thread for each CPU there is nothing to choose; the scheduler would still put two of them on one at times.
         let own = |index: usize| if cpus.len() == count { vec![cpus[index]] } else { Vec::new() };
         START_CPUS.get_or_init(|| cpus.clone());
-        bind_to(&own(0));
+        if !bind_to(&own(0)) {
+            print_note!("warning: threads may share a CPU: the system does not let them be bound to one each");
+        }
         let mut team = Self { shared, handles: Vec::new(), running_job: Mutex::new(()), cpus: cpus.clone() };
         for index in 1..count.max(1) {
             let shared = Arc::clone(&team.shared);
@@ -146,16 +148,17 @@ fn allowed_cpus() -> Vec<usize> {
     }
 }
 
-/// Keeps the calling thread on `cpus`; without any, or where the system refuses, it runs where it may already.
-fn bind_to(cpus: &[usize]) {
+/// Keeps the calling thread on `cpus`; without any, or where the system refuses, it runs where it may already. False where
+/// the system refuses.
+fn bind_to(cpus: &[usize]) -> bool {
     if cpus.is_empty() {
-        return;
+        return true;
     }
     // SAFETY: as above; each is below the set's size, it was found in one.
     unsafe {
         let mut set: libc::cpu_set_t = std::mem::zeroed();
         cpus.iter().for_each(|&cpu| libc::CPU_SET(cpu, &mut set));
-        libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &raw const set);
+        libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &raw const set) == 0
     }
 }
 

@@ -37,22 +37,32 @@ const DIVIDE_BY_ONE: u32 = 0b1011;
 /// How long a core may take to reach ring 3.
 const PATIENCE_US: u64 = 200_000;
 
-/// Starts up to `wanted - 1` further cores and returns how many run, this one included.
+/// What [`start`] found.
+pub(super) struct Started {
+    /// Cores that run, the boot CPU included.
+    pub running: usize,
+    /// The local APIC's timer counts, so a core can sleep for a time.
+    pub can_nap: bool,
+}
+
+/// Starts the local APIC's timer and up to `wanted - 1` further cores.
 ///
 /// # Safety
 /// Before the seal; the areas of `wanted` cores must be filled and the final page tables complete.
-pub(super) unsafe fn start(acpi: &AcpiFacts, plan: &Plan, wanted: usize) -> usize {
-    let Some(apic) = acpi.local_apic else { return 1 };
+pub(super) unsafe fn start(acpi: &AcpiFacts, plan: &Plan, wanted: usize) -> Started {
+    let Some(apic) = acpi.local_apic else { return Started { running: 1, can_nap: false } };
     let register = |offset: u64| (apic + offset) as *mut u32;
     // SAFETY: the local APIC's registers, mapped until the seal; no other interrupt can arrive, they are all masked.
-    unsafe {
+    let can_nap = unsafe {
         register(SPURIOUS).write_volatile(register(SPURIOUS).read_volatile() | 0x1ff);
         register(LINT1).write_volatile(DELIVER_NMI);
         (&raw mut ring0_apic).write_volatile(apic);
-        (&raw mut ring0_nap_ticks).write_volatile(u64::from(start_timer(apic)));
-    }
+        let nap_ticks = start_timer(apic);
+        (&raw mut ring0_nap_ticks).write_volatile(u64::from(nap_ticks));
+        nap_ticks > 0
+    };
     if wanted == 1 {
-        return 1;
+        return Started { running: 1, can_nap };
     }
     // Not CPUID's: where the host runs ring 3 directly and cannot trap CPUID, that is the host core's.
     // SAFETY: as above.
@@ -97,7 +107,7 @@ pub(super) unsafe fn start(acpi: &AcpiFacts, plan: &Plan, wanted: usize) -> usiz
         running = cores::arrived() + 1;
     }
     cores::close();
-    cores::arrived() + 1
+    Started { running: cores::arrived() + 1, can_nap }
 }
 
 /// Has the timer of the boot CPU raise [`WAKE_VECTOR`] each time it has counted down, and returns how many of its ticks are

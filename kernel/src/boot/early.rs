@@ -42,6 +42,8 @@ pub struct BootFacts {
     pub entry_tsc: u64,
     /// Cores that run, the boot CPU included.
     pub cores: usize,
+    /// A core that waits for a disk can sleep meanwhile.
+    pub can_nap: bool,
     /// Cores ACPI lists.
     pub cores_listed: usize,
     /// Page-table frames in use.
@@ -156,7 +158,7 @@ fn prepare(eax: u32, ebx: u32, mut steps: FixedList<Step, 16>) -> Result<BootFac
     let low_page_free = usable.as_slice().iter().any(|r| r.start <= trampoline.start && trampoline.end <= r.end);
     let wanted = if low_page_free { wanted } else { 1 };
     // SAFETY: the early boot runs alone, and the plan gave these pages to the page tables and CPU areas.
-    let (table_frames, cores) = unsafe {
+    let (table_frames, started) = unsafe {
         let frames = build_tables(&plan, wanted, acpi.local_apic, disks.as_slice())
             .map_err(|e| (ExitStatus::Fatal, e.to_string()))?;
         mark(&mut steps, "page tables");
@@ -181,7 +183,8 @@ fn prepare(eax: u32, ebx: u32, mut steps: FixedList<Step, 16>) -> Result<BootFac
         disks,
         clock,
         entry_tsc,
-        cores,
+        cores: started.running,
+        can_nap: started.can_nap,
         cores_listed,
         table_frames,
         steps,

@@ -5,12 +5,13 @@
 pub struct FixedList<T, const N: usize> {
     items: [T; N],
     len: usize,
+    left_out: usize,
 }
 
 impl<T: Copy + Default, const N: usize> FixedList<T, N> {
     /// The empty list.
     pub fn new() -> Self {
-        Self { items: [T::default(); N], len: 0 }
+        Self { items: [T::default(); N], len: 0, left_out: 0 }
     }
 
     /// Appends `item`; false when the list is full and `item` was dropped.
@@ -22,8 +23,16 @@ impl<T: Copy + Default, const N: usize> FixedList<T, N> {
                 self.len += 1;
                 true
             }
-            None => false,
+            None => {
+                self.left_out += 1;
+                false
+            }
         }
+    }
+
+    /// How many values found no place.
+    pub fn left_out(&self) -> usize {
+        self.left_out
     }
 
     /// The values.

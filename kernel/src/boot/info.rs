@@ -117,6 +117,9 @@ pub enum StartError {
         /// Entries seen.
         entries: usize,
     },
+    /// The memory map has more entries than can be kept.
+    #[error("the loader's memory map has more than {MAP_ENTRIES} entries")]
+    MemoryMapTooLong,
     /// The command line is longer than can be kept.
     #[error("the command line has more than {COMMAND_LINE_BYTES} bytes; put long settings into BAREFLOW.CFG")]
     CommandLineTooLong,
@@ -166,6 +169,14 @@ fn map_entry(bytes: &[u8]) -> Option<MapEntry> {
     Some(MapEntry { range: Range { start, end: start.saturating_add(len) }, kind })
 }
 
+/// Adds the entry in `bytes` to the map. One that is left out could forbid memory that another one allows.
+fn add(info: &mut StartInfo, bytes: &[u8]) -> Result<(), StartError> {
+    match map_entry(bytes) {
+        Some(entry) if !info.map.push(entry) => Err(StartError::MemoryMapTooLong),
+        _ => Ok(()),
+    }
+}
+
 fn pvh(memory: &dyn Physical, address: u64) -> Result<StartInfo, StartError> {
     const WHAT: &str = "start information";
     let head = reach(memory, WHAT, address, 56)?;
@@ -182,11 +193,9 @@ fn pvh(memory: &dyn Physical, address: u64) -> Result<StartInfo, StartError> {
     if version >= 1 {
         let map_at = u64_at(head, 40).ok_or(short)?;
         let entries = u32_at(head, 48).ok_or(short)? as usize;
-        for index in 0..entries.min(MAP_ENTRIES) {
+        for index in 0..entries {
             let entry = reach(memory, "memory map", map_at.saturating_add(24 * index as u64), 24)?;
-            if let Some(entry) = map_entry(entry) {
-                let _ = info.map.push(entry);
-            }
+            add(&mut info, entry)?;
         }
     }
     if command_line_at != 0 {
@@ -225,9 +234,7 @@ fn multiboot2(memory: &dyn Physical, address: u64) -> Result<StartInfo, StartErr
                 let stride = u32_at(tag, 8).unwrap_or(0) as usize;
                 if stride >= 20 {
                     for entry in tag.get(16..).unwrap_or(&[]).chunks_exact(stride) {
-                        if let Some(entry) = map_entry(entry) {
-                            let _ = info.map.push(entry);
-                        }
+                        add(&mut info, entry)?;
                     }
                 }
             }
@@ -360,6 +367,23 @@ mod tests {
         assert_eq!(read(&pvh_memory(&long), 0, 0x100).unwrap().command_line.as_slice().len(), COMMAND_LINE_BYTES);
         let long = [b'x'; COMMAND_LINE_BYTES + 1];
         assert_eq!(read(&pvh_memory(&long), 0, 0x100).unwrap_err(), StartError::CommandLineTooLong);
+    }
+
+    #[test]
+    fn a_memory_map_is_kept_whole_or_refused() {
+        let map = |entries: usize| {
+            let mut memory = pvh_memory(b"");
+            let at = memory.0.len();
+            for i in 0..entries as u64 {
+                memory.0.extend([i << 12, 0x1000].map(u64::to_le_bytes).concat());
+                memory.0.extend(1u64.to_le_bytes());
+            }
+            memory.0[0x100 + 40..0x100 + 48].copy_from_slice(&(at as u64).to_le_bytes());
+            memory.0[0x100 + 48..0x100 + 52].copy_from_slice(&(entries as u32).to_le_bytes());
+            read(&memory, 0, 0x100)
+        };
+        assert_eq!(map(MAP_ENTRIES).unwrap().map.as_slice().len(), MAP_ENTRIES);
+        assert_eq!(map(MAP_ENTRIES + 1).unwrap_err(), StartError::MemoryMapTooLong);
     }
 
     #[test]

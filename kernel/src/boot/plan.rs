@@ -42,6 +42,8 @@ pub struct Plan {
     pub ram: FixedList<Range, RAM_RANGES>,
     /// End of the highest RAM.
     pub ram_end: u64,
+    /// Bytes of usable RAM that are not used: above [`RAM_LIMIT`], or in more pieces than [`RAM_RANGES`].
+    pub left_out_bytes: u64,
 }
 
 impl Plan {
@@ -70,12 +72,14 @@ pub struct PlanError {
 /// [`PlanError`] when tables, areas or the code arena find no place below 4 GiB.
 pub fn plan(usable: &[Range], image_end: u64, cores: usize, code_arena: bool) -> Result<Plan, PlanError> {
     let mut ram: FixedList<Range, RAM_RANGES> = FixedList::new();
+    let mut left_out_bytes = 0;
     for range in usable {
         let above = Range { start: range.start.max(image_end), end: range.end.min(RAM_LIMIT) };
         let above = above.aligned_inward(LARGE_PAGE_BYTES);
         if above.len_bytes() > 0 && !ram.push(above) {
-            break;
+            left_out_bytes += above.len_bytes();
         }
+        left_out_bytes += range.end.saturating_sub(range.start.max(RAM_LIMIT));
     }
     let ram_end = ram.as_slice().last().map_or(0, |r| r.end);
     let total: u64 = ram.as_slice().iter().map(Range::len_bytes).sum();
@@ -98,7 +102,7 @@ pub fn plan(usable: &[Range], image_end: u64, cores: usize, code_arena: bool) ->
     for range in ram.as_slice().iter().filter(|r| r.len_bytes() > 0) {
         let _ = left.push(*range);
     }
-    Ok(Plan { tables, areas, code, ram: left, ram_end })
+    Ok(Plan { tables, areas, code, ram: left, ram_end, left_out_bytes })
 }
 
 #[cfg(test)]

@@ -242,7 +242,7 @@ impl Header {
 pub fn find_disks(map: &[MapEntry]) -> FixedList<Disk, MAX_DISKS> {
     let mut window = Window { next: WINDOW.start, map };
     let mut disks = FixedList::new();
-    let mut buses: FixedList<u8, 32> = FixedList::new();
+    let mut buses: FixedList<u8, 256> = FixedList::new();
     let _ = buses.push(0);
     let mut next = 0;
     while let Some(&bus) = buses.as_slice().get(next) {
