@@ -43,10 +43,43 @@ pub struct NativeRecord {
     pub audit: Option<serde_json::Value>,
     /// Its boots.
     pub boots: Vec<BootRecord>,
-    /// Boots of the self-optimising image run in between, one after each native boot: the fair comparison.
+    /// Boots of the self-optimising image, each right before or after the native one of its number: the fair comparison.
     pub interleaved_jit_boots: Vec<BootRecord>,
     /// Median of the boots in between.
     pub interleaved_jit_decode_tok_s: Option<f64>,
+    /// Tokens per second of each native boot by those of its neighbour.
+    pub decode_ratio: Option<Spread>,
+    /// Milliseconds to the first token of each native boot by those of its neighbour.
+    pub ttft_ratio: Option<Spread>,
+}
+
+impl NativeRecord {
+    /// Of an image and its boots, each with its neighbour in `between`.
+    pub fn new(
+        image: ImageBytes,
+        audit: Option<serde_json::Value>,
+        boots: Vec<BootRecord>,
+        between: Vec<BootRecord>,
+    ) -> Self {
+        let middle =
+            |boots: &[BootRecord], value: fn(&BootReport) -> f64| median(boots.iter().map(|boot| value(&boot.report)));
+        let ratio = |value: fn(&BootReport) -> f64| {
+            Spread::of(boots.iter().zip(&between).map(|(native, jit)| value(&native.report) / value(&jit.report)))
+        };
+        Self {
+            elf_bytes: image.elf_bytes,
+            text_bytes: image.text_bytes,
+            decode_tok_s: middle(&boots, |b| b.decode_tok_s),
+            prefill_tok_s: middle(&boots, |b| b.prefill_tok_s),
+            token_ids: boots.first().map(|boot| boot.report.token_ids.clone()).unwrap_or_default(),
+            audit,
+            interleaved_jit_decode_tok_s: middle(&between, |b| b.decode_tok_s),
+            decode_ratio: ratio(|b| b.decode_tok_s),
+            ttft_ratio: ratio(|b| b.ttft_ms),
+            boots,
+            interleaved_jit_boots: between,
+        }
+    }
 }
 
 /// How fast one of the images loads the model, in a boot of its own that does it again and again.

@@ -1,8 +1,8 @@
 //! Repeated boots: [`boot`] once for a report, [`converge`] until the guest says nothing improves any more.
 
-use crate::elf::{ImageBytes, image_bytes};
+use crate::elf::image_bytes;
 use crate::machine::{BootFrom, Machine, Qemu};
-use crate::run_report::{BootRecord, Environment, LoadRecord, NativeRecord, RunReport, median};
+use crate::run_report::{BootRecord, Environment, LoadRecord, NativeRecord, RunReport};
 use crate::session::{BootError, Deadlines, Event, Session};
 use crate::transcript::BootFailure;
 use std::path::{Path, PathBuf};
@@ -139,7 +139,8 @@ pub fn compare(
     }
 }
 
-/// Native and self-optimising boots in turn: bandwidth of shared machines drifts, so only neighbours are comparable.
+/// Native and self-optimising boots in turn, each first in every other pair: bandwidth of shared machines drifts, so only
+/// neighbours are comparable.
 fn compare_all(
     qemu: &Qemu,
     spec: &RunSpec,
@@ -147,7 +148,7 @@ fn compare_all(
     report: &mut RunReport,
     watch: &mut dyn FnMut(Progress<'_>),
 ) -> Result<(), String> {
-    let ImageBytes { elf_bytes, text_bytes } = image_bytes(&native.elf).map_err(|e| format!("native image: {e}"))?;
+    let image = image_bytes(&native.elf).map_err(|e| format!("native image: {e}"))?;
     let append = match &spec.machine.boot {
         BootFrom::Kernel { append, .. } => append.clone(),
         BootFrom::Disk(_) => String::new(),
@@ -155,20 +156,16 @@ fn compare_all(
     let machine = Machine { boot: BootFrom::Kernel { elf: native.elf.clone(), append }, ..spec.machine.clone() };
     let (mut boots, mut between) = (Vec::new(), Vec::new());
     for number in 1..=native.boots {
-        boots.push(run_one(qemu, spec, &machine, Phase::Native(number), watch)?);
-        between.push(run_one(qemu, spec, &spec.machine, Phase::Interleaved(number), watch)?);
+        let mut pair = [(Phase::Native(number), &machine), (Phase::Interleaved(number), &spec.machine)];
+        if number % 2 == 0 {
+            pair.reverse();
+        }
+        for (phase, machine) in pair {
+            let boot = run_one(qemu, spec, machine, phase, watch)?;
+            if matches!(phase, Phase::Native(_)) { boots.push(boot) } else { between.push(boot) }
+        }
         // After each pair: should a later boot fail, these are in the report.
-        report.set_native(NativeRecord {
-            elf_bytes,
-            text_bytes,
-            decode_tok_s: median(boots.iter().map(|b: &BootRecord| b.report.decode_tok_s)),
-            prefill_tok_s: median(boots.iter().map(|b| b.report.prefill_tok_s)),
-            token_ids: boots.first().map(|b| b.report.token_ids.clone()).unwrap_or_default(),
-            audit: native.audit.clone(),
-            interleaved_jit_decode_tok_s: median(between.iter().map(|b: &BootRecord| b.report.decode_tok_s)),
-            boots: boots.clone(),
-            interleaved_jit_boots: between.clone(),
-        });
+        report.set_native(NativeRecord::new(image, native.audit.clone(), boots.clone(), between.clone()));
     }
     for (phase, machine) in [(Phase::Load, &spec.machine), (Phase::NativeLoad, &machine)] {
         // A machine that boots from its disk takes no further settings.

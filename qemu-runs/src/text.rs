@@ -62,16 +62,22 @@ fn write(run: &RunReport, out: &mut String) -> std::fmt::Result {
     }
     if let Some(native) = &run.native {
         let jit = native.interleaved_jit_decode_tok_s;
+        let ratio = |ratio: Option<Spread>| {
+            let of = |s: Spread| format!("{:.2} ({:.2} to {:.2} in {} pairs)", s.median, s.min, s.max, s.n);
+            ratio.map_or("-".into(), of)
+        };
         let ttft = |boots: &[BootRecord]| median(boots.iter().map(|b| b.report.ttft_ms)).map_or("-".into(), number);
         writeln!(
             out,
-            "native image: decode {} tok/s, the image with compiler {} in turn with it\n\
-             native image: first token {} ms, the image with compiler {} in turn with it\n\
+            "native image: decode {} tok/s, the image with compiler {} in turn with it: {}\n\
+             native image: first token {} ms, the image with compiler {} in turn with it: {}\n\
              native image: {} bytes, code {}; with compiler {} bytes, code {}",
             native.decode_tok_s.map_or("-".into(), number),
             jit.map_or("-".into(), number),
+            ratio(native.decode_ratio),
             ttft(&native.boots),
             ttft(&native.interleaved_jit_boots),
+            ratio(native.ttft_ratio),
             native.elf_bytes,
             native.text_bytes,
             run.jit_image.map_or("-".into(), |i| i.elf_bytes.to_string()),

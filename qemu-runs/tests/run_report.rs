@@ -250,3 +250,20 @@ fn spread_of_odd_even_and_nothing() {
     assert_eq!(Spread::of([4.0, 1.0]), Some(Spread { median: 2.5, min: 1.0, max: 4.0, n: 2 }));
     assert_eq!(Spread::of([]), None);
 }
+
+#[test]
+fn a_native_boot_is_compared_with_its_neighbour() {
+    let boot =
+        |decode_tok_s: f64, ttft_ms: f64| record(report::BootReport { decode_tok_s, ttft_ms, ..made_up_boot(8) });
+    let image = qemu_runs::ImageBytes { elf_bytes: 2, text_bytes: 1 };
+    // The host was twice as fast during the second pair.
+    let native = vec![boot(100.0, 80.0), boot(220.0, 40.0), boot(90.0, 90.0)];
+    let jit = vec![boot(100.0, 100.0), boot(200.0, 40.0), boot(100.0, 100.0)];
+    let compared = qemu_runs::NativeRecord::new(image, None, native.clone(), jit);
+    assert_eq!((compared.decode_tok_s, compared.interleaved_jit_decode_tok_s), (Some(100.0), Some(100.0)));
+    let ratio = compared.decode_ratio.unwrap();
+    assert_eq!((ratio.min, ratio.median, ratio.max, ratio.n), (0.9, 1.0, 1.1, 3));
+    assert_eq!(compared.ttft_ratio.map(|ratio| ratio.median), Some(0.9));
+    let alone = qemu_runs::NativeRecord::new(image, None, native, Vec::new());
+    assert_eq!((alone.decode_ratio, alone.decode_tok_s), (None, Some(100.0)));
+}

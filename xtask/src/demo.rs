@@ -53,7 +53,7 @@ impl Pace {
                 max_tokens: 64,
                 tune_budget_ms: 3000,
                 tune_max_variants: 0,
-                native_boots: 3,
+                native_boots: 6,
                 load_rounds: 24,
                 deadline: Duration::from_secs(120),
             },

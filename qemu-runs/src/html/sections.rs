@@ -2,7 +2,7 @@
 
 use super::{bytes_text, escape, image_name, percent};
 use crate::plot::{Lines, Part, Scale, Series, columns, lines};
-use crate::run_report::{BootRecord, RunReport, median};
+use crate::run_report::{BootRecord, RunReport, Spread, median};
 use crate::text::{measured, number, times};
 use report::{BootReport, KernelRow, SnapshotOutcome, SnapshotStatus, TrialOutcome, TrialRow};
 use std::fmt::Write;
@@ -282,27 +282,31 @@ pub(super) fn native(run: &RunReport, out: &mut String) {
         "</div></div><div class=\"card scroll\"><h3>In turn with the image with compiler (JIT)</h3><table><tr><th><th colspan=3>decode, tokens/s<th colspan=3>first token, ms</tr>\
          <tr><th class=text>pair<th>native<th>JIT<th>ratio<th>native<th>JIT<th>ratio</tr>",
     );
-    let line = |name: &str, decode: (f64, f64), first: (f64, f64)| {
+    let line = |name: &str, decode: (f64, f64, f64), first: (f64, f64, f64)| {
         format!(
             "<tr><td class=text>{name}<td>{}<td>{}<td>{}<td>{}<td>{}<td>{}</tr>",
             measured(decode.0),
             measured(decode.1),
-            times(decode.0, decode.1).replace('x', "&times;"),
+            times(decode.2, 1.0).replace('x', "&times;"),
             measured(first.0),
             measured(first.1),
-            times(first.0, first.1).replace('x', "&times;")
+            times(first.2, 1.0).replace('x', "&times;")
         )
     };
     let pairs = native.boots.iter().zip(&native.interleaved_jit_boots).map(|(n, j)| (&n.report, &j.report));
     for (i, (n, j)) in pairs.clone().enumerate() {
-        let (decode, first) = ((n.decode_tok_s, j.decode_tok_s), (n.ttft_ms, j.ttft_ms));
+        let with_ratio = |native: f64, jit: f64| (native, jit, native / jit);
+        let (decode, first) = (with_ratio(n.decode_tok_s, j.decode_tok_s), with_ratio(n.ttft_ms, j.ttft_ms));
         out.push_str(&line(&(i + 1).to_string(), decode, first));
     }
-    let middle = |values: &dyn Fn(&BootReport) -> f64| {
+    // The median of the ratios is that of neighbours, which the ratio of the medians is not.
+    let middle = |values: &dyn Fn(&BootReport) -> f64, ratio: Option<Spread>| {
         let of = |boots: Vec<&BootReport>| median(boots.into_iter().map(values)).unwrap_or(0.0);
-        (of(pairs.clone().map(|p| p.0).collect()), of(pairs.clone().map(|p| p.1).collect()))
+        let (native, jit) = (of(pairs.clone().map(|p| p.0).collect()), of(pairs.clone().map(|p| p.1).collect()));
+        (native, jit, ratio.map_or(f64::NAN, |ratio| ratio.median))
     };
-    out.push_str(&line("<b>median</b>", middle(&|b| b.decode_tok_s), middle(&|b| b.ttft_ms)));
+    let decode = middle(&|b| b.decode_tok_s, native.decode_ratio);
+    out.push_str(&line("<b>median</b>", decode, middle(&|b| b.ttft_ms, native.ttft_ratio)));
     out.push_str("</table></div></div>");
     if let Some(audit) = &native.audit {
         let text = serde_json::to_string_pretty(audit).unwrap_or_default();

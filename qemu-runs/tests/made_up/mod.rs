@@ -193,15 +193,10 @@ pub fn made_up_native(boots: u32) -> NativeRecord {
         report.trials.clear();
         record(report)
     };
-    NativeRecord {
-        elf_bytes: 412_000,
-        text_bytes: 301_000,
-        decode_tok_s: Some(77.4),
-        prefill_tok_s: Some(214.0),
-        token_ids: (100..164).collect(),
-        audit: Some(serde_json::json!({ "compiler_symbols": 0, "writable_and_executable_pages": 0 })),
-        boots: (0..boots).map(native).collect(),
-        interleaved_jit_boots: (0..boots).map(|_| record(made_up_boot(8))).collect(),
-        interleaved_jit_decode_tok_s: Some(77.2),
-    }
+    NativeRecord::new(
+        ImageBytes { elf_bytes: 412_000, text_bytes: 301_000 },
+        Some(serde_json::json!({ "compiler_symbols": 0, "writable_and_executable_pages": 0 })),
+        (0..boots).map(native).collect(),
+        (0..boots).map(|_| record(made_up_boot(8))).collect(),
+    )
 }
