@@ -1,25 +1,23 @@
 //! A small deterministic mutator: what `cargo test` has in place of coverage guidance.
 
+use engine::SplitMix64;
+
 /// Values at the edges of integer types, little-endian.
 const EDGES: [u64; 8] = [0, 1, 0x7f, 0xff, 0x7fff_ffff, 0xffff_ffff, 1 << 63, u64::MAX];
 
 /// Makes damaged copies of good inputs.
 pub struct Mutator {
-    state: u64,
+    random: SplitMix64,
 }
 
 impl Mutator {
-    /// The same seed makes the same sequence.
+    /// The same seed makes the same sequence, another one another.
     pub fn new(seed: u64) -> Self {
-        Self { state: seed | 1 }
+        Self { random: SplitMix64::new(seed) }
     }
 
     fn next(&mut self) -> u64 {
-        // xorshift64*, Vigna 2016.
-        self.state ^= self.state >> 12;
-        self.state ^= self.state << 25;
-        self.state ^= self.state >> 27;
-        self.state.wrapping_mul(0x2545_f491_4f6c_dd1d)
+        self.random.next_u64()
     }
 
     fn below(&mut self, bound: usize) -> usize {
