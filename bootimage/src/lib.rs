@@ -309,10 +309,24 @@ fn write_volume(
     volume.unmount().map_err(failed)
 }
 
-/// True when both names lead to one file, which must then not be an input and an output.
-pub fn is_same_file(a: &Path, b: &Path) -> bool {
-    let of = |path: &Path| std::fs::metadata(path).map(|found| (found.dev(), found.ino()));
-    matches!((of(a), of(b)), (Ok(a), Ok(b)) if a == b)
+/// A file is to be read and written over.
+#[derive(Debug, thiserror::Error)]
+#[error("{}: input and output are the same file; name another output", output.display())]
+pub struct SameFile {
+    output: PathBuf,
+}
+
+/// Refuses to write `output` over one of `inputs`, by whatever name.
+///
+/// # Errors
+/// [`SameFile`].
+pub fn not_over<P: AsRef<Path>>(inputs: impl IntoIterator<Item = P>, output: &Path) -> Result<(), SameFile> {
+    let of = |path: &Path| std::fs::metadata(path).map(|found| (found.dev(), found.ino())).ok();
+    let written = of(output);
+    if written.is_some() && inputs.into_iter().any(|input| of(input.as_ref()) == written) {
+        return Err(SameFile { output: output.to_owned() });
+    }
+    Ok(())
 }
 
 fn persist(temporary: tempfile::NamedTempFile, out: &Path, overwrite: bool) -> Result<(), ImageError> {

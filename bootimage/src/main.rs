@@ -116,11 +116,7 @@ fn run(action: Action) -> Result<()> {
         }
         Action::List { image } => print_entries(&bootimage::list(&image)?).context(STANDARD_OUTPUT)?,
         Action::Get { image, name, out } => {
-            anyhow::ensure!(
-                !bootimage::is_same_file(&image, &out),
-                "{}: input and output are the same file; name another output",
-                out.display()
-            );
+            bootimage::not_over([&image], &out)?;
             let bytes = bootimage::read_file(&image, &name)?;
             if out == Path::new("-") {
                 let mut stdout = std::io::stdout();

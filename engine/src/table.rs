@@ -116,12 +116,14 @@ impl KernelTable {
         })
     }
 
+    /// Whether hand-written ops run where there is no compiled kernel; else the reference does.
+    pub fn has_hand_written(&self) -> bool {
+        crate::ops::HAS_BASELINE && matches!((self.tier, self.level), (Tier::Baseline, Level::Avx2(_)))
+    }
+
     /// Name of what runs without a compiled kernel: `reference`, or the level of the hand-written ops (`avx2`).
     pub fn own_name(&self) -> &'static str {
-        match (self.tier, self.level) {
-            (Tier::Baseline, Level::Avx2(_)) if crate::ops::HAS_BASELINE => "avx2",
-            _ => "reference",
-        }
+        if self.has_hand_written() { "avx2" } else { "reference" }
     }
 
     /// Puts a verified kernel into a slot and returns the one it replaces.

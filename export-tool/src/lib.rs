@@ -76,9 +76,7 @@ pub struct Exported {
 pub fn export(spec: &ExportSpec) -> Result<Exported> {
     for out in std::iter::once(&spec.out).chain(spec.disk_image.as_ref().map(|image| &image.out)) {
         let inputs = [&spec.disk, &spec.kernel_library, &spec.linker_script].into_iter().chain(&spec.embed_model);
-        if inputs.into_iter().any(|input| bootimage::is_same_file(input, out)) {
-            bail!("{}: input and output are the same file; name another output", out.display());
-        }
+        bootimage::not_over(inputs, out)?;
     }
     let OnDisk { generation, snapshot, .. } = read_snapshot(&spec.disk)?;
     let kernels = kernels(&snapshot);

@@ -1,6 +1,6 @@
 //! `bareflow convert`: a GGUF file again with its weights in another type, or a llama2.c model as GGUF.
 
-use crate::{BadFlag, not_over, read_file};
+use crate::{BadFlag, read_file};
 use anyhow::{Context, Result, bail, ensure};
 use indicatif::{ProgressBar, ProgressDrawTarget};
 use model::TensorType;
@@ -47,7 +47,7 @@ pub fn run(request: &Request<'_>) -> Result<()> {
     let file_bytes = file.metadata()?.len();
     let tokenizer_bin = read_file(tokenizer)?;
     for input in [Some(input), tokenizer].into_iter().flatten() {
-        not_over(input, output)?;
+        bootimage::not_over([input], output)?;
     }
     let taken =
         || BadFlag(format!("{} is there already: name another output, or replace it with --force", output.display()));

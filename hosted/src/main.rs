@@ -318,19 +318,13 @@ impl std::fmt::Display for BadFlag {
 
 impl std::error::Error for BadFlag {}
 
-/// Refuses to write `output` over `input`.
-fn not_over(input: &Path, output: &Path) -> Result<()> {
-    let text = || BadFlag(format!("{}: input and output are the same file; name another output", output.display()));
-    ensure!(!bootimage::is_same_file(input, output), text());
-    Ok(())
-}
-
 /// The exit code for `error`: by its kind where a run was refused, that of storage where a file could not be used.
 fn exit_code(error: &anyhow::Error) -> u8 {
     let refusals = error.chain().filter_map(|cause| {
         let refusal = cause.downcast_ref::<RunError>().map(RunError::exit_status);
         let setting = cause.downcast_ref::<OptionError>().map(|_| ExitStatus::Settings);
         let setting = setting.or(cause.downcast_ref::<BadFlag>().map(|_| ExitStatus::Settings));
+        let setting = setting.or(cause.downcast_ref::<bootimage::SameFile>().map(|_| ExitStatus::Settings));
         let file = cause.downcast_ref::<std::io::Error>().map(|_| ExitStatus::Storage);
         let model = cause.downcast_ref::<model::ModelError>().map(|_| ExitStatus::Model);
         // Making the snapshot image is all that is asked of it here.

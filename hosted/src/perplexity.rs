@@ -10,7 +10,7 @@
 //! scored position, window by window, as f32 rows; everything little-endian.
 
 use crate::platform::{FileDisk, Process};
-use crate::{BadFlag, not_over, read_file};
+use crate::{BadFlag, read_file};
 use anyhow::{Context, Result, ensure};
 use runtime::boot::Shape;
 use runtime::load::Companions;
@@ -107,8 +107,11 @@ impl Dump {
 /// # Errors
 /// A model that cannot be loaded, a text shorter than one window, a window the model was not made for.
 pub fn run(request: &Request<'_>, options: &Options) -> Result<()> {
-    for input in [Some(request.model), Some(request.text), request.tokenizer].into_iter().flatten() {
-        request.logits.map_or(Ok(()), |output| not_over(input, output))?;
+    if let Some(output) = request.logits {
+        bootimage::not_over(
+            [Some(request.model), Some(request.text), request.tokenizer].into_iter().flatten(),
+            output,
+        )?;
     }
     let disk = FileDisk::open(request.model, false).with_context(|| format!("opening {}", request.model.display()))?;
     let text = std::fs::read(request.text).with_context(|| format!("reading {}", request.text.display()))?;

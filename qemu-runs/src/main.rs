@@ -252,6 +252,10 @@ fn read_json(path: &Path) -> Result<serde_json::Value> {
 }
 
 fn run_boot(arguments: &MachineArguments, json: Option<&Path>, log: Option<&Path>) -> Result<ExitCode> {
+    for output in json.into_iter().chain(log) {
+        let inputs = [&arguments.kernel, &arguments.disk, &arguments.model, &arguments.qemu];
+        bootimage::not_over(inputs.into_iter().flatten(), output)?;
+    }
     let qemu = arguments.qemu()?;
     let chosen = arguments.choose(&qemu)?;
     eprintln!("accel: {}", chosen.reason());

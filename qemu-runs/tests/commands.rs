@@ -123,3 +123,16 @@ fn a_report_that_does_not_fit_its_disk_is_printed_all_the_same() {
     assert!(error.contains("cannot write the report to small/out: No space left on device"), "{error}");
     assert!(!output.stdout.is_empty(), "the result of the run is lost");
 }
+
+#[test]
+fn what_is_booted_is_not_written_over() {
+    let folder = folder();
+    std::os::unix::fs::symlink("guest.sh", folder.path().join("link")).unwrap();
+    let before = std::fs::read(folder.path().join("guest.sh")).unwrap();
+    for (flag, file) in [("--json", "guest.sh"), ("--log", "link"), ("--log", "disk.img")] {
+        let args = [&BOOT[..], &["--disk", "disk.img", flag, file]].concat();
+        let error = refused(&qemu_runs(folder.path(), &args).output().unwrap());
+        assert!(error.contains(&format!("{file}: input and output are the same file")), "{error}");
+    }
+    assert_eq!(std::fs::read(folder.path().join("guest.sh")).unwrap(), before);
+}

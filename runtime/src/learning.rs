@@ -25,9 +25,6 @@ use snapshot_format::{BootLine, CodeUse, DiskMedium, Identity, SlotReason, Snaps
 /// Standard deviation of normal noise, in median absolute deviations.
 const MAD_TO_DEVIATION: f64 = 1.4826;
 
-/// [`engine::table::KernelTable::own_name`] of the hand-written ops.
-const HAND_WRITTEN: &str = "avx2";
-
 /// The kernels of one boot.
 pub struct Kernels<'a> {
     options: &'a Options,
@@ -265,7 +262,7 @@ impl<'a> Kernels<'a> {
             let median = profile.stats(hot.slot).median_cycles();
             let record = self.snapshot.record_mut(hot.key);
             record.last_median_cycles = median;
-            let hand_written = self.running.variant(hot.slot).is_none() && engine.table().own_name() == HAND_WRITTEN;
+            let hand_written = self.running.variant(hot.slot).is_none() && engine.table().has_hand_written();
             if hand_written && record.baseline_median_cycles.is_none() {
                 record.baseline_median_cycles = median;
             }
