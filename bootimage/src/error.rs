@@ -126,6 +126,14 @@ pub enum ImageError {
         /// The reader's reason.
         reason: storage::StorageError,
     },
+    /// Directories that lead to each other, or more files than any guest needs.
+    #[error("the volume of {} leads to more than {limit} entries: it is damaged, its directories may lead in circles; build it again", path.display())]
+    TooManyEntries {
+        /// The image.
+        path: PathBuf,
+        /// Entries looked at.
+        limit: usize,
+    },
     /// A slot has more than one piece: a bug here, caught before the image is handed over.
     #[error("snapshot slot {name} came out in {pieces} pieces instead of one; please report this")]
     SlotInPieces {

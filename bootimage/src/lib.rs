@@ -359,7 +359,7 @@ fn open_image(path: &Path) -> Result<File, ImageError> {
 /// Every file on the image's volume, by path.
 ///
 /// # Errors
-/// [`ImageError::Read`] or [`ImageError::Volume`].
+/// [`ImageError::Read`], [`ImageError::Volume`] or [`ImageError::TooManyEntries`].
 pub fn list(image: &Path) -> Result<Vec<Entry>, ImageError> {
     list_file(&open_image(image)?, image)
 }
@@ -370,6 +370,9 @@ fn list_file(image: &File, path: &Path) -> Result<Vec<Entry>, ImageError> {
     FatVolume::open(&mut device)
         .and_then(|volume| walk.directory(&volume, &mut device, "", 0))
         .map_err(|reason| ImageError::Volume { path: path.to_owned(), reason })?;
+    if walk.has_enough() {
+        return Err(ImageError::TooManyEntries { path: path.to_owned(), limit: MAX_ENTRIES });
+    }
     let mut entries = walk.files;
     entries.sort_by(|a, b| a.path.cmp(&b.path));
     Ok(entries)
@@ -387,6 +390,11 @@ struct Walk {
 }
 
 impl Walk {
+    /// No more is looked at.
+    fn has_enough(&self) -> bool {
+        self.looked_at > MAX_ENTRIES
+    }
+
     fn directory(
         &mut self,
         volume: &FatVolume,
@@ -396,8 +404,8 @@ impl Walk {
     ) -> Result<(), StorageError> {
         for entry in volume.list(device, path)? {
             self.looked_at += 1;
-            if self.looked_at > MAX_ENTRIES {
-                return Err(StorageError::DirectoryTooLong { path: path.to_owned(), limit: MAX_ENTRIES });
+            if self.has_enough() {
+                return Ok(());
             }
             let path = if path.is_empty() { entry.name.clone() } else { format!("{path}/{}", entry.name) };
             if !entry.is_dir {

@@ -232,3 +232,31 @@ fn looking_into_the_wrong_file_says_so() {
         "{error}"
     );
 }
+
+#[test]
+fn directories_that_lead_in_circles_are_an_error() {
+    let fixture = Fixture::new();
+    let image = fixture.path("disk.img");
+    build(&fixture.spec(), &image).unwrap();
+    let mut bytes = std::fs::read(&image).unwrap();
+    let mut volume = Cursor::new(bytes.split_off(PARTITION_OFFSET_BYTES as usize));
+    {
+        let mounted = fatfs::FileSystem::new(&mut volume, fatfs::FsOptions::new()).unwrap();
+        let looping = mounted.root_dir().create_dir("LOOPING").unwrap();
+        (0..8).for_each(|i| drop(looping.create_dir(&format!("INNER{i}")).unwrap()));
+    }
+    // A directory's entry has its first cluster in bytes 26 and 27: those of the inner ones lead back.
+    let mut volume = volume.into_inner();
+    let entry = |volume: &[u8], name: &[u8]| (0..volume.len()).step_by(32).find(|&at| volume[at..].starts_with(name));
+    let at = entry(&volume, b"LOOPING    \x10").unwrap();
+    let cluster = [volume[at + 26], volume[at + 27]];
+    for i in 0..8 {
+        let at = entry(&volume, format!("INNER{i}     \x10").as_bytes()).unwrap();
+        volume[at + 26..at + 28].copy_from_slice(&cluster);
+    }
+    bytes.extend(volume);
+    std::fs::write(&image, bytes).unwrap();
+    let error = list(&image).unwrap_err();
+    assert!(matches!(error, ImageError::TooManyEntries { .. }), "{error}");
+    assert!(error.to_string().contains("lead in circles"), "{error}");
+}

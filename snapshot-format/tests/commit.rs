@@ -237,6 +237,36 @@ fn slots_that_hold_something_else_are_named() {
 }
 
 #[test]
+fn what_no_build_would_save_is_refused_although_its_hashes_are_right() {
+    const SECTORS: u64 = 4096;
+    let opens = |spoil: fn(&mut Snapshot)| {
+        let mut snapshot = snapshot(1, 10);
+        spoil(&mut snapshot);
+        let payload = postcard::to_allocvec(&snapshot).unwrap();
+        let mut disk = MemoryDisk::new(vec![0; 2 * SECTORS as usize * SECTOR_BYTES]);
+        disk.bytes_mut()[..HEADER_BYTES].copy_from_slice(&header_of(&payload).encode());
+        disk.bytes_mut()[HEADER_BYTES..][..payload.len()].copy_from_slice(&payload);
+        let refused = SlotReason::Schema { generation: 5, payload_bytes: payload.len() as u64 };
+        match open(&mut RawSlots { dev: &mut disk, slot_sectors: SECTORS }, &ME) {
+            Ok(_) => true,
+            Err(cold) => {
+                assert_eq!(*cold.reason(Slot::A), refused);
+                false
+            }
+        }
+    };
+    assert!(opens(|_| {}));
+    assert!(!opens(|s| s.entries.push(s.entries[0].clone())), "two records of one key");
+    assert!(!opens(|s| s.boots = vec![s.boots[0]; snapshot_format::MAX_BOOT_LINES + 1]));
+    assert!(opens(|s| s.boots = vec![s.boots[0]; snapshot_format::MAX_BOOT_LINES]));
+    assert!(!opens(|s| s.entries[0].trials = vec![s.entries[0].trials[0]; 4097]));
+    assert!(!opens(|s| s.entries[0].quarantined = vec![variant(8); 4097]));
+    assert!(!opens(|s| s.entries[0].incumbent = Some(StoredKernel::new(variant(2), vec![0; (256 << 10) + 1]))));
+    assert!(opens(|s| s.entries[0].incumbent = Some(StoredKernel::new(variant(2), vec![0; 256 << 10]))));
+    assert!(!opens(|s| s.entries.extend((1..=1024).map(|n| snapshot_format::KeyRecord::new(key(2048 + n))))));
+}
+
+#[test]
 fn code_of_another_build_or_machine_is_dropped_and_what_still_holds_is_kept() {
     let mut disk = blank();
     let mut whole = snapshot(9, 500);
