@@ -44,6 +44,8 @@ const CONTEXT: u32 = 512;
 const SAME_PREFIX: usize = 16;
 const TYPES: [&str; 5] = ["Q4_1", "Q4_0", "Q8_0", "F16", "F32"];
 const MIB: f64 = (1 << 20) as f64;
+/// Fewer rounds are too few to quote.
+const MIN_ROUNDS: u32 = 6;
 
 /// What a user can choose.
 #[derive(Args)]
@@ -52,7 +54,7 @@ pub struct BenchArgs {
     #[arg(long, default_value_t = 6)]
     rounds: u32,
     /// Two rounds, three tuning boots, half the tokens: to see that it works, not to quote. The document is then written
-    /// under --out, as it is when a type or the peers are left out.
+    /// under --out, as it is with fewer rounds than six and where a type, one thread or llama.cpp with AVX2 is left out.
     #[arg(long)]
     quick: bool,
     /// Thread counts.
@@ -204,9 +206,7 @@ pub fn run(workspace: &Path, args: &BenchArgs) -> Result<()> {
         micro: micro.as_ref().map(|(kernels, gemm)| micro::both(kernels, gemm)),
         machine: bench.machine,
     };
-    // What is not worth quoting, or is only a part, does not replace what is.
-    let whole = !args.quick && !args.no_peers && TYPES.iter().all(|dtype| args.types.iter().any(|t| t == dtype));
-    let docs = if whole { workspace.join("docs") } else { bench.out };
+    let docs = if is_whole(args, &results.peers) { workspace.join("docs") } else { bench.out };
     write(workspace, &docs, &results, micro.as_ref())?;
     if let Some(file) = &args.json {
         std::fs::write(file, serde_json::to_string_pretty(&results)?)
@@ -221,6 +221,20 @@ pub fn run(workspace: &Path, args: &BenchArgs) -> Result<()> {
     }
     println!("results  {}", docs.join("BENCHMARKS.md").display());
     Ok(())
+}
+
+/// Whether a run is to replace the document: what is not worth quoting, or is only a part, does not.
+fn is_whole(args: &BenchArgs, peers: &[PeerStatus]) -> bool {
+    let all = |wanted: &[&str], found: &mut dyn Iterator<Item = &str>| {
+        let found: Vec<&str> = found.collect();
+        wanted.iter().all(|name| found.contains(name))
+    };
+    let built = peers.iter().filter(|peer| peer.failure.is_none());
+    !args.quick
+        && args.rounds >= MIN_ROUNDS
+        && args.threads.contains(&1)
+        && all(&TYPES, &mut args.types.iter().map(String::as_str))
+        && all(&["llama_cpp_avx2"], &mut built.map(|peer| peer.engine))
 }
 
 /// The forms that differ on this machine.
@@ -670,6 +684,35 @@ impl Drop for Progress {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Command {
+        #[command(flatten)]
+        args: BenchArgs,
+    }
+
+    #[test]
+    fn only_a_whole_run_replaces_the_document() {
+        let peer = |engine, failure: Option<&str>| PeerStatus {
+            engine,
+            package: String::new(),
+            commands: Vec::new(),
+            failure: failure.map(str::to_owned),
+            system_info: None,
+        };
+        let whole = |words: &str, peers: &[PeerStatus]| {
+            is_whole(&Command::parse_from(std::iter::once("bench").chain(words.split_whitespace())).args, peers)
+        };
+        let built = [peer("llama_cpp_avx2", None), peer("llama_cpp_avx512", Some("no compiler"))];
+        assert!(whole("", &built));
+        assert!(whole("--micro --no-guest --threads 1 --rounds 7", &built));
+        for part in ["--quick", "--rounds 5", "--threads 2", "--types Q4_1,F32"] {
+            assert!(!whole(part, &built), "{part}");
+        }
+        assert!(!whole("--no-peers", &[]));
+        assert!(!whole("", &[peer("llama_cpp_avx2", Some("no compiler"))]));
+    }
 
     #[test]
     fn every_engine_runs_once_a_round_and_each_is_first_and_last() {
