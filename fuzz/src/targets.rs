@@ -183,7 +183,7 @@ fn quantised_blocks(data: &[u8]) -> Outcome {
 fn frames() -> Vec<Vec<u8>> {
     use report::{ExitStatus, Message};
     vec![
-        wire::encode(&Message::Token { id: 7, bytes: vec![0, 1, 2] }),
+        wire::encode(&Message::Tokens { ids: vec![0, 1, 70_000] }),
         wire::encode(&Message::End { status: ExitStatus::Pass, messages: 1 }),
     ]
 }

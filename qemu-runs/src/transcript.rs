@@ -15,8 +15,6 @@ pub struct Transcript {
     pub notes: Vec<(Level, String)>,
     /// Token ids.
     pub token_ids: Vec<u32>,
-    /// Bytes of the tokens, joined.
-    pub text: Vec<u8>,
     /// Self-tests and how they ended.
     pub tests: Vec<(String, TestOutcome)>,
     /// The report.
@@ -183,10 +181,7 @@ impl Transcript {
             Message::Hello { protocol, image, build_id } => self.hello = Some((protocol, image, build_id)),
             Message::Stage(stage) => self.stages.push(stage),
             Message::Note { level, text } => self.notes.push((level, text)),
-            Message::Token { id, bytes } => {
-                self.token_ids.push(id);
-                self.text.extend(bytes);
-            }
+            Message::Tokens { ids } => self.token_ids.extend(ids),
             Message::Test { name, outcome } => self.tests.push((name, outcome)),
             Message::Report(report) => self.report = Some(report),
             Message::Fault(fault) => self.fault = Some(fault),

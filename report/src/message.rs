@@ -5,7 +5,7 @@ use alloc::vec::Vec;
 use serde::{Deserialize, Serialize};
 
 /// Version of the serial protocol; a host refuses any other.
-pub const PROTOCOL: u32 = 5;
+pub const PROTOCOL: u32 = 6;
 
 /// Which image is talking.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -125,12 +125,10 @@ pub enum Message {
         /// The line.
         text: String,
     },
-    /// One generated token.
-    Token {
-        /// Vocabulary id.
-        id: u32,
-        /// Bytes it decodes to; may be part of a UTF-8 character.
-        bytes: Vec<u8>,
+    /// Generated tokens, some at a time; their text is on COM1.
+    Tokens {
+        /// Vocabulary ids.
+        ids: Vec<u32>,
     },
     /// One self-test finished.
     Test {

@@ -154,8 +154,8 @@ mod tests {
     fn frames_round_trip_in_any_chunking() {
         let messages = [
             Message::Note { level: Level::Info, text: String::from("\0zeros\0") },
-            Message::Token { id: 0, bytes: (0..=255).collect() },
-            Message::Token { id: 7, bytes: vec![1; 700] },
+            Message::Tokens { ids: (0..=255).collect() },
+            Message::Tokens { ids: vec![1; 700] },
             Message::End { status: ExitStatus::Pass, messages: 3 },
         ];
         let bytes: Vec<u8> = messages.iter().flat_map(encode).collect();
