@@ -1,30 +1,50 @@
 //! Runs one op of a slot again, outside the forward pass: how the tuner times a candidate in place.
 //!
 //! The op runs on all workers, on a real matrix of the model (its *instance*) and on the activations captured from the
-//! forward pass, and writes into scratch memory. Walking through the instances between calls keeps the weights as cold
-//! as decoding finds them.
+//! forward pass, and writes into scratch memory. Before it is timed, everything is read that the forward pass reads between
+//! the matrix before and this one: a last-level cache can hold all the instances of one op, though not the model, and
+//! kernels that are best on weights in that cache are not those that are best on weights in memory.
 
 use crate::dispatch::ColumnsMut;
 use crate::error::EngineError;
 use crate::forward::Engine;
 use crate::operands::{AlignedBytes, random_activations};
 use crate::random::SplitMix64;
+use crate::simd::limits::read;
 use crate::table::{OpCall, Runs};
 use crate::weights::Matrix;
-use crate::workers::Workers;
+use crate::workers::{Workers, for_each};
 use alloc::vec::Vec;
 use model::kernel::M_BUCKETS;
 use model::layout::padded;
 
-/// Memory that replays write into, kept between calls.
+/// Of the bytes between two matrices, the last so many are read: more than most last-level caches hold.
+const COLD_BYTES: usize = 48 << 20;
+
+/// What replays keep between calls.
 #[derive(Debug, Default)]
 pub(crate) struct Scratch {
+    /// Where in the arena the last matrix ended.
+    end: usize,
     y: Vec<f32>,
     /// Random activations for a slot whose op has not run yet.
     x: Option<(usize, AlignedBytes)>,
 }
 
 impl Engine<'_> {
+    /// Reads the arena from `end` to `start`, over its end where need be, on all workers; of that the last [`COLD_BYTES`].
+    fn read_between(&self, end: usize, start: usize, workers: &dyn Workers) {
+        let arena = self.weights;
+        let start = start.min(arena.len());
+        let between = if end <= start { start - end } else { arena.len() - end.min(arena.len()) + start };
+        let before = between.min(COLD_BYTES).min(start);
+        let around = between.min(COLD_BYTES) - before;
+        for stretch in [&arena[arena.len() - around..], &arena[start - before..start]] {
+            let share = stretch.len().div_ceil(workers.count()).max(1);
+            for_each(workers, stretch.chunks(share), |share| read(share, self.table.level()));
+        }
+    }
+
     /// Matrices of the model that have slices of this slot's key.
     pub fn instances(&self, slot: usize) -> usize {
         self.instances_of(slot).count()
@@ -74,6 +94,8 @@ impl Engine<'_> {
                 if y.len() < m * stride {
                     y.resize(m * stride, 0.0);
                 }
+                self.read_between(scratch.end, matrix.bytes.start, workers);
+                scratch.end = matrix.bytes.end;
                 let op = OpCall { matrix, weights: self.weights, bucket, x, rows: m };
                 Ok(self.table.replay(&op, ColumnsMut::new(y, m, stride, stride), workers, slot, runs))
             }

@@ -69,6 +69,16 @@ pub struct Exported {
     pub audit: Audit,
 }
 
+impl Exported {
+    /// A line for each product without a kernel.
+    pub fn gaps(&self) -> impl Iterator<Item = String> {
+        let why = "no variant was faster than the hand-written op, or none was tried";
+        self.without_kernel
+            .iter()
+            .map(move |key| format!("no kernel for {key}: {why}; the native image will be slow there"))
+    }
+}
+
 /// Exports.
 ///
 /// # Errors

@@ -149,11 +149,8 @@ fn print(exported: &Exported, out: &mut impl Write) -> io::Result<()> {
     for kernel in &exported.kernels {
         writeln!(out, "    {kernel}")?;
     }
-    for key in &exported.without_kernel {
-        writeln!(
-            out,
-            "    {key}: NO KERNEL, no variant was faster than the hand-written op, or none was tried; the image will be slow there"
-        )?;
+    for gap in exported.gaps() {
+        writeln!(out, "    {gap}")?;
     }
     writeln!(
         out,

@@ -29,6 +29,10 @@ pub const MIN_SHARE: f64 = 0.001;
 /// few enough that every key gets its best guesses early.
 const VARIANTS_IN_A_ROW: usize = 6;
 
+/// A trial that has taken this long ends with its verdict on the pairs it has, once these are enough to tell anything.
+const LONGEST_TRIAL_US: f64 = 80_000.0;
+const ENOUGH_PAIRS: usize = 12;
+
 /// The tuner of one boot.
 pub struct Tuner<'a> {
     compiler: Compiler,
@@ -268,6 +272,7 @@ impl<'a> Tuner<'a> {
         let instances = engine.instances(slot).max(1);
         let candidate = Runs::Compiled(candidate);
         let mut instance = 0;
+        let start = engine::cycles();
         loop {
             let mut time = |runs: Runs| {
                 // Each call reads weights that the last one did not leave in a cache.
@@ -282,6 +287,9 @@ impl<'a> Tuner<'a> {
             let Ok((old, new)) = pair else { return Some(trial.verdict()) };
             if let Some(verdict) = trial.push(old, new) {
                 return Some(verdict);
+            }
+            if trial.pairs() >= ENOUGH_PAIRS && self.us_since(start) > LONGEST_TRIAL_US {
+                return Some(trial.verdict());
             }
             // The first trial of a boot goes on to its end: however small the budget, the search gets there.
             if engine::cycles() >= self.end_tsc && !self.work.trials.is_empty() {
