@@ -4,8 +4,9 @@
 //! registers ([`crate::plan`]), to code that compiles in about a millisecond, and then, by a cost model, to at most
 //! [`LIMIT`] variants. The model only orders and prunes; the profiler's measurements decide. It knows ports, latency,
 //! bytes and loop overhead of a wide x86 core, and two measured facts: decode is limited by memory, where streams and
-//! software prefetch matter more than vector width; and a width the model dislikes may still win on another machine (under
-//! software emulation 128 bits win by an order of magnitude), so every width keeps a share of the list.
+//! software prefetch matter more than vector width (and help one core that is alone with its memory, not two that share it);
+//! and a width the model dislikes may still win on another machine (under software emulation 128 bits win by an order of
+//! magnitude), so every width keeps a share of the list.
 
 use crate::plan::{Home, Plan};
 use alloc::vec::Vec;
