@@ -31,6 +31,9 @@ const VARIANTS_IN_A_ROW: usize = 6;
 
 /// A trial that has taken this long ends with its verdict on the pairs it has, once these are enough to tell anything.
 const LONGEST_TRIAL_US: f64 = 80_000.0;
+/// The same while the key has no compiled kernel: without one it cannot be exported, and a match takes more pairs to show
+/// than a win.
+const LONGEST_FIRST_TRIAL_US: f64 = 400_000.0;
 const ENOUGH_PAIRS: usize = 12;
 
 /// The tuner of one boot.
@@ -273,6 +276,7 @@ impl<'a> Tuner<'a> {
         let candidate = Runs::Compiled(candidate);
         let mut instance = 0;
         let start = engine::cycles();
+        let longest_us = if compiled { LONGEST_TRIAL_US } else { LONGEST_FIRST_TRIAL_US };
         loop {
             let mut time = |runs: Runs| {
                 // Each call reads weights that the last one did not leave in a cache.
@@ -288,7 +292,7 @@ impl<'a> Tuner<'a> {
             if let Some(verdict) = trial.push(old, new) {
                 return Some(verdict);
             }
-            if trial.pairs() >= ENOUGH_PAIRS && self.us_since(start) > LONGEST_TRIAL_US {
+            if trial.pairs() >= ENOUGH_PAIRS && self.us_since(start) > longest_us {
                 return Some(trial.verdict());
             }
             // The first trial of a boot goes on to its end: however small the budget, the search gets there.
