@@ -132,13 +132,13 @@ fn kernels(file: &Elf<'_>, elf_bytes: &[u8]) -> Result<usize> {
     let Some(table) = between(file, "bareflow_kernels_table", "bareflow_kernels_table_end") else { return Ok(0) };
     let table = frozen::decode(&elf_bytes[table])?;
     let text = address(file, "bareflow_kernels_text").context("a kernel table, but no `bareflow_kernels_text`")?;
-    for kernel in &table {
+    for kernel in &table.kernels {
         let name = || format!("kernel {} {}", kernel.key, kernel.variant);
         let place = file_range(file, text + u64::from(kernel.offset), kernel.len_bytes.into(), true);
         let code = place.with_context(|| format!("{} is not in executable memory", name()))?;
         jit::audit::audit(&elf_bytes[code], kernel.variant.width).with_context(name)?;
     }
-    Ok(table.len())
+    Ok(table.kernels.len())
 }
 
 fn address(file: &Elf<'_>, symbol: &str) -> Option<u64> {
@@ -180,13 +180,14 @@ mod tests {
     use crate::object_file::{self, Exportable};
     use model::kernel::Variant;
     use snapshot_format::StoredKernel;
+    use snapshot_format::frozen::FrozenModel;
     use std::path::Path;
 
     /// An image of nothing but `kernels`, and a model file that is only words.
     fn image(kernels: &[Exportable], model: &[u8]) -> Vec<u8> {
         let dir = tempfile::tempdir().unwrap();
         let (object, out) = (dir.path().join("kernels.o"), dir.path().join("image"));
-        std::fs::write(&object, object_file::build(kernels, Some(model)).unwrap()).unwrap();
+        std::fs::write(&object, object_file::build(FrozenModel::default(), kernels, Some(model)).unwrap()).unwrap();
         linked(&object, &out, &["-e", "bareflow_kernels_text"])
     }
 
@@ -255,7 +256,8 @@ mod tests {
     fn a_file_without_symbols_or_without_anything_to_load_does_not_pass() {
         let dir = tempfile::tempdir().unwrap();
         let (object, out) = (dir.path().join("kernels.o"), dir.path().join("image"));
-        std::fs::write(&object, object_file::build(&[kernel(32, &GOOD)], None).unwrap()).unwrap();
+        std::fs::write(&object, object_file::build(FrozenModel::default(), &[kernel(32, &GOOD)], None).unwrap())
+            .unwrap();
         let stripped = linked(&object, &out, &["-e", "bareflow_kernels_text", "--strip-all"]);
         assert_eq!(findings(&stripped), ["no symbols: the audit needs the unstripped file"]);
         // The object itself: symbols, but no program headers. Its kernels lie nowhere in memory.
@@ -267,7 +269,11 @@ mod tests {
     fn a_copy_that_would_load_something_else_is_found() {
         let dir = tempfile::tempdir().unwrap();
         let (object, out) = (dir.path().join("kernels.o"), dir.path().join("image"));
-        std::fs::write(&object, object_file::build(&[kernel(32, &GOOD)], Some(b"weights")).unwrap()).unwrap();
+        std::fs::write(
+            &object,
+            object_file::build(FrozenModel::default(), &[kernel(32, &GOOD)], Some(b"weights")).unwrap(),
+        )
+        .unwrap();
         // As the kernel's own script does it: no segment holds the file's header, which says where the symbols are.
         let script = dir.path().join("link.ld");
         let segments = "PHDRS { text PT_LOAD FLAGS(5); rodata PT_LOAD FLAGS(4); }";

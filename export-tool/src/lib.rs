@@ -21,6 +21,7 @@ pub use link::find_linker;
 use crate::object_file::Exportable;
 use anyhow::{Context, Result, bail};
 use serde::Serialize;
+use snapshot_format::frozen::FrozenModel;
 use snapshot_format::{DiskMedium, Identity, KeyRecord, Snapshot, StoredKernel};
 use std::path::{Path, PathBuf};
 use storage::MemoryDisk;
@@ -88,7 +89,7 @@ pub fn export(spec: &ExportSpec) -> Result<Exported> {
         let inputs = [&spec.disk, &spec.kernel_library, &spec.linker_script].into_iter().chain(&spec.embed_model);
         bootimage::not_over(inputs, out)?;
     }
-    let OnDisk { generation, snapshot, .. } = read_snapshot(&spec.disk)?;
+    let OnDisk { identity, generation, snapshot } = read_snapshot(&spec.disk)?;
     let kernels = kernels(&snapshot);
     if kernels.is_empty() {
         bail!(
@@ -115,7 +116,8 @@ pub fn export(spec: &ExportSpec) -> Result<Exported> {
         Some(path) => Some(std::fs::read(path).with_context(|| format!("reading {}", path.display()))?),
         None => None,
     };
-    let object = object_file::build(&kernels, model.as_deref())?;
+    let converged_with = FrozenModel { model_id: identity.model_id, model_file: snapshot.model_file };
+    let object = object_file::build(converged_with, &kernels, model.as_deref())?;
     let linked = link::link(spec, &object)?;
     let audit = audit::audit(&linked.unstripped)?;
     if !audit.passed {

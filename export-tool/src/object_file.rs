@@ -12,7 +12,7 @@ use model::kernel::KernelKey;
 use object::write::{Object, SectionId, Symbol, SymbolSection};
 use object::{Architecture, BinaryFormat, Endianness, SectionKind, SymbolFlags, SymbolKind, SymbolScope};
 use snapshot_format::StoredKernel;
-use snapshot_format::frozen::{self, FrozenKernel};
+use snapshot_format::frozen::{self, FrozenKernel, FrozenModel, FrozenTable};
 
 /// Alignment of every kernel, one cache line.
 const KERNEL_ALIGN: u64 = 64;
@@ -27,21 +27,21 @@ pub struct Exportable {
     pub answer_sha256: Option<[u8; 32]>,
 }
 
-/// The object file for `kernels`, with the model embedded when given.
+/// The object file for `kernels`, which converged with the model `converged_with`; with a model file embedded when given.
 ///
 /// # Errors
 /// When the object cannot be written.
-pub fn build(kernels: &[Exportable], model: Option<&[u8]>) -> Result<Vec<u8>> {
+pub fn build(converged_with: FrozenModel, kernels: &[Exportable], embedded: Option<&[u8]>) -> Result<Vec<u8>> {
     let mut object = Object::new(BinaryFormat::Elf, Architecture::X86_64, Endianness::Little);
     let text = object.add_section(Vec::new(), b".text.bareflow_kernels".to_vec(), SectionKind::Text);
     object.append_section_data(text, &[], KERNEL_ALIGN);
     symbol(&mut object, "bareflow_kernels_text", text, 0, 0, SymbolKind::Label);
-    let mut table = Vec::new();
+    let mut table = FrozenTable { model: converged_with, kernels: Vec::new() };
     for Exportable { key, kernel, answer_sha256 } in kernels {
         let offset = object.append_section_data(text, &kernel.code, KERNEL_ALIGN);
         let name = format!("{key}_{}", kernel.variant);
         symbol(&mut object, &name, text, offset, kernel.code.len() as u64, SymbolKind::Text);
-        table.push(FrozenKernel {
+        table.kernels.push(FrozenKernel {
             key: *key,
             variant: kernel.variant,
             offset: u32::try_from(offset).context("more than 4 GiB of kernels")?,
@@ -50,8 +50,8 @@ pub fn build(kernels: &[Exportable], model: Option<&[u8]>) -> Result<Vec<u8>> {
         });
     }
     blob(&mut object, "bareflow_kernels_table", &frozen::encode(&table), 8);
-    let model = model.unwrap_or_default();
-    blob(&mut object, "bareflow_model", model, if model.is_empty() { 1 } else { 4096 });
+    let embedded = embedded.unwrap_or_default();
+    blob(&mut object, "bareflow_model", embedded, if embedded.is_empty() { 1 } else { 4096 });
     object.write().context("writing the kernel object file")
 }
 

@@ -104,7 +104,7 @@ pub(crate) fn payloads() -> Vec<Vec<u8>> {
             ..KeyRecord::new(key)
         }
     });
-    let mut snapshot = Snapshot { boot_count: 1, entries: entries.collect(), boots: Vec::new() };
+    let mut snapshot = Snapshot { boot_count: 1, entries: entries.collect(), model_file: None, boots: Vec::new() };
     let line = BootLine {
         boot: 1,
         unix_time: Some(1_790_000_000),
@@ -138,6 +138,7 @@ pub(crate) fn payload(data: &[u8]) -> Outcome {
         payload_bytes: data.len() as u64,
         payload_sha256: Sha256::digest(data).into(),
         identity: IDENTITY,
+        model_file: None,
     };
     slots.0[0][..HEADER_BYTES].copy_from_slice(&header.encode());
     slots.0[0][HEADER_BYTES..][..data.len()].copy_from_slice(data);

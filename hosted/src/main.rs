@@ -40,6 +40,7 @@ use clap::{Args, Parser, Subcommand};
 use platform::{FileDisk, Process};
 use report::{BootReport, ExitStatus, ImageKind};
 use runtime::boot::{Request, Settings};
+use runtime::kernels::Linked;
 use runtime::load::Companions;
 use runtime::options::{Mode, OptionError, Tier};
 use runtime::{Options, RunError, run};
@@ -387,8 +388,12 @@ fn run_once(args: &GenerateArgs, entry_tsc: u64) -> Result<BootReport> {
     let companions = companions(args)?;
     let quiet = args.json;
     let mut process = Process::start(entry_tsc, options.threads as usize, Some(model), snapshot, quiet)?;
-    let request =
-        Request { image: ImageKind::Hosted, settings: Settings::Given(Box::new(options)), linked: &[], companions };
+    let request = Request {
+        image: ImageKind::Hosted,
+        settings: Settings::Given(Box::new(options)),
+        linked: Linked::default(),
+        companions,
+    };
     let outcome = run(&mut process, request);
     match (outcome.status, outcome.report, outcome.error) {
         (ExitStatus::Pass, Some(report), _) => Ok(report),

@@ -5,6 +5,7 @@ use model::Isa;
 use model::kernel::{Variant, Width};
 use model::synthetic::{self, Spec};
 use serde_json::Value;
+use sha2::{Digest, Sha256};
 use snapshot_format::{DiskMedium, Identity, Snapshot, StoredKernel};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -92,6 +93,32 @@ fn kernels_that_a_forced_tier_rules_out_do_not_run_and_are_kept() {
     assert!(stderr.contains("isa= rules out"), "{stderr}");
     assert_eq!(out["report"]["convergence"]["converged"], false);
     assert_eq!(bench.read(), before, "what the limit rules out is kept, and nothing is learnt beside it");
+}
+
+#[test]
+fn the_first_run_with_a_model_hashes_it_and_the_snapshot_remembers() {
+    if !has_avx2() {
+        return;
+    }
+    let bench = Bench::new();
+    let digest = || -> [u8; 32] { Sha256::digest(std::fs::read(&bench.model).unwrap()).into() };
+    let hash = || digest().iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+    let file = bench.read().0.model_file.unwrap();
+    assert_eq!(file.sha256, digest());
+    assert_eq!(file.len_bytes, std::fs::metadata(&bench.model).unwrap().len());
+    let reported = |args: &[&str]| {
+        let model = bench.run(args).0["report"]["model"].clone();
+        (model["sha256"].as_str().map(String::from), model["sha256_remembered"] == true)
+    };
+    assert_eq!(reported(&[]), (Some(hash()), true));
+    // Asked for, it is computed again.
+    assert_eq!(reported(&["--set", "model.sha256=show"]), (Some(hash()), false));
+    // Another model in its place: met by a run that did not compute it, and known from the next on.
+    let other = synthetic::gguf(&Spec { n_layers: 3, ..Spec::default() }).unwrap();
+    std::fs::write(&bench.model, &other).unwrap();
+    assert_eq!(reported(&[]), (None, false));
+    assert_eq!(reported(&[]), (Some(hash()), false));
+    assert_eq!(reported(&[]), (Some(hash()), true));
 }
 
 #[test]

@@ -4,9 +4,10 @@
 
 use kernel::{Machine, session};
 use report::ImageKind;
+use runtime::kernels::Linked;
 
 /// Called by `kernel::boot::early` once the machine is sealed.
 #[unsafe(no_mangle)]
 fn bareflow_main(machine: Machine) -> ! {
-    session::run(machine, ImageKind::Jit, &[])
+    session::run(machine, ImageKind::Jit, Linked::default())
 }

@@ -9,7 +9,7 @@ use alloc::format;
 use alloc::vec::Vec;
 use engine::dispatch::Kernel;
 use report::ImageKind;
-use runtime::kernels::LinkedKernel;
+use runtime::kernels::{Linked, LinkedKernel};
 use snapshot_format::frozen;
 
 unsafe extern "C" {
@@ -42,7 +42,8 @@ fn bareflow_main(machine: Machine) -> ! {
             session::give_up(&format!("the linked kernel table is damaged ({error}); export the image again"))
         }
     };
-    let linked: Vec<LinkedKernel> = table
+    let kernels: Vec<LinkedKernel> = table
+        .kernels
         .iter()
         .map(|kernel| {
             // SAFETY: the table was written with the code it describes: an offset into the text section, where code for
@@ -61,5 +62,5 @@ fn bareflow_main(machine: Machine) -> ! {
         })
         .collect();
     let machine = if model.is_empty() { machine } else { machine.with_embedded_model(model) };
-    session::run(machine, ImageKind::Native, &linked)
+    session::run(machine, ImageKind::Native, Linked { model: table.model, kernels: &kernels })
 }

@@ -8,13 +8,13 @@ use alloc::boxed::Box;
 use alloc::string::ToString;
 use report::{ExitStatus, ImageKind, Level, Message};
 use runtime::boot::{Request, Settings, read_options};
-use runtime::kernels::LinkedKernel;
+use runtime::kernels::Linked;
 use runtime::load::Companions;
 use runtime::options::Mode;
 use runtime::platform::Platform;
 
 /// Does what the settings say and switches off.
-pub fn run(mut machine: Machine, image: ImageKind, linked: &[LinkedKernel]) -> ! {
+pub fn run(mut machine: Machine, image: ImageKind, linked: Linked<'_>) -> ! {
     if let Some(kind) = machine.boot_facts().options.crash {
         traps::crash(kind);
     }

@@ -5,7 +5,7 @@ use alloc::vec::Vec;
 use serde::{Deserialize, Serialize};
 
 /// Version of the serial protocol; a host refuses any other.
-pub const PROTOCOL: u32 = 6;
+pub const PROTOCOL: u32 = 7;
 
 /// Which image is talking.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -432,8 +432,10 @@ pub struct ModelFacts {
     pub file_bytes: u64,
     /// SHA-256 over samples of the content, lower-case hex: tells models apart, does not prove integrity.
     pub fingerprint: String,
-    /// SHA-256 of the whole file, lower-case hex; computed where that is cheap or the configuration asks for it.
+    /// SHA-256 of the whole file, lower-case hex, where it is known.
     pub sha256: Option<String>,
+    /// It was computed by an earlier boot, for a file of the same fingerprint.
+    pub sha256_remembered: bool,
     /// Layers.
     pub n_layers: u32,
     /// Embedding length.

@@ -577,6 +577,7 @@ mod tests {
                 file_bytes: 98_362_432,
                 fingerprint: "ab".into(),
                 sha256: None,
+                sha256_remembered: false,
                 n_layers: 30,
                 dim: 576,
                 vocab_size: 49152,

@@ -4,8 +4,9 @@ use crate::error::RunError;
 #[cfg(not(feature = "jit"))]
 use crate::frozen::Kernels;
 use crate::generate::{Generated, generate};
+use crate::hash::HashWork;
 use crate::identity::{hex, identity};
-use crate::kernels::LinkedKernel;
+use crate::kernels::Linked;
 #[cfg(feature = "jit")]
 use crate::learning::Kernels;
 use crate::load::{self, Companions, Loaded, Location, Round};
@@ -50,8 +51,8 @@ pub struct Request<'a> {
     pub image: ImageKind,
     /// Settings that override the boot volume's file.
     pub settings: Settings<'a>,
-    /// Kernels linked into the image.
-    pub linked: &'a [LinkedKernel],
+    /// What is linked into the image.
+    pub linked: Linked<'a>,
     /// What belongs to the model and is not on the boot volume.
     pub companions: Companions,
 }
@@ -130,7 +131,9 @@ fn work(platform: &mut dyn Platform, reporter: &mut Reporter, request: Request<'
     let shape = Shape { isa, threads, context };
     let reserved = Reserved::new(platform, &description, &options, shape)?;
     reporter.stage(platform, "memory");
-    let (mut engine, mut session, loaded) = reserved.load(platform, &location, &description, &options)?;
+    let hash_work = HashWork::new(options.model_sha256, || Kernels::hash_needless(platform, &options, isa));
+    let (mut engine, mut session, mut loaded) =
+        reserved.load(platform, &location, &description, &options, hash_work)?;
     reporter.stage(platform, "load_model");
     if !engine::ops::HAS_BASELINE && kv_type(&options, &description) == KvType::F32 {
         let text = "attention over an f32 cache takes its plainest form in this image; kv=f16 is faster";
@@ -140,6 +143,7 @@ fn work(platform: &mut dyn Platform, reporter: &mut Reporter, request: Request<'
     let identity = identity(platform.cpu(), loaded.fingerprint);
     let mut kernels = Kernels::start(platform, reporter, &options, isa, identity, request.linked);
     kernels.install(platform, reporter, &mut engine)?;
+    loaded.sha256 = kernels.remember_hash(loaded.sha256);
     reporter.stage(platform, "restore_kernels");
 
     let out = generate(platform, reporter, &mut engine, &mut session, &description, &options, &prompt_tokens)?;
@@ -335,19 +339,20 @@ impl Reserved {
     ///
     /// # Errors
     /// A model that cannot be read.
-    pub fn load(
+    pub(crate) fn load(
         self,
         platform: &mut dyn Platform,
         location: &Location,
         description: &ModelDescription,
         options: &Options,
+        hash_work: HashWork,
     ) -> Result<(Engine<'static>, Session<'static>, Loaded), RunError> {
         let Shape { isa, context, .. } = self.shape;
         let mut loader = Loader::new(self.plan, engine::simd::Level::new(isa), self.weights)?;
         let mut fill = |platform: &mut dyn Platform| -> Result<Loaded, RunError> {
             loader.rewind();
             let mut failure = None;
-            let loaded = load::stream(platform, location, description, options, &mut |offset, bytes, workers| {
+            let loaded = load::stream(platform, location, description, hash_work, &mut |offset, bytes, workers| {
                 if failure.is_none() {
                     failure = loader.feed(offset, bytes, workers).err();
                 }
@@ -381,7 +386,9 @@ pub fn load_session(
     options: &Options,
     shape: Shape,
 ) -> Result<(Engine<'static>, Session<'static>, Loaded), RunError> {
-    Reserved::new(platform, description, options, shape)?.load(platform, location, description, options)
+    let hash_work =
+        HashWork::new(options.model_sha256, || Some("no snapshot would remember it (model.sha256=show computes it)"));
+    Reserved::new(platform, description, options, shape)?.load(platform, location, description, options, hash_work)
 }
 
 /// Leaves the screen in the preallocated report file, if the volume has one. Not worth failing over.

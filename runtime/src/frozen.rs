@@ -3,7 +3,8 @@
 
 use crate::boot::{BootFigures, Remembered, TuningWork};
 use crate::error::RunError;
-use crate::kernels::{LinkedKernel, RunningKernels, install_linked};
+use crate::hash::FileSha256;
+use crate::kernels::{Linked, RunningKernels, install_linked};
 use crate::options::{Options, Tier};
 use crate::platform::Platform;
 use crate::reporter::Reporter;
@@ -21,7 +22,9 @@ use snapshot_format::Identity;
 pub struct Kernels<'a> {
     options: &'a Options,
     isa: Isa,
-    linked: &'a [LinkedKernel],
+    linked: Linked<'a>,
+    /// The model is that with which the kernels converged.
+    same_model: bool,
     running: RunningKernels,
     /// Rows of the largest batches that have all their kernels.
     largest_batch: u32,
@@ -34,10 +37,25 @@ impl<'a> Kernels<'a> {
         _reporter: &mut Reporter,
         options: &'a Options,
         isa: Isa,
-        _identity: Identity,
-        linked: &'a [LinkedKernel],
+        identity: Identity,
+        linked: Linked<'a>,
     ) -> Self {
-        Self { options, isa, linked, running: RunningKernels::none(0), largest_batch: M_BUCKETS[M_BUCKETS.len() - 1] }
+        let same_model = identity.model_id == linked.model.model_id;
+        let largest_batch = M_BUCKETS[M_BUCKETS.len() - 1];
+        Self { options, isa, linked, same_model, running: RunningKernels::none(0), largest_batch }
+    }
+
+    /// Why no hash is computed: none is remembered here.
+    pub(crate) fn hash_needless(_platform: &mut dyn Platform, _options: &Options, _isa: Isa) -> Option<&'static str> {
+        Some("the image was not exported with one for this model (model.sha256=show computes it)")
+    }
+
+    /// The model's hash as `found` while loading, or else as the export brought it.
+    pub(crate) fn remember_hash(&mut self, found: FileSha256) -> FileSha256 {
+        match (found, self.linked.model.model_file.filter(|_| self.same_model)) {
+            (FileSha256::Unknown(_), Some(file)) => FileSha256::Remembered(file),
+            _ => found,
+        }
     }
 
     /// Installs the kernels of the image, each after it gave the reference's answer.
@@ -52,7 +70,7 @@ impl<'a> Kernels<'a> {
     ) -> Result<(), RunError> {
         self.running = RunningKernels::none(engine.table().len());
         if self.options.tier == Tier::Compiled && self.isa.avx2 {
-            self.running = install_linked(platform, reporter, engine, self.linked, self.isa)?;
+            self.running = install_linked(platform, reporter, engine, self.linked.kernels, self.isa)?;
             self.note_gaps(platform, reporter, engine);
             let sizes = M_BUCKETS.iter().zip(engine.batch_sizes());
             self.largest_batch = sizes.rev().find(|&(_, has)| has).map_or(1, |(m, _)| *m);

@@ -1,4 +1,4 @@
-//! What a model file is known by: its fingerprint, which every load makes, and its SHA-256, where that is asked for.
+//! What a model file is known by: its fingerprint, which every load makes, and its SHA-256, which one load makes for all.
 
 use crate::error::RunError;
 use crate::identity::hex;
@@ -6,9 +6,9 @@ use crate::load::Location;
 use crate::options::ModelHash;
 use alloc::vec::Vec;
 use core::fmt;
-use engine::workers::Workers;
 use model::{Format, ModelDescription};
 use sha2::{Digest, Sha256};
+use snapshot_format::ModelFile;
 
 /// One sample of [`SAMPLE_BYTES`] goes into the fingerprint from each stretch of this length.
 const SAMPLE_EVERY_BYTES: u64 = 1 << 20;
@@ -98,22 +98,19 @@ impl FileHash {
 /// The SHA-256 of a model file.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum FileSha256 {
-    /// It is not computed; why.
+    /// It is not known; why.
     Unknown(&'static str),
-    /// Of so many first bytes.
-    Known {
-        /// Hash.
-        sha256: [u8; 32],
-        /// Length of what it is the hash of.
-        len_bytes: u64,
-    },
+    /// Computed while this boot loaded.
+    Computed(ModelFile),
+    /// Computed by an earlier boot, for a file of the same fingerprint.
+    Remembered(ModelFile),
 }
 
 impl FileSha256 {
-    /// The hash, if known.
-    pub fn hash(&self) -> Option<&[u8; 32]> {
+    /// The file, if its hash is known.
+    pub fn file(&self) -> Option<&ModelFile> {
         match self {
-            FileSha256::Known { sha256, .. } => Some(sha256),
+            FileSha256::Computed(file) | FileSha256::Remembered(file) => Some(file),
             FileSha256::Unknown(_) => None,
         }
     }
@@ -122,26 +119,40 @@ impl FileSha256 {
 impl fmt::Display for FileSha256 {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            FileSha256::Known { sha256, len_bytes } => {
-                write!(f, "SHA-256 of the model's {len_bytes} bytes: {}", hex(sha256))
+            FileSha256::Unknown(why) => return write!(f, "the model's SHA-256 is not known: {why}"),
+            FileSha256::Computed(file) | FileSha256::Remembered(file) => {
+                write!(f, "SHA-256 of the model's {} bytes: {}", file.len_bytes, hex(&file.sha256))?;
             }
-            FileSha256::Unknown(why) => write!(f, "the model's SHA-256 is not computed: {why}"),
+        }
+        match self {
+            FileSha256::Remembered(_) => {
+                f.write_str(" (of an earlier boot; this one compared samples, model.sha256=show computes it)")
+            }
+            _ => Ok(()),
         }
     }
 }
 
-/// Why the hash is not computed while loading; `None` where it is.
-pub(crate) fn no_hash(option: ModelHash, workers: &dyn Workers) -> Option<&'static str> {
-    match option {
-        ModelHash::Show | ModelHash::Is(_) => None,
-        ModelHash::Off => Some("not asked for (model.sha256=show computes it)"),
-        ModelHash::Auto if !engine::isa::has_sha_extensions() => {
-            Some("this CPU has no instructions for it (model.sha256=show computes it)")
+/// What loading does about the hash.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum HashWork {
+    /// Nothing; why.
+    None(&'static str),
+    /// Computes it.
+    Compute,
+    /// Computes it and refuses a file with another one.
+    Require([u8; 32]),
+}
+
+impl HashWork {
+    /// What `option` asks for; `needless` says why it need not be computed only to be remembered, if so.
+    pub(crate) fn new(option: ModelHash, needless: impl FnOnce() -> Option<&'static str>) -> Self {
+        match option {
+            ModelHash::Off => HashWork::None("model.sha256=off"),
+            ModelHash::Auto => needless().map_or(HashWork::Compute, HashWork::None),
+            ModelHash::Show => HashWork::Compute,
+            ModelHash::Is(expected) => HashWork::Require(expected),
         }
-        ModelHash::Auto if workers.count() < 2 => {
-            Some("there is no second core to do it beside loading (model.sha256=show computes it)")
-        }
-        ModelHash::Auto => None,
     }
 }
 
@@ -151,15 +162,15 @@ pub(crate) fn chosen_hash(
     hashes: &[(u64, [u8; 32])],
     location: &Location,
     description: &ModelDescription,
-    option: ModelHash,
+    required: Option<[u8; 32]>,
 ) -> Result<FileSha256, RunError> {
-    let known = |&(len_bytes, sha256): &(u64, [u8; 32])| FileSha256::Known { sha256, len_bytes };
+    let known = |&(len_bytes, sha256): &(u64, [u8; 32])| FileSha256::Computed(ModelFile { len_bytes, sha256 });
     let end_is_known = matches!(location, Location::Volume(_)) || !matches!(description.format, Format::Gguf { .. });
     let usual = hashes.iter().find(|(len, _)| !end_is_known && len.is_multiple_of(GGUF_ALIGNMENT)).or(hashes.last());
     let usual = usual.map_or(FileSha256::Unknown("there is no file"), known);
-    let ModelHash::Is(expected) = option else { return Ok(usual) };
+    let Some(expected) = required else { return Ok(usual) };
     hashes.iter().find(|(_, hash)| *hash == expected).map(known).ok_or_else(|| {
-        let found = usual.hash().map(|hash| hex(hash)).unwrap_or_default();
+        let found = usual.file().map(|file| hex(&file.sha256)).unwrap_or_default();
         RunError::WrongModelHash { expected: hex(&expected), found }
     })
 }

@@ -23,6 +23,7 @@ use model::kernel::KernelKey;
 use model::kernel::Variant;
 use report::Level;
 use sha2::{Digest, Sha256};
+use snapshot_format::frozen::FrozenModel;
 #[cfg(feature = "jit")]
 use snapshot_format::{KeyRecord, Snapshot, StoredKernel, TrialOutcome};
 use zerocopy::IntoBytes;
@@ -38,6 +39,15 @@ pub struct LinkedKernel {
     pub len_bytes: usize,
     /// SHA-256 of the answer it has to give, see [`check`].
     pub answer_sha256: Option<[u8; 32]>,
+}
+
+/// What was linked into the image besides code; nothing in one with a compiler.
+#[derive(Clone, Copy, Default, Debug)]
+pub struct Linked<'a> {
+    /// The model the kernels converged with.
+    pub model: FrozenModel,
+    /// The kernels.
+    pub kernels: &'a [LinkedKernel],
 }
 
 /// Which variant runs in each slot.

@@ -4,7 +4,8 @@
 use crate::boot::{BootFigures, Remembered, TuningWork};
 use crate::error::RunError;
 use crate::generate::median;
-use crate::kernels::{LinkedKernel, RunningKernels, restore};
+use crate::hash::FileSha256;
+use crate::kernels::{Linked, RunningKernels, restore};
 use crate::options::{Options, Tier};
 use crate::platform::{Clock, Platform};
 use crate::reporter::Reporter;
@@ -20,7 +21,7 @@ use model::Isa;
 use model::kernel::KernelKey;
 use profiler::convergence::{BootEvidence, ConvergenceConfig, decide};
 use report::{Convergence, Level, SnapshotOutcome, SnapshotStatus};
-use snapshot_format::{BootLine, CodeUse, DiskMedium, Identity, SlotReason, Snapshot};
+use snapshot_format::{BootLine, CodeUse, DiskMedium, Identity, SlotReason, Snapshot, newest_model_file};
 
 /// Standard deviation of normal noise, in median absolute deviations.
 const MAD_TO_DEVIATION: f64 = 1.4826;
@@ -40,6 +41,27 @@ pub struct Kernels<'a> {
 }
 
 impl<'a> Kernels<'a> {
+    /// Why this boot need not compute the model's SHA-256 for the snapshot to remember, if so. Asked before the load, when it is
+    /// not known yet whether the snapshot is of this model.
+    pub(crate) fn hash_needless(platform: &mut dyn Platform, options: &Options, isa: Isa) -> Option<&'static str> {
+        const NO_SNAPSHOT: &str = "no snapshot would remember it (model.sha256=show computes it)";
+        if no_lesson(options.tier, isa).is_some() {
+            return Some(NO_SNAPSHOT);
+        }
+        let disk = platform.boot_disk().filter(|disk| options.snapshot && !disk.read_only());
+        let Some(mut medium) = disk.and_then(|disk| DiskMedium::open(disk).ok()) else { return Some(NO_SNAPSHOT) };
+        newest_model_file(&mut medium).map(|_| "the snapshot was of another model; the next boot computes it")
+    }
+
+    /// The model's hash as `found` while loading, which the snapshot then keeps, or else as the snapshot has it.
+    pub(crate) fn remember_hash(&mut self, found: FileSha256) -> FileSha256 {
+        if let FileSha256::Computed(file) = found {
+            self.snapshot.model_file = Some(file);
+            return found;
+        }
+        self.snapshot.model_file.map_or(found, FileSha256::Remembered)
+    }
+
     /// Opens the snapshot and makes the tuner, whose budget runs from [`Kernels::improve`] on.
     pub fn start(
         platform: &mut dyn Platform,
@@ -47,7 +69,7 @@ impl<'a> Kernels<'a> {
         options: &'a Options,
         isa: Isa,
         identity: Identity,
-        _linked: &'a [LinkedKernel],
+        _linked: Linked<'a>,
     ) -> Self {
         let mut kernels = Self {
             options,

@@ -1,7 +1,7 @@
 //! Finds the model, reads its header, and streams its weights into the arena once.
 
 use crate::error::RunError;
-use crate::hash::{FileHash, FileSha256, Fingerprint, chosen_hash, no_hash};
+use crate::hash::{FileHash, FileSha256, Fingerprint, HashWork, chosen_hash};
 use crate::options::{DEFAULT_SIGNATURE, Options};
 use crate::platform::{Platform, WhichDisk};
 use crate::signature;
@@ -294,17 +294,17 @@ pub type Feed<'f> = dyn FnMut(u64, &[u8], &dyn Workers) + Send + 'f;
 ///
 /// # Errors
 /// Storage errors, or [`RunError::WrongModelHash`].
-pub fn stream(
+pub(crate) fn stream(
     platform: &mut dyn Platform,
     location: &Location,
     description: &ModelDescription,
-    options: &Options,
+    hash_work: HashWork,
     feed: &mut Feed<'_>,
 ) -> Result<Loaded, RunError> {
     // Bytes after the last tensor are padding, of a length that depends on where the file lies.
     let data_end = description.tensors.iter().map(|tensor| tensor.end()).max().unwrap_or(0);
-    let no_hash = no_hash(options.model_sha256, platform.workers());
-    let len_bytes = if no_hash.is_none() { description.file_bytes } else { data_end };
+    let hashed = !matches!(hash_work, HashWork::None(_));
+    let len_bytes = if hashed { description.file_bytes } else { data_end };
     let start = engine::cycles();
     let fingerprint = Mutex::new((Fingerprint::new(data_end), feed));
     let hash = Mutex::new(FileHash::new(data_end));
@@ -317,13 +317,13 @@ pub fn stream(
                     fingerprint.update(&bytes[..bytes.len().min(data_end.saturating_sub(at) as usize)]);
                     feed(at, bytes, workers);
                 };
-                match no_hash {
-                    Some(_) => take_in(workers),
-                    None if workers.count() == 1 => {
+                match workers.count() {
+                    _ if !hashed => take_in(workers),
+                    1 => {
                         take_in(workers);
                         hash.lock().update(bytes);
                     }
-                    None => workers.run(&|worker| match worker {
+                    _ => workers.run(&|worker| match worker {
                         0 => take_in(&Single),
                         1 => hash.lock().update(bytes),
                         _ => {}
@@ -334,9 +334,11 @@ pub fn stream(
         })
     })?;
     let ticks = engine::cycles().saturating_sub(start);
-    let sha256 = match no_hash {
-        Some(why) => FileSha256::Unknown(why),
-        None => chosen_hash(&hash.into_inner().finish(), location, description, options.model_sha256)?,
+    let hashes = hash.into_inner().finish();
+    let sha256 = match hash_work {
+        HashWork::None(why) => FileSha256::Unknown(why),
+        HashWork::Compute => chosen_hash(&hashes, location, description, None)?,
+        HashWork::Require(expected) => chosen_hash(&hashes, location, description, Some(expected))?,
     };
     let (fingerprint, _) = fingerprint.into_inner();
     Ok(Loaded { fingerprint: fingerprint.finish(), sha256, bytes: len_bytes, ticks, rounds: Vec::new() })
@@ -349,7 +351,7 @@ pub fn stream(
 pub fn raw_ticks(platform: &mut dyn Platform, location: &Location, len_bytes: u64) -> Result<u64, RunError> {
     with_source(platform, location, |source| {
         let start = engine::cycles();
-        source.stream(0, len_bytes, &mut |_| {})?;
+        source.read_and_drop(len_bytes)?;
         Ok(engine::cycles().saturating_sub(start))
     })
 }

@@ -38,9 +38,9 @@ pub enum Tier {
 /// What to do about the model's SHA-256.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum ModelHash {
-    /// Compute it where that costs next to nothing: with SHA instructions and a second core to run them on.
+    /// Compute it once, for the snapshot to remember.
     Auto,
-    /// Compute it anyway.
+    /// Compute it now.
     Show,
     /// Do not compute it.
     Off,
@@ -151,7 +151,7 @@ impl Default for Options {
             threads: 0,
             model: String::new(),
             tokenizer: String::new(),
-            model_sha256: ModelHash::Off,
+            model_sha256: ModelHash::Auto,
             model_public_key: None,
             model_signature: DEFAULT_SIGNATURE.to_owned(),
             load_rounds: 0,

@@ -2,6 +2,7 @@
 
 use crate::boot::TuningWork;
 use crate::generate::{Generated, median};
+use crate::hash::FileSha256;
 use crate::identity::{BUILD_ID, hex};
 use crate::load::{self, Loaded, Location};
 use crate::options::Options;
@@ -148,7 +149,8 @@ fn model_facts(description: &ModelDescription, loaded: &Loaded) -> ModelFacts {
         architecture: config.architecture.to_string(),
         file_bytes: loaded.bytes,
         fingerprint: hex(&loaded.fingerprint),
-        sha256: loaded.sha256.hash().map(|hash| hex(hash)),
+        sha256: loaded.sha256.file().map(|file| hex(&file.sha256)),
+        sha256_remembered: matches!(loaded.sha256, FileSha256::Remembered(_)),
         n_layers: config.n_layers,
         dim: config.dim,
         vocab_size: config.vocab_size,

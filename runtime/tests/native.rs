@@ -15,9 +15,11 @@ use model::kernel::{KernelKey, M_BUCKETS, Op};
 use model::synthetic::{self, Spec};
 use report::ExitStatus;
 use runtime::RunError;
-use runtime::kernels::LinkedKernel;
+use runtime::kernels::{Linked, LinkedKernel};
 use runtime::platform::KernelFault;
 use sha2::{Digest, Sha256};
+use snapshot_format::ModelFile;
+use snapshot_format::frozen::FrozenModel;
 use support::{Machine, volume};
 use zerocopy::IntoBytes;
 
@@ -381,4 +383,28 @@ fn on_another_cpu_the_image_says_what_it_cannot_use() {
         kernel.key(),
     );
     assert_eq!(error, said);
+}
+
+#[test]
+fn an_image_knows_the_hash_of_the_model_it_was_exported_with_and_of_no_other() {
+    let Some(frozen) = Frozen::new() else { return };
+    let boot = |file: &[u8], model: FrozenModel, settings: &str| {
+        let mut machine = Machine::with_model(file);
+        let linked = Linked { model, kernels: &frozen.image };
+        let report = machine.boot_image(&format!("{} {settings}", run("compiled")), linked).report.unwrap();
+        (report.model, machine.printed)
+    };
+    let (unknown, printed) = boot(&frozen.file, FrozenModel::default(), "");
+    assert!(unknown.sha256.is_none() && printed.contains("the image was not exported with one"), "{printed}");
+    let model_id = std::array::from_fn(|i| u8::from_str_radix(&unknown.fingerprint[2 * i..2 * i + 2], 16).unwrap());
+    let model_file = Some(ModelFile { len_bytes: frozen.file.len() as u64, sha256: [0xab; 32] });
+    let model = FrozenModel { model_id, model_file };
+    let (remembered, printed) = boot(&frozen.file, model, "");
+    assert_eq!(remembered.sha256, Some("ab".repeat(32)), "{printed}");
+    assert!(remembered.sha256_remembered && printed.contains("(of an earlier boot;"), "{printed}");
+    let (computed, _) = boot(&frozen.file, model, "model.sha256=show");
+    assert!(computed.sha256 != remembered.sha256 && !computed.sha256_remembered);
+    // The same shapes with other weights.
+    let other = synthetic::gguf(&Spec { seed: Spec::default().seed + 1, ..Spec::default() }).unwrap();
+    assert!(boot(&other, model, "").0.sha256.is_none());
 }

@@ -6,7 +6,7 @@
 
 use crate::header::{HEADER_BYTES, Header, Identity, MAX_GENERATION, MAX_PAYLOAD_BYTES};
 use crate::reason::{CodeUse, ColdStart, ForeignCode, SaveError, SlotReason};
-use crate::schema::Snapshot;
+use crate::schema::{ModelFile, Snapshot};
 use alloc::vec;
 use sha2::{Digest, Sha256};
 use storage::{SECTOR_BYTES, StorageError};
@@ -153,6 +153,14 @@ pub fn open_any(medium: &mut dyn Medium) -> Result<(Opened, Identity), ColdStart
     }
 }
 
+/// [`Snapshot::model_file`] of the newest snapshot, of whatever build, CPU and model: read from the headers alone, for who has
+/// to know whether a model's hash is remembered before it is known which model it is.
+pub fn newest_model_file(medium: &mut dyn Medium) -> Option<ModelFile> {
+    let headers = Slot::ALL.map(|slot| examine(medium, slot).ok());
+    let committed = headers.into_iter().flatten().filter(|header| header.committed);
+    committed.max_by_key(|header| header.generation)?.model_file
+}
+
 /// Writes `snapshot` to the slot that is not *the* snapshot's (see the module docs) and makes it durable.
 ///
 /// # Errors
@@ -186,6 +194,7 @@ pub fn save(medium: &mut dyn Medium, identity: &Identity, snapshot: &Snapshot) -
         payload_bytes: payload.len() as u64,
         payload_sha256: Sha256::digest(&payload).into(),
         identity: *identity,
+        model_file: snapshot.model_file,
     };
     // Whole sectors, so that nothing has to be read back and the tail of an older payload does not linger in the last one.
     payload.resize(payload.len().next_multiple_of(SECTOR_BYTES), 0);

@@ -3,7 +3,7 @@
 //! ```text
 //! offset  bytes  field            meaning (integers little-endian)
 //!      0      4  magic            "SNAP"
-//!      4      4  version          format of the header's middle and of the payload; 3
+//!      4      4  version          format of the header's middle and of the payload; 4
 //!      8      8  generation       1 for the first save; each save has one more than any slot on the volume
 //!     16      4  state            "WRIT" while the payload is being written, "DONE" when it is durable
 //!     20      4  -                zero
@@ -12,15 +12,18 @@
 //!     64     32  build_id         image that wrote it: machine code fits this build only
 //!     96     32  model_id         fingerprint of the model file
 //!    128     32  machine          CPU fingerprint: machine code fits this CPU only
-//!    160    320  -                zero
+//!    160      8  model_bytes      length of the model file; 0 when its SHA-256 was never computed
+//!    168     32  model_sha256     SHA-256 of the model file
+//!    200    280  -                zero
 //!    480     32  header_sha256    SHA-256 of bytes 0..480
 //! ```
 //!
 //! `magic`, `version`, `generation` and `header_sha256` stay where they are in every version, so that any build can tell
-//! a newer snapshot from a damaged one. An example (`hexdump -C`; generation 7, 292 payload bytes, ids of repeated `b`, `c`, `d`):
+//! a newer snapshot from a damaged one. An example (`hexdump -C`; generation 7, 292 payload bytes, ids of repeated `b`, `c`, `d`,
+//! a model file of 4096 bytes with a hash of repeated `e`):
 //!
 //! ```text
-//! 00000000  53 4e 41 50 03 00 00 00  07 00 00 00 00 00 00 00  |SNAP............|
+//! 00000000  53 4e 41 50 04 00 00 00  07 00 00 00 00 00 00 00  |SNAP............|
 //! 00000010  44 4f 4e 45 00 00 00 00  24 01 00 00 00 00 00 00  |DONE....$.......|
 //! 00000020  7b 5c 59 b7 9c 28 8c ef  c0 76 5b 17 5b 0a e0 db  |{\Y..(...v[.[...|
 //! 00000030  f3 25 65 15 4c 21 bb 31  3f 4c f3 e8 7b 7b 0b b5  |.%e.L!.1?L..{{..|
@@ -30,22 +33,26 @@
 //! *
 //! 00000080  64 64 64 64 64 64 64 64  64 64 64 64 64 64 64 64  |dddddddddddddddd|
 //! *
-//! 000000a0  00 00 00 00 00 00 00 00  00 00 00 00 00 00 00 00  |................|
+//! 000000a0  00 10 00 00 00 00 00 00  65 65 65 65 65 65 65 65  |........eeeeeeee|
+//! 000000b0  65 65 65 65 65 65 65 65  65 65 65 65 65 65 65 65  |eeeeeeeeeeeeeeee|
+//! 000000c0  65 65 65 65 65 65 65 65  00 00 00 00 00 00 00 00  |eeeeeeee........|
+//! 000000d0  00 00 00 00 00 00 00 00  00 00 00 00 00 00 00 00  |................|
 //! *
-//! 000001e0  e5 32 ae c5 7d 12 df 68  c4 21 a6 36 d4 fc 4c 5a  |.2..}..h.!.6..LZ|
-//! 000001f0  8d 2c ae 22 ba 1d d7 0f  b6 8d 57 67 28 c8 30 e2  |.,."......Wg(.0.|
+//! 000001e0  58 4c 99 65 2e 3c dc fa  c4 76 e7 ed 86 97 33 a9  |XL.e.<...v....3.|
+//! 000001f0  e2 4e 01 cf 00 c3 51 a5  15 10 53 04 c7 07 a3 1c  |.N....Q...S.....|
 //! ```
 //!
 //! Write order: the header with `WRIT`, flush; the payload, flush; the header with `DONE`, flush. A slot that says `WRIT` was
 //! torn by a power cut; one that says `DONE` and has another hash was changed later.
 
 use crate::reason::SlotReason;
+use crate::schema::ModelFile;
 use sha2::{Digest, Sha256};
 
 /// Bytes of the header: one sector. The payload follows it.
 pub const HEADER_BYTES: usize = 512;
 /// Version this build writes, and the only one it reads.
-pub const FORMAT_VERSION: u32 = 3;
+pub const FORMAT_VERSION: u32 = 4;
 /// Largest payload that is read or written, whatever the size of the slot.
 pub const MAX_PAYLOAD_BYTES: u64 = 16 << 20;
 /// Largest generation; a header with another one is refused, so that the next generation always exists.
@@ -80,12 +87,15 @@ pub struct Header {
     pub payload_sha256: [u8; 32],
     /// Who wrote it.
     pub identity: Identity,
+    /// The payload's [`Snapshot::model_file`](crate::Snapshot::model_file), repeated so that a boot knows it before it loads.
+    pub model_file: Option<ModelFile>,
 }
 
 impl Header {
     /// The header as its sector.
     pub fn encode(&self) -> [u8; HEADER_BYTES] {
         let state = if self.committed { DONE } else { WRITING };
+        let file = self.model_file.unwrap_or(ModelFile { len_bytes: 0, sha256: [0; 32] });
         let mut sector = [0; HEADER_BYTES];
         let mut at = 0;
         for field in [
@@ -99,6 +109,8 @@ impl Header {
             &self.identity.build_id,
             &self.identity.model_id,
             &self.identity.machine,
+            &file.len_bytes.to_le_bytes(),
+            &file.sha256,
         ] {
             sector[at..at + field.len()].copy_from_slice(field);
             at += field.len();
@@ -139,6 +151,10 @@ impl Header {
             WRITING => false,
             _ => return Err(SlotReason::BadField { field: "state", found: u64::from(u32::from_le_bytes(state)) }),
         };
+        let file = ModelFile {
+            len_bytes: u64::from_le_bytes(bytes_at::<160, 8>(sector)),
+            sha256: bytes_at::<168, 32>(sector),
+        };
         Ok(Self {
             generation,
             committed,
@@ -149,6 +165,7 @@ impl Header {
                 model_id: bytes_at::<96, 32>(sector),
                 machine: bytes_at::<128, 32>(sector),
             },
+            model_file: Some(file).filter(|file| file.len_bytes > 0),
         })
     }
 }
@@ -173,6 +190,7 @@ mod tests {
             payload_bytes: 292,
             payload_sha256: Sha256::digest([b'a'; 292]).into(),
             identity: Identity { build_id: [b'b'; 32], model_id: [b'c'; 32], machine: [b'd'; 32] },
+            model_file: Some(ModelFile { len_bytes: 4096, sha256: [b'e'; 32] }),
         }
     }
 
@@ -215,7 +233,9 @@ mod tests {
 
     #[test]
     fn headers_round_trip() {
-        for header in [example(), Header { committed: false, generation: 1, payload_bytes: 0, ..example() }] {
+        for header in
+            [example(), Header { committed: false, generation: 1, payload_bytes: 0, model_file: None, ..example() }]
+        {
             assert_eq!(Header::decode(&header.encode()), Ok(header));
         }
     }

@@ -21,8 +21,8 @@ pub mod header;
 mod reason;
 mod schema;
 
-pub use commit::{Medium, Opened, Saved, Slot, open, open_any, save};
+pub use commit::{Medium, Opened, Saved, Slot, newest_model_file, open, open_any, save};
 pub use disk::DiskMedium;
 pub use header::{FORMAT_VERSION, HEADER_BYTES, Identity, MAX_PAYLOAD_BYTES};
 pub use reason::{CodeUse, ColdStart, ForeignCode, SaveError, ShortHash, SlotReason};
-pub use schema::{BootLine, KeyRecord, MAX_BOOT_LINES, Snapshot, StoredKernel, Trial, TrialOutcome};
+pub use schema::{BootLine, KeyRecord, MAX_BOOT_LINES, ModelFile, Snapshot, StoredKernel, Trial, TrialOutcome};

@@ -28,8 +28,19 @@ pub struct Snapshot {
     pub boot_count: u32,
     /// One record per key ever profiled.
     pub entries: Vec<KeyRecord>,
+    /// The model file whole, once a boot has computed its hash.
+    pub model_file: Option<ModelFile>,
     /// One line per boot, oldest first, at most [`MAX_BOOT_LINES`] when added by [`Snapshot::push_boot`].
     pub boots: Vec<BootLine>,
+}
+
+/// A model file, every byte of it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct ModelFile {
+    /// Its length; not 0.
+    pub len_bytes: u64,
+    /// Its SHA-256.
+    pub sha256: [u8; 32],
 }
 
 /// What is known about one key.
@@ -189,6 +200,7 @@ impl Snapshot {
             code_bytes <= MAX_CODE_BYTES && record.trials.len() <= MAX_TRIALS && record.quarantined.len() <= MAX_TRIALS
         };
         self.boots.len() <= MAX_BOOT_LINES
+            && self.model_file.is_none_or(|file| file.len_bytes > 0)
             && self.entries.len() <= MAX_ENTRIES
             && self.entries.iter().all(of_record)
             && self.entries.iter().enumerate().all(|(i, record)| self.entries[..i].iter().all(|r| r.key != record.key))

@@ -55,6 +55,7 @@ fn header_of(payload: &[u8]) -> Header {
         payload_bytes: payload.len() as u64,
         payload_sha256: Sha256::digest(payload).into(),
         identity: ME,
+        model_file: None,
     }
 }
 
@@ -501,12 +502,12 @@ fn texts_say_what_was_expected_what_was_found_and_what_happens() {
 }
 
 #[test]
-fn the_encoding_of_format_3_is_pinned() {
+fn the_encoding_of_format_4_is_pinned() {
     // When this fails, a type in the schema changed: raise FORMAT_VERSION, then pin the new encoding.
     let bytes = postcard::to_allocvec(&snapshot(3, 16)).unwrap();
     let hash: String = Sha256::digest(&bytes).iter().map(|byte| format!("{byte:02x}")).collect();
     assert_eq!((bytes.len(), hash.as_str()), (185, "f949838f21e386f7199f6d2a05cf51c3607cc3e720610ca2e6f32acd17d40ad7"));
-    assert_eq!(snapshot_format::FORMAT_VERSION, 3);
+    assert_eq!(snapshot_format::FORMAT_VERSION, 4);
 }
 
 #[test]

@@ -120,6 +120,7 @@ proptest! {
                 payload_bytes: payload.len() as u64,
                 payload_sha256: Sha256::digest(&payload).into(),
                 identity: ME,
+                model_file: None,
             };
             sector = good.encode().to_vec();
             for (at, byte) in flips {

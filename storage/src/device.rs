@@ -115,6 +115,15 @@ pub trait BlockDevice {
         }
         Ok(())
     }
+
+    /// Reads as [`BlockDevice::stream`] does and drops the bytes: what a load is measured against. To be overridden where
+    /// streaming alone reads nothing yet.
+    ///
+    /// # Errors
+    /// As [`BlockDevice::stream`].
+    fn read_and_drop(&mut self, lba: u64, len_bytes: u64) -> Result<(), DeviceError> {
+        self.stream(lba, len_bytes, &mut |_| {})
+    }
 }
 
 /// Checks that a transfer is whole sectors and inside a device: what every [`BlockDevice`] does first.

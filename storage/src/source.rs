@@ -46,6 +46,12 @@ pub trait ByteSource {
     /// # Errors
     /// [`StorageError::BeyondEnd`] before anything is read, or a device error after the chunks that preceded it.
     fn stream(&mut self, offset: u64, len_bytes: u64, sink: &mut dyn FnMut(&[u8])) -> Result<(), StorageError>;
+
+    /// Reads the first `len_bytes` bytes, in whole sectors, and drops them ([`BlockDevice::read_and_drop`]).
+    ///
+    /// # Errors
+    /// As [`ByteSource::stream`].
+    fn read_and_drop(&mut self, len_bytes: u64) -> Result<(), StorageError>;
 }
 
 /// A file as a [`ByteSource`]. Large reads go straight to the caller's buffer, small ones through a 64 KiB read-ahead.
@@ -142,6 +148,14 @@ impl ByteSource for FileSource<'_> {
             dev.stream(lba, sectors * SECTOR, &mut trim).map_err(StorageError::from)
         })
     }
+
+    fn read_and_drop(&mut self, len_bytes: u64) -> Result<(), StorageError> {
+        check_end(0, len_bytes, self.len_bytes)?;
+        let Self { dev, extents, .. } = self;
+        for_each_run(extents, 0, len_bytes.div_ceil(SECTOR), &mut |lba, _, sectors| {
+            Ok(dev.read_and_drop(lba, sectors * SECTOR)?)
+        })
+    }
 }
 
 /// A whole device as a [`ByteSource`]: a model file written raw to a disk. Its length is the device's, so a file whose
@@ -175,6 +189,10 @@ impl ByteSource for RawDisk<'_> {
 
     fn stream(&mut self, offset: u64, len_bytes: u64, sink: &mut dyn FnMut(&[u8])) -> Result<(), StorageError> {
         self.0.stream(offset, len_bytes, sink)
+    }
+
+    fn read_and_drop(&mut self, len_bytes: u64) -> Result<(), StorageError> {
+        self.0.read_and_drop(len_bytes)
     }
 }
 

@@ -11,6 +11,8 @@ use storage::{BlockDevice, DeviceError, SECTOR_BYTES, check_range};
 
 /// Bytes brought into memory by the reader thread at a time.
 const CHUNK_BYTES: u64 = 8 << 20;
+/// Bytes read at a time where they are dropped: a buffer that stays in the caches.
+const READ_BYTES: u64 = 1 << 20;
 
 /// [`BlockDevice`] over a regular file or block special file. A length that is not a whole number of sectors is
 /// rounded up, and the missing bytes read as zero.
@@ -136,6 +138,19 @@ impl BlockDevice for FileDisk {
             }
             Ok(())
         })
+    }
+
+    /// Mapping a file, as [`FileDisk::stream`] does, reads none of it.
+    fn read_and_drop(&mut self, lba: u64, len_bytes: u64) -> Result<(), DeviceError> {
+        check_range(self.len_bytes(), lba, len_bytes)?;
+        let mut buf = vec![0; len_bytes.min(READ_BYTES) as usize];
+        let (mut at, end) = (lba * SECTOR_BYTES as u64, lba * SECTOR_BYTES as u64 + len_bytes);
+        while at < end {
+            let part = &mut buf[..(end - at).min(READ_BYTES) as usize];
+            self.read_padded(at, part).map_err(|e| failed(&e, at / SECTOR_BYTES as u64, part.len() as u64))?;
+            at += part.len() as u64;
+        }
+        Ok(())
     }
 }
 

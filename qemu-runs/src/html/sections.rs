@@ -477,7 +477,8 @@ pub(super) fn environment(run: &RunReport, out: &mut String) {
             ),
         );
         fact("model fingerprint", &m.fingerprint);
-        fact("model SHA-256", m.sha256.as_deref().unwrap_or("-"));
+        let of_boot = if m.sha256_remembered { " (computed by an earlier boot)" } else { "" };
+        fact("model SHA-256", &format!("{}{of_boot}", m.sha256.as_deref().unwrap_or("-")));
         fact("image", &format!("{}, build {}", image_name(b.image), b.build_id));
         if let Some(load) = &b.load {
             fact("model load", &format!("{} MB/s; raw disk {} MB/s", number(load.mb_s), number(load.raw_mb_s)));

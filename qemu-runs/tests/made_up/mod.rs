@@ -85,6 +85,7 @@ pub fn made_up_boot(boot: u32) -> BootReport {
             file_bytes: 98_362_432,
             fingerprint: "c2".repeat(32),
             sha256: Some("b1".repeat(32)),
+            sha256_remembered: boot > 1,
             n_layers: 30,
             dim: 576,
             vocab_size: 49152,

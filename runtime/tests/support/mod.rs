@@ -7,9 +7,10 @@ use engine::workers::Workers;
 use model::kernel::KernelKey;
 use report::ImageKind;
 use runtime::boot::{Outcome, Request, Settings, run};
-use runtime::kernels::LinkedKernel;
+use runtime::kernels::{Linked, LinkedKernel};
 use runtime::load::Companions;
 use runtime::platform::{Clock, CpuFacts, KernelFault, MemoryUse, OutOfMemory, Platform, WhichDisk};
+use snapshot_format::frozen::FrozenModel;
 use storage::{BlockDevice, MemoryDisk};
 
 /// Scoped threads, started anew for each job.
@@ -64,11 +65,16 @@ impl Machine {
     }
 
     /// Boots with `settings` an image that these kernels are linked into.
-    pub fn boot_linked(&mut self, settings: &str, linked: &[LinkedKernel]) -> Outcome {
+    pub fn boot_linked(&mut self, settings: &str, kernels: &[LinkedKernel]) -> Outcome {
+        self.boot_image(settings, Linked { model: FrozenModel::default(), kernels })
+    }
+
+    /// Boots with `settings` an image that this is linked into.
+    pub fn boot_image(&mut self, settings: &str, linked: Linked<'_>) -> Outcome {
         let settings = format!("tier=baseline snapshot=false tune.budget_ms=0 ignore_eos=1 report=0 {settings}");
         let settings = Settings::CommandLine(&settings);
         let companions = Companions::default();
-        let image = if linked.is_empty() { ImageKind::Hosted } else { ImageKind::Native };
+        let image = if linked.kernels.is_empty() { ImageKind::Hosted } else { ImageKind::Native };
         run(self, Request { image, settings, linked, companions })
     }
 

@@ -2,7 +2,9 @@
 #![allow(dead_code)] // Each test binary uses its own part.
 
 use model::kernel::{DType, KernelKey, Op, Variant};
-use snapshot_format::{BootLine, Identity, KeyRecord, Medium, Slot, Snapshot, StoredKernel, Trial, TrialOutcome};
+use snapshot_format::{
+    BootLine, Identity, KeyRecord, Medium, ModelFile, Slot, Snapshot, StoredKernel, Trial, TrialOutcome,
+};
 use storage::{BlockDevice, SECTOR_BYTES, StorageError};
 
 pub const ME: Identity = Identity { build_id: [0xb1; 32], model_id: [0x3d; 32], machine: [0xac; 32] };
@@ -35,7 +37,12 @@ pub fn snapshot(seed: u32, code_bytes: usize) -> Snapshot {
     entry.trials = vec![trial, refused];
     entry.quarantined = vec![variant(8)];
     entry.changed_at_boot = seed;
-    let mut snapshot = Snapshot { boot_count: seed, entries: vec![entry, KeyRecord::new(key(32))], boots: Vec::new() };
+    let mut snapshot = Snapshot {
+        boot_count: seed,
+        entries: vec![entry, KeyRecord::new(key(32))],
+        model_file: Some(ModelFile { len_bytes: 1000 + u64::from(seed), sha256: [seed as u8; 32] }),
+        boots: Vec::new(),
+    };
     snapshot.push_boot(BootLine {
         boot: seed,
         unix_time: Some(1_700_000_000),
