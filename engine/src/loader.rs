@@ -12,8 +12,6 @@ use alloc::vec;
 use alloc::vec::Vec;
 use model::layout::{PANEL, panel_bytes};
 
-/// Pieces of the file from this length on come from memory; those of disks are shorter.
-const FROM_MEMORY_BYTES: usize = 4 << 20;
 /// Rows of a tensor from this length on are worth sharing between cores.
 const SHARED_BYTES: usize = 64 << 10;
 
@@ -70,7 +68,6 @@ impl<'a> Loader<'a> {
     /// # Errors
     /// [`EngineError::OutOfOrder`] when weights in front of `offset` are missing; nothing was taken in then.
     pub fn feed(&mut self, offset: u64, bytes: &[u8], workers: &dyn Workers) -> Result<(), EngineError> {
-        let from_memory = bytes.len() >= FROM_MEMORY_BYTES;
         let mut offset = offset;
         let mut bytes = bytes;
         while let Some(expected) = self.next_offset() {
@@ -86,7 +83,7 @@ impl<'a> Loader<'a> {
             let tensor_left = self.plan.tensors[self.tensor].tensor.len_bytes - self.have_bytes;
             let from = skip as usize;
             let len = tensor_left.min((bytes.len() - from) as u64) as usize;
-            self.take_in(&bytes[from..from + len], from_memory, workers);
+            self.take_in(&bytes[from..from + len], workers);
             self.have_bytes += len as u64;
             if len as u64 == tensor_left {
                 self.tensor += 1;
@@ -99,7 +96,7 @@ impl<'a> Loader<'a> {
     }
 
     /// Takes in the next bytes of the current tensor: whole panels directly, the rest through `carry`.
-    fn take_in(&mut self, bytes: &[u8], from_memory: bool, workers: &dyn Workers) {
+    fn take_in(&mut self, bytes: &[u8], workers: &dyn Workers) {
         let Loader { plan, level, arena, vectors, tensor, have_bytes, carry } = self;
         let planned = &plan.tensors[*tensor];
         let row_bytes = planned.row_bytes;
@@ -114,9 +111,9 @@ impl<'a> Loader<'a> {
         let whole = |first: usize, rows: usize| {
             if is_end { rows } else { rows.saturating_sub((offset + first + rows) % unit) }
         };
-        // Beside a second core that packs, the host that serves a disk comes off worse.
+        // Beside a second core that packs, whoever reads comes off worse: the host that serves a disk, a thread.
         let is_shared = match &planned.destination {
-            Destination::Packed { format, .. } => from_memory || !format.is_quick_to_pack(*level),
+            Destination::Packed { format, .. } => !format.is_quick_to_pack(*level),
             _ => false,
         };
         let workers = if is_shared { workers } else { &Single };

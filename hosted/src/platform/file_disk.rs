@@ -121,7 +121,7 @@ impl BlockDevice for FileDisk {
             // One chunk is brought into memory while `sink` works on another.
             let (tx, rx) = mpsc::sync_channel::<Result<Chunk, DeviceError>>(1);
             scope.spawn(move || {
-                threads::free_from_team();
+                threads::work_beside_caller();
                 let (mut at, end) = (lba * SECTOR_BYTES as u64, lba * SECTOR_BYTES as u64 + len_bytes);
                 while at < end {
                     let chunk = disk.chunk(at, (end - at).min(CHUNK_BYTES) as usize);

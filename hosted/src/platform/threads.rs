@@ -117,7 +117,7 @@ impl Threads {
         let cpus = allowed_cpus();
         // With a thread for each CPU there is nothing to choose; the scheduler would still put two of them on one at times.
         let own = |index: usize| if cpus.len() == count { vec![cpus[index]] } else { Vec::new() };
-        START_CPUS.get_or_init(|| cpus.clone());
+        BESIDE_CALLER.get_or_init(|| if count > 1 && cpus.len() == count { cpus[1..].to_vec() } else { cpus.clone() });
         if !bind_to(&own(0)) {
             print_note!("warning: threads may share a CPU: the system does not let them be bound to one each");
         }
@@ -162,14 +162,14 @@ fn bind_to(cpus: &[usize]) -> bool {
     }
 }
 
-/// Lets the calling thread, started by one of a team, run on every CPU the process had: it is to work beside the team,
-/// not in turn with the thread that started it.
-pub fn free_from_team() {
-    bind_to(START_CPUS.get().map_or(&[], Vec::as_slice));
+/// Lets the calling thread, started by the caller of a team, run on the CPUs the process had and that caller is not bound
+/// to: it is to work beside it, not in turn with it.
+pub fn work_beside_caller() {
+    bind_to(BESIDE_CALLER.get().map_or(&[], Vec::as_slice));
 }
 
-/// What the first team's caller was allowed.
-static START_CPUS: OnceLock<Vec<usize>> = OnceLock::new();
+/// CPUs of the first team's caller, without the one it was bound to if there are others.
+static BESIDE_CALLER: OnceLock<Vec<usize>> = OnceLock::new();
 
 fn work(shared: &Shared, index: usize) {
     let mut seen = 0;
@@ -270,10 +270,11 @@ mod tests {
         }
         let team = Threads::start(before.len()).unwrap();
         let beside = std::thread::spawn(|| {
-            free_from_team();
+            work_beside_caller();
             allowed_cpus()
         });
-        assert_eq!(beside.join().unwrap().len(), before.len());
+        let beside = beside.join().unwrap();
+        assert!(!beside.is_empty() && beside.iter().all(|cpu| before.contains(cpu)), "{beside:?} of {before:?}");
         drop(team);
     }
 

@@ -2,7 +2,7 @@
 //!
 //! Data path: [`models`] (one GGUF file a type) + [`ours`] (tuned snapshots) + [`peers`] (built from source) -> rounds of runs,
 //! each engine once a round in an order that changes -> [`rows`] (ratios inside a round, then medians) -> JSON, plots and
-//! the generated parts of `docs/BENCHMARKS.md` ([`document`]). [`guest`] compares the two bodies of the runtime, [`micro`]
+//! the generated parts of `docs/BENCHMARKS.md` ([`document`]). [`load`] holds loading against reading, [`guest`] compares the two bodies of the runtime, [`micro`]
 //! looks at single kernels.
 //!
 //! Architecture invariant: outputs are checked before anything is timed and in every timed run of our own, and only ratios taken inside one round are
@@ -11,6 +11,7 @@
 mod chart;
 mod document;
 mod guest;
+mod load;
 mod machine;
 mod micro;
 mod models;
@@ -107,6 +108,8 @@ struct Results {
     read_gb_s: Vec<(u32, Spread)>,
     rows: Vec<Row>,
     runs: Vec<Run>,
+    /// Loading beside reading.
+    load: Vec<load::LoadRow>,
     guest: GuestResults,
     /// `bareflow tune --json` of every type and form, and the `gemm` example's figures; absent without `--micro`.
     micro: Option<Value>,
@@ -177,6 +180,7 @@ pub fn run(workspace: &Path, args: &BenchArgs) -> Result<()> {
     let tuning = bench.tune(&models, &args.threads, limits, args.keep_snapshots)?;
     let runs = bench.measure(&models, &args.threads)?;
 
+    let load = bench.load(&models, &args.threads)?;
     let guest = bench.guest(workspace, &models, args)?;
     let micro = if args.micro { Some(bench.micro(workspace, &models, &args.threads)?) } else { None };
 
@@ -202,6 +206,7 @@ pub fn run(workspace: &Path, args: &BenchArgs) -> Result<()> {
         read_gb_s: bandwidth.collect(),
         rows,
         runs,
+        load,
         guest,
         micro: micro.as_ref().map(|(kernels, gemm)| micro::both(kernels, gemm)),
         machine: bench.machine,
@@ -425,6 +430,19 @@ impl Bench {
         Ok(runs)
     }
 
+    /// Loading beside reading, for each type and thread count.
+    fn load(&self, models: &[ModelFile], threads: &[u32]) -> Result<Vec<load::LoadRow>> {
+        let bar = Progress::new(models.len() * threads.len(), "loads");
+        let mut out = Vec::new();
+        for model in models {
+            for &threads in threads {
+                out.push(load::measure(&self.bareflow, model, threads)?);
+                bar.step();
+            }
+        }
+        Ok(out)
+    }
+
     /// Guest and hosted in turn on the first type, for each thread count; why not, where it cannot be done.
     fn guest(&self, workspace: &Path, models: &[ModelFile], args: &BenchArgs) -> Result<GuestResults> {
         let skipped = |why: String| {
@@ -569,6 +587,8 @@ fn write(workspace: &Path, docs: &Path, results: &Results, micro: Option<&(Vec<V
     }
     let resources = document::command(&results.command) + &document::resources(&results.rows);
     text = document::replace(&text, "resources", &resources)?;
+    let loads = document::command(&results.command) + &load::load_table(&results.load);
+    text = document::replace(&text, "load", &loads)?;
     // What this invocation did not measure keeps what an earlier one found.
     if let GuestResults { skipped: None, accel: Some(accel), rows, .. } = &results.guest {
         let tables = Phase::ALL.map(|phase| format!("{}:\n\n{}\n", phase.name(), document::rates(rows, phase)));
@@ -735,7 +755,7 @@ mod tests {
     #[test]
     fn the_committed_document_has_every_section() {
         let text = include_str!("../../../docs/BENCHMARKS.md");
-        for section in ["conditions", "prefill", "decode", "resources", "guest", "kernels", "gemm"] {
+        for section in ["conditions", "prefill", "decode", "resources", "load", "guest", "kernels", "gemm"] {
             document::replace(text, section, "x").unwrap();
         }
     }
