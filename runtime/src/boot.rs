@@ -386,8 +386,7 @@ pub fn load_session(
     options: &Options,
     shape: Shape,
 ) -> Result<(Engine<'static>, Session<'static>, Loaded), RunError> {
-    let hash_work =
-        HashWork::new(options.model_sha256, || Some("no snapshot would remember it (model.sha256=show computes it)"));
+    let hash_work = HashWork::new(options.model_sha256, || Some("no snapshot would remember it"));
     Reserved::new(platform, description, options, shape)?.load(platform, location, description, options, hash_work)
 }
 

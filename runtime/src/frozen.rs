@@ -47,7 +47,7 @@ impl<'a> Kernels<'a> {
 
     /// Why no hash is computed: none is remembered here.
     pub(crate) fn hash_needless(_platform: &mut dyn Platform, _options: &Options, _isa: Isa) -> Option<&'static str> {
-        Some("the image was not exported with one for this model (model.sha256=show computes it)")
+        Some("it did not come with the image")
     }
 
     /// The model's hash as `found` while loading, or else as the export brought it.

@@ -119,15 +119,15 @@ impl FileSha256 {
 impl fmt::Display for FileSha256 {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            FileSha256::Unknown(why) => return write!(f, "the model's SHA-256 is not known: {why}"),
+            FileSha256::Unknown(why) => {
+                return write!(f, "the model's SHA-256 is not known (model.sha256=show computes it): {why}");
+            }
             FileSha256::Computed(file) | FileSha256::Remembered(file) => {
                 write!(f, "SHA-256 of the model's {} bytes: {}", file.len_bytes, hex(&file.sha256))?;
             }
         }
         match self {
-            FileSha256::Remembered(_) => {
-                f.write_str(" (of an earlier boot; this one compared samples, model.sha256=show computes it)")
-            }
+            FileSha256::Remembered(_) => f.write_str(" (of an earlier boot)"),
             _ => Ok(()),
         }
     }

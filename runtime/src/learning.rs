@@ -44,7 +44,7 @@ impl<'a> Kernels<'a> {
     /// Why this boot need not compute the model's SHA-256 for the snapshot to remember, if so. Asked before the load, when it is
     /// not known yet whether the snapshot is of this model.
     pub(crate) fn hash_needless(platform: &mut dyn Platform, options: &Options, isa: Isa) -> Option<&'static str> {
-        const NO_SNAPSHOT: &str = "no snapshot would remember it (model.sha256=show computes it)";
+        const NO_SNAPSHOT: &str = "no snapshot would remember it";
         if no_lesson(options.tier, isa).is_some() {
             return Some(NO_SNAPSHOT);
         }

@@ -29,7 +29,11 @@ fn the_hash_is_shown_by_rule_and_says_of_how_many_bytes() {
         // Nothing here would remember it, so by itself no boot computes it.
         for option in ["", "model.sha256=auto", "model.sha256=off"] {
             let (sha256, printed) = boot(workers, option);
-            assert!(sha256.is_none() && printed.contains("the model's SHA-256 is not known: "), "{printed}");
+            assert!(
+                sha256.is_none()
+                    && printed.contains("the model's SHA-256 is not known (model.sha256=show computes it): "),
+                "{printed}"
+            );
         }
         let (sha256, _) = boot(workers, &format!("model.sha256={}", hash(&file)));
         assert_eq!(sha256, Some(hash(&file)));

@@ -395,13 +395,13 @@ fn an_image_knows_the_hash_of_the_model_it_was_exported_with_and_of_no_other() {
         (report.model, machine.printed)
     };
     let (unknown, printed) = boot(&frozen.file, FrozenModel::default(), "");
-    assert!(unknown.sha256.is_none() && printed.contains("the image was not exported with one"), "{printed}");
+    assert!(unknown.sha256.is_none() && printed.contains("it did not come with the image"), "{printed}");
     let model_id = std::array::from_fn(|i| u8::from_str_radix(&unknown.fingerprint[2 * i..2 * i + 2], 16).unwrap());
     let model_file = Some(ModelFile { len_bytes: frozen.file.len() as u64, sha256: [0xab; 32] });
     let model = FrozenModel { model_id, model_file };
     let (remembered, printed) = boot(&frozen.file, model, "");
     assert_eq!(remembered.sha256, Some("ab".repeat(32)), "{printed}");
-    assert!(remembered.sha256_remembered && printed.contains("(of an earlier boot;"), "{printed}");
+    assert!(remembered.sha256_remembered && printed.contains("(of an earlier boot)"), "{printed}");
     let (computed, _) = boot(&frozen.file, model, "model.sha256=show");
     assert!(computed.sha256 != remembered.sha256 && !computed.sha256_remembered);
     // The same shapes with other weights.
