@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug, Serialize, Deserialize)]
 pub struct FrozenModel {
     /// As [`Identity::model_id`](crate::Identity::model_id).
+    #[serde(with = "serde_bytes")]
     pub model_id: [u8; 32],
     /// As [`Snapshot::model_file`](crate::Snapshot::model_file).
     pub model_file: Option<ModelFile>,
@@ -38,6 +39,7 @@ pub struct FrozenKernel {
     /// Bytes of machine code.
     pub len_bytes: u32,
     /// As [`KeyRecord::answer_sha256`](crate::KeyRecord::answer_sha256).
+    #[serde(with = "serde_bytes")]
     pub answer_sha256: Option<[u8; 32]>,
 }
 

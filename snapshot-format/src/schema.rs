@@ -40,6 +40,7 @@ pub struct ModelFile {
     /// Its length; not 0.
     pub len_bytes: u64,
     /// Its SHA-256.
+    #[serde(with = "serde_bytes")]
     pub sha256: [u8; 32],
 }
 
@@ -62,6 +63,7 @@ pub struct KeyRecord {
     pub changed_at_boot: u32,
     /// SHA-256 of what the reference makes of fixed operands and this model's weights: what a kernel has to give. `None`
     /// until a kernel was kept.
+    #[serde(with = "serde_bytes")]
     pub answer_sha256: Option<[u8; 32]>,
 }
 
@@ -107,6 +109,7 @@ pub struct StoredKernel {
     /// Its machine code; empty when it has to be compiled again (see [`CodeUse::ProfileOnly`](crate::CodeUse::ProfileOnly)).
     pub code: Vec<u8>,
     /// SHA-256 of the code; of the code that was dropped when `code` is empty.
+    #[serde(with = "serde_bytes")]
     pub code_sha256: [u8; 32],
 }
 
