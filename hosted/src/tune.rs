@@ -1,7 +1,7 @@
 //! `bareflow tune`: how good the kernels in a snapshot are, measured again on the model's own weights and inputs.
 //!
 //! For each hot key the snapshot's choice is timed beside the hand-written op and the reference; with `--exhaustive` beside
-//! every variant of the search space, and the fastest of those then meets the choice in a trial of its own. All of it takes
+//! every variant of the search space, and the fastest of those then meets the choice in trials of their own. All of it takes
 //! turns call by call, on weights that are in no cache. Nothing is written to the snapshot.
 
 use crate::BadFlag;
@@ -25,6 +25,8 @@ const REFERENCE_ROUNDS: usize = 3;
 /// Rounds after which variants far behind the best are dropped, and how far behind that is.
 const CUT_ROUNDS: usize = 3;
 const CUT_RATIO: f64 = 1.2;
+/// Trials between the choice and the fastest variant, all keys taking turns.
+const DUELS: usize = 3;
 
 /// What to measure.
 pub struct Request<'a> {
@@ -65,6 +67,14 @@ pub fn run(request: &Request<'_>, options: &Options) -> Result<()> {
         bar.set_message(hot.key.to_string());
         keys.push(measure(&mut bench, &mut compiler, hot, request)?);
         bar.inc(1);
+    }
+    // Spread over time: what a neighbour does lasts longer than one trial.
+    for _ in 0..DUELS {
+        for key in &mut keys {
+            if let Some(finalist) = &mut key.fastest {
+                finalist.choice_over.push(duel(&mut bench, key.hot.slot, key.chosen.runs, finalist.runs)?);
+            }
+        }
     }
     bar.finish_and_clear();
     let distances: Vec<(f64, f64)> = keys.iter().filter_map(|k| Some((k.hot.share, k.distance()?))).collect();
@@ -154,14 +164,33 @@ struct Measured {
     variants: Vec<(Variant, Option<f64>, Option<f64>)>,
     /// Variants that could not, and why.
     refused: Vec<(Variant, String)>,
-    /// Fastest of the space, and the choice's time over its time in the final trial; the choice itself when nothing is faster.
-    best: Option<(Variant, f64)>,
+    /// The fastest of the rest of the space; absent where that was not measured.
+    fastest: Option<Finalist>,
+}
+
+/// A variant that may be faster than the choice.
+struct Finalist {
+    variant: Variant,
+    runs: Runs,
+    /// The choice's time over its time, one for each trial.
+    choice_over: Vec<f64>,
 }
 
 impl Measured {
+    /// The best of the space, and the choice's time over its time: the choice itself where nothing is faster. A hand-written op
+    /// is no variant of the space: one that is faster than all of it is below 1.
+    fn best(&self) -> Option<(Variant, f64)> {
+        let finalist = self.fastest.as_ref()?;
+        let over = median(finalist.choice_over.iter().copied())?;
+        match self.chosen.variant {
+            Some(chosen) if over <= 1.0 => Some((chosen, 1.0)),
+            _ => Some((finalist.variant, over)),
+        }
+    }
+
     /// Time of the choice over the time of the best; at least 1.
     fn distance(&self) -> Option<f64> {
-        self.best.map(|(_, over)| over.max(1.0))
+        self.best().map(|(_, over)| over.max(1.0))
     }
 
     fn line(&self) -> String {
@@ -169,7 +198,7 @@ impl Measured {
         let cycles = self.chosen.median();
         let fraction = self.limit_cycles.zip(cycles).map(|(limit, cycles)| format!("{:.0} %", 100.0 * limit / cycles));
         let over_reference = cycles.zip(self.reference_cycles).map(|(c, r)| format!("{:.3}", c / r));
-        let best = self.best.map(|(variant, over)| format!("  {variant} {over:.3}"));
+        let best = self.best().map(|(variant, over)| format!("  {variant} {over:.3}"));
         format!(
             "{:<38} {:>4.1} %  {:<26} {:>10} {:>6} {:>9} {:>10}{}",
             self.hot.key.to_string(),
@@ -195,7 +224,7 @@ impl Measured {
             "baseline_cycles": self.baseline_cycles,
             "reference_cycles": self.reference_cycles,
             "chosen_over_baseline": self.over_baseline,
-            "best": self.best.map(|(variant, over)| json!({"variant": variant.to_string(), "chosen_over_best": over})),
+            "best": self.best().map(|(variant, over)| json!({"variant": variant.to_string(), "chosen_over_best": over})),
             "variants": self.variants.iter().map(|(variant, cycles, over)| json!({
                 "variant": variant.to_string(), "cycles": cycles, "over_baseline": over,
             })).collect::<Vec<_>>(),
@@ -234,11 +263,11 @@ fn measure(bench: &mut Workbench, compiler: &mut Compiler, hot: &HotKey, request
         }
     }
     take_turns(bench, slot, &mut candidates, CUT_ROUNDS.min(request.rounds))?;
-    let fastest = candidates.iter().filter_map(Candidate::median).fold(f64::MAX, f64::min);
+    let least = candidates.iter().filter_map(Candidate::median).fold(f64::MAX, f64::min);
     let (mut kept, cut): (Vec<_>, Vec<_>) = candidates
         .into_iter()
         .enumerate()
-        .partition(|(i, c)| *i < 2 || c.median().is_some_and(|median| median <= CUT_RATIO * fastest));
+        .partition(|(i, c)| *i < 2 || c.median().is_some_and(|median| median <= CUT_RATIO * least));
     let mut kept: Vec<Candidate> = kept.drain(..).map(|(_, c)| c).collect();
     take_turns(bench, slot, &mut kept, request.rounds.saturating_sub(CUT_ROUNDS))?;
 
@@ -248,7 +277,7 @@ fn measure(bench: &mut Workbench, compiler: &mut Compiler, hot: &HotKey, request
     }
     let baseline = &kept[1];
     let over_baseline = kept[0].over(baseline);
-    let best = if request.exhaustive { best(bench, slot, &kept)? } else { None };
+    let fastest = fastest(&kept);
     let mut variants: Vec<(Variant, Option<f64>, Option<f64>)> = kept
         .iter()
         .chain(cut.iter().map(|(_, c)| c))
@@ -263,7 +292,7 @@ fn measure(bench: &mut Workbench, compiler: &mut Compiler, hot: &HotKey, request
         reference_cycles: median(reference.into_iter()),
         variants,
         refused,
-        best,
+        fastest,
         chosen: kept.swap_remove(0),
     })
 }
@@ -286,38 +315,32 @@ fn take_turns(
     Ok(())
 }
 
-/// The fastest variant, and the choice's time over its time. The fastest of many noisy medians looks faster than it is, so
-/// it is not taken from them but from a trial between these two alone.
-fn best(bench: &mut Workbench, slot: usize, candidates: &[Candidate]) -> Result<Option<(Variant, f64)>> {
-    let chosen = &candidates[0];
+/// The fastest compiled candidate but the choice.
+fn fastest(candidates: &[Candidate]) -> Option<Finalist> {
     let compiled = candidates.iter().skip(2).filter_map(|c| Some((c, c.median()?)));
-    let Some((fastest, _)) = compiled.min_by(|a, b| a.1.total_cmp(&b.1)) else {
-        return Ok(chosen.variant.map(|variant| (variant, 1.0)));
-    };
+    let (fastest, _) = compiled.min_by(|a, b| a.1.total_cmp(&b.1))?;
+    Some(Finalist { variant: fastest.variant?, runs: fastest.runs, choice_over: Vec::new() })
+}
+
+/// The choice's time over that of `finalist`, by a trial between these two alone: the fastest of many noisy medians looks
+/// faster than it is.
+fn duel(bench: &mut Workbench, slot: usize, choice: Runs, finalist: Runs) -> Result<f64, EngineError> {
     let mut trial = Trial::new(TrialConfig::default());
-    let verdict = loop {
+    loop {
         let (old, new) = match trial.order() {
             Order::IncumbentFirst => {
-                let old = bench.time(slot, chosen.runs)?;
-                (old, bench.time(slot, fastest.runs)?)
+                let old = bench.time(slot, choice)?;
+                (old, bench.time(slot, finalist)?)
             }
             Order::CandidateFirst => {
-                let new = bench.time(slot, fastest.runs)?;
-                (bench.time(slot, chosen.runs)?, new)
+                let new = bench.time(slot, finalist)?;
+                (bench.time(slot, choice)?, new)
             }
         };
         if let Some(verdict) = trial.push(old, new) {
-            break verdict;
+            return Ok(1.0 / verdict.ratio);
         }
-    };
-    Ok(match (fastest.variant, chosen.variant) {
-        (Some(variant), _) if verdict.ratio < 1.0 => Some((variant, 1.0 / verdict.ratio)),
-        // Nothing is faster: the choice is the best.
-        (_, Some(variant)) => Some((variant, 1.0)),
-        // The hand-written op was chosen and is the fastest: it is no variant of the space.
-        (Some(variant), None) => Some((variant, 1.0 / verdict.ratio)),
-        (None, None) => None,
-    })
+    }
 }
 
 #[cfg(test)]
