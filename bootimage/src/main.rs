@@ -72,7 +72,7 @@ enum Action {
 const BUILD_EXAMPLES: &str = "\
 Examples:
   bootimage build --kernel bareflow.elf --config demo.cfg --out disk.img
-  bootimage build --kernel bareflow.elf --model smollm2.gguf --bootable --append 'kernel.memory=2G' --out usb.img
+  bootimage build --kernel bareflow.elf --model smollm2.gguf --bootable --append 'kernel.memory=2G' --out boot.img
   bootimage build --kernel bareflow.elf --model stories.bin --tokenizer tok512.bin --out disk.img";
 
 fn main() -> ExitCode {
