@@ -37,7 +37,7 @@ use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use storage::{FatVolume, SECTOR_BYTES, StorageError};
+use storage::{DirEntry, FatVolume, SECTOR_BYTES, StorageError};
 use window::{ImageDevice, Window};
 
 /// First byte of the partition: 1 MiB, as every partitioning tool aligns it.
@@ -368,7 +368,10 @@ fn list_file(image: &File, path: &Path) -> Result<Vec<Entry>, ImageError> {
     let mut device = ImageDevice::new(image).map_err(|reason| ImageError::Read { path: path.to_owned(), reason })?;
     let mut walk = Walk { looked_at: 0, files: Vec::new() };
     FatVolume::open(&mut device)
-        .and_then(|volume| walk.directory(&volume, &mut device, "", 0))
+        .and_then(|volume| {
+            let root = volume.list(&mut device, "")?;
+            walk.directory(&volume, &mut device, root, "", 0)
+        })
         .map_err(|reason| ImageError::Volume { path: path.to_owned(), reason })?;
     if walk.has_enough() {
         return Err(ImageError::TooManyEntries { path: path.to_owned(), limit: MAX_ENTRIES });
@@ -399,20 +402,22 @@ impl Walk {
         &mut self,
         volume: &FatVolume,
         device: &mut ImageDevice<'_>,
+        entries: Vec<DirEntry>,
         path: &str,
         depth: usize,
     ) -> Result<(), StorageError> {
-        for entry in volume.list(device, path)? {
+        for entry in entries {
             self.looked_at += 1;
             if self.has_enough() {
                 return Ok(());
             }
             let path = if path.is_empty() { entry.name.clone() } else { format!("{path}/{}", entry.name) };
             if !entry.is_dir {
-                let file = volume.find(device, &path)?;
+                let file = volume.open_entry(&entry)?;
                 self.files.push(Entry { path, len_bytes: file.len_bytes, extents: file.extents });
-            } else if depth < MAX_DEPTH && entry.name != "." && entry.name != ".." {
-                self.directory(volume, device, &path, depth + 1)?;
+            } else if depth < MAX_DEPTH {
+                let inside = volume.list_in(device, &entry)?;
+                self.directory(volume, device, inside, &path, depth + 1)?;
             }
         }
         Ok(())

@@ -79,7 +79,7 @@ fn main() -> ExitCode {
     match run(Arguments::parse().command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("bootimage: {error:#}");
+            let _ = writeln!(std::io::stderr(), "bootimage: {error:#}");
             ExitCode::from(1)
         }
     }

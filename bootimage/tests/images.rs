@@ -4,7 +4,7 @@
 use bootimage::{
     DEFAULT_SLOT_MIB, FileSpec, ImageError, ImageSpec, PARTITION_OFFSET_BYTES, SLOT_NAMES, build, list, read_file,
 };
-use std::io::{Cursor, Read};
+use std::io::{Cursor, Read, Write};
 use std::path::{Path, PathBuf};
 
 /// A directory with a file that passes for a kernel.
@@ -259,4 +259,30 @@ fn directories_that_lead_in_circles_are_an_error() {
     let error = list(&image).unwrap_err();
     assert!(matches!(error, ImageError::TooManyEntries { .. }), "{error}");
     assert!(error.to_string().contains("lead in circles"), "{error}");
+}
+
+#[test]
+fn a_name_that_nothing_can_ask_for_hides_no_other_file() {
+    let fixture = Fixture::new();
+    let image = fixture.path("disk.img");
+    build(&fixture.spec(), &image).unwrap();
+    let before = list(&image).unwrap();
+    let mut bytes = std::fs::read(&image).unwrap();
+    let mut volume = Cursor::new(bytes.split_off(PARTITION_OFFSET_BYTES as usize));
+    {
+        let mounted = fatfs::FileSystem::new(&mut volume, fatfs::FsOptions::new()).unwrap();
+        mounted.root_dir().create_file("XY.TXT").unwrap().write_all(b"content").unwrap();
+    }
+    // As another system may write it: outside ASCII, and with a space inside.
+    let mut volume = volume.into_inner();
+    let at = (0..volume.len()).step_by(32).find(|&at| volume[at..].starts_with(b"XY      TXT")).unwrap();
+    volume[at..at + 4].copy_from_slice(b"\x8e Y ");
+    bytes.extend(volume);
+    std::fs::write(&image, bytes).unwrap();
+    let after = list(&image).unwrap();
+    assert_eq!(after.len(), before.len() + 1);
+    let odd = after.iter().find(|entry| entry.path == "? Y.TXT").unwrap();
+    assert_eq!((odd.len_bytes, odd.extents.len()), (7, 1));
+    assert_eq!(read_file(&image, "? Y.TXT").unwrap(), b"content");
+    assert!(before.iter().all(|entry| after.contains(entry)));
 }

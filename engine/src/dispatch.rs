@@ -168,11 +168,6 @@ impl<'a> ColumnsMut<'a> {
         unsafe { core::slice::from_raw_parts_mut(self.base.as_ptr().add(r * self.stride), self.columns) }
     }
 
-    /// The same window for a shorter time.
-    pub fn reborrow(&mut self) -> ColumnsMut<'_> {
-        ColumnsMut { owner: PhantomData, ..*self }
-    }
-
     /// Address of row 0, column 0.
     pub(crate) fn as_mut_ptr(&mut self) -> *mut f32 {
         self.base.as_ptr()

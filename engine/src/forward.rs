@@ -194,12 +194,10 @@ impl<'w> Engine<'w> {
     /// Counts the time since the last call, or since the pass began, to `part`.
     #[inline]
     pub fn lap(&mut self, part: Part) {
-        if self.table.timing() {
-            let (which, since) = self.counting;
-            let now = cycles();
-            self.parts[which].add(part, now.wrapping_sub(since));
-            self.counting.1 = now;
-        }
+        let (which, since) = self.counting;
+        let now = cycles();
+        self.parts[which].add(part, now.wrapping_sub(since));
+        self.counting.1 = now;
     }
 
     fn vector(&self, vector: Vector) -> &[f32] {

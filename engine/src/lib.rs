@@ -20,20 +20,20 @@ pub mod dispatch;
 mod error;
 pub mod forward;
 pub mod isa;
-pub mod loader;
-pub mod math;
+mod loader;
+mod math;
 pub mod operands;
 pub mod ops;
 pub mod pack;
 mod random;
 mod reference;
-pub mod replay;
+mod replay;
 pub mod sampler;
 #[allow(unsafe_code)]
 pub mod simd;
-pub mod table;
+mod table;
 pub mod verify;
-pub mod weights;
+mod weights;
 pub mod workers;
 
 pub use error::EngineError;

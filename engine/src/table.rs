@@ -57,7 +57,6 @@ pub struct KernelTable {
     profile: Profile,
     level: Level,
     tier: Tier,
-    timing: bool,
     slice_cycles: Box<[SliceCycles]>,
 }
 
@@ -65,7 +64,7 @@ impl KernelTable {
     /// A table whose slots run this crate's own ops.
     pub(crate) fn new(level: Level, tier: Tier) -> Self {
         let slice_cycles = (0..MAX_PARTS).map(|_| SliceCycles::default()).collect();
-        Self { entries: Vec::new(), profile: Profile::default(), level, tier, timing: true, slice_cycles }
+        Self { entries: Vec::new(), profile: Profile::default(), level, tier, slice_cycles }
     }
 
     /// The slot of `key`, which is added if it is new; `slices` of it make up one op.
@@ -149,21 +148,6 @@ impl KernelTable {
         &self.profile
     }
 
-    /// Statistics by slot, to reset.
-    pub fn profile_mut(&mut self) -> &mut Profile {
-        &mut self.profile
-    }
-
-    /// Switches time-stamps and statistics on or off, so that their own cost can be measured.
-    pub fn set_timing(&mut self, timing: bool) {
-        self.timing = timing;
-    }
-
-    /// Time-stamps are taken.
-    pub fn timing(&self) -> bool {
-        self.timing
-    }
-
     /// Level of this crate's own ops.
     pub fn level(&self) -> Level {
         self.level
@@ -180,18 +164,9 @@ impl KernelTable {
         }
     }
 
-    /// Runs one op of `matrix` for the batch bucket `bucket` on all workers, without recording it.
-    ///
-    /// `replaced` runs in its slot instead of what the table says. With `timed`, each slice's cycles are left in
-    /// `slice_cycles`.
-    fn run_parts(
-        &self,
-        op: &OpCall<'_>,
-        y: ColumnsMut<'_>,
-        workers: &dyn Workers,
-        replaced: Option<(usize, Runs)>,
-        timed: bool,
-    ) {
+    /// Runs one op on all workers, without recording it; each slice's cycles are left in `slice_cycles`. `replaced` runs in its
+    /// slot instead of what the table says.
+    fn run_parts(&self, op: &OpCall<'_>, y: ColumnsMut<'_>, workers: &dyn Workers, replaced: Option<(usize, Runs)>) {
         let parts = op.matrix.partition.parts();
         let shared = SharedColumns::new(y, &op.matrix.partition);
         let stride = workers.count();
@@ -205,13 +180,9 @@ impl KernelTable {
                 };
                 let w = &op.weights[op.matrix.part_bytes(part)];
                 let key = &self.entries[slot].key;
-                if timed {
-                    let start = cycles();
-                    self.run_slice(runs, key, op, w, y);
-                    self.slice_cycles[part].0.store(cycles().wrapping_sub(start), Ordering::Relaxed);
-                } else {
-                    self.run_slice(runs, key, op, w, y);
-                }
+                let start = cycles();
+                self.run_slice(runs, key, op, w, y);
+                self.slice_cycles[part].0.store(cycles().wrapping_sub(start), Ordering::Relaxed);
             }
         };
         if parts == 1 { job(0) } else { workers.run(&job) }
@@ -225,12 +196,10 @@ impl KernelTable {
 
     /// Runs one op and records it.
     pub(crate) fn run(&mut self, op: &OpCall<'_>, y: ColumnsMut<'_>, workers: &dyn Workers) {
-        self.run_parts(op, y, workers, None, self.timing);
-        if self.timing {
-            for slot in op.matrix.slots(op.bucket) {
-                let cycles = self.longest(op.matrix, op.bucket, slot);
-                self.profile.record(slot, op.rows as u32, cycles);
-            }
+        self.run_parts(op, y, workers, None);
+        for slot in op.matrix.slots(op.bucket) {
+            let cycles = self.longest(op.matrix, op.bucket, slot);
+            self.profile.record(slot, op.rows as u32, cycles);
         }
     }
 
@@ -243,7 +212,7 @@ impl KernelTable {
         slot: usize,
         runs: Runs,
     ) -> u64 {
-        self.run_parts(op, y, workers, Some((slot, runs)), true);
+        self.run_parts(op, y, workers, Some((slot, runs)));
         self.longest(op.matrix, op.bucket, slot)
     }
 }

@@ -134,7 +134,7 @@ fn kernels(file: &Elf<'_>, elf_bytes: &[u8]) -> Result<usize> {
     let text = address(file, "bareflow_kernels_text").context("a kernel table, but no `bareflow_kernels_text`")?;
     for kernel in &table.kernels {
         let name = || format!("kernel {} {}", kernel.key, kernel.variant);
-        let place = file_range(file, text + u64::from(kernel.offset), kernel.len_bytes.into(), true);
+        let place = file_range(file, text.saturating_add(kernel.offset.into()), kernel.len_bytes.into(), true);
         let code = place.with_context(|| format!("{} is not in executable memory", name()))?;
         jit::audit::audit(&elf_bytes[code], kernel.variant.width).with_context(name)?;
     }
@@ -159,8 +159,9 @@ fn file_range(file: &Elf<'_>, address: u64, len_bytes: u64, executable: bool) ->
             header.p_type(endian) == elf::PT_LOAD && (!executable || header.p_flags(endian) & elf::PF_X != 0);
         let inside = address.checked_sub(header.p_vaddr(endian)).filter(|_| is_usable)?;
         let end = inside.checked_add(len_bytes).filter(|&end| end <= header.p_filesz(endian))?;
-        let offset = header.p_offset(endian);
-        Some(usize::try_from(offset + inside).ok()?..usize::try_from(offset + end).ok()?)
+        let at = |inside: u64| usize::try_from(header.p_offset(endian).checked_add(inside)?).ok();
+        // A damaged header can name more than the file has.
+        Some(at(inside)?..at(end)?).filter(|range| range.end <= file.data().len())
     })
 }
 
@@ -219,6 +220,23 @@ mod tests {
         let audit = audit(elf).unwrap();
         assert_eq!(audit.passed, audit.findings.is_empty());
         audit.findings
+    }
+
+    #[test]
+    fn segments_beyond_the_end_of_the_file_are_no_pass_and_no_panic() {
+        let good = image(&[kernel(32, &GOOD)], b"weights");
+        let headers = u64::from_le_bytes(*good[32..].first_chunk().unwrap()) as usize;
+        let count = usize::from(u16::from_le_bytes(*good[56..].first_chunk().unwrap()));
+        for header in (0..count).map(|i| headers + 56 * i) {
+            for offset in [good.len() as u64 - 1, u64::MAX - 1] {
+                let mut damaged = good.clone();
+                damaged[header + 8..header + 16].copy_from_slice(&offset.to_le_bytes());
+                damaged[header + 32..header + 40].copy_from_slice(&(1u64 << 40).to_le_bytes());
+                let is_loaded = good[header..header + 4] == elf::PT_LOAD.to_le_bytes();
+                let passed = audit(&damaged).is_ok_and(|audit| audit.passed && audit.kernels == 1);
+                assert!(!(is_loaded && good[header + 4] & 1 != 0 && passed), "the kernels' segment at {header}");
+            }
+        }
     }
 
     #[test]

@@ -4,6 +4,9 @@ use anyhow::{Context, Result};
 use bootimage::{FileSpec, ImageSpec};
 use std::path::{Path, PathBuf};
 
+/// How models and tokenizers end.
+const FILES: [&str; 3] = [".GGU", ".GGF", ".BIN"];
+
 /// A disk to make.
 #[derive(Clone, Debug)]
 pub struct DiskImageSpec {
@@ -27,8 +30,9 @@ pub(crate) fn build(spec: &DiskImageSpec, elf: &Path, source: &Path) -> Result<(
     let dir = tempfile::tempdir().context("making a directory for the files of the volume")?;
     let mut files = Vec::new();
     for entry in bootimage::list(source).with_context(reading)? {
-        // GRUB's file is the only one in a directory, and is made anew.
-        if entry.path.contains('/') || bootimage::OWN_NAMES.contains(&entry.path.as_str()) {
+        // What bootimage makes itself is made anew, and whatever else lies on the volume is of no use to the image.
+        let is_wanted = FILES.iter().any(|extension| entry.path.ends_with(extension));
+        if !is_wanted || entry.path.contains('/') || bootimage::OWN_NAMES.contains(&entry.path.as_str()) {
             continue;
         }
         let path = dir.path().join(&entry.path);

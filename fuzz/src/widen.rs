@@ -20,7 +20,6 @@ use crate::decisions::Decisions;
 use cranelift_codegen::ir::types::I64;
 use cranelift_codegen::ir::{ConstantData, InstBuilder, MemFlagsData, Value};
 use jit::clif::Emit;
-use jit::compiler::Narrow;
 use jit::widen::widen;
 use jit::{Compiler, JitError, audit, disassemble};
 use model::kernel::{Dot, Width};
@@ -785,7 +784,7 @@ pub fn check(data: &[u8]) -> Report {
     let mut random = d.random();
     let narrow = COMPILER.with_borrow_mut(|compiler| compiler.narrow(|e, args| emit(e, &program, args)));
     let mut report = Report::default();
-    let Narrow { code, .. } = match narrow {
+    let code = match narrow {
         Ok(narrow) => narrow,
         // Only CLIF that kernels do not use may need something outside the function.
         Err(error @ (JitError::Relocation { .. } | JitError::Codegen { .. })) if program.foreign => {

@@ -5,7 +5,7 @@ use anyhow::{Context, Result, bail, ensure};
 use indicatif::{ProgressBar, ProgressDrawTarget};
 use model::TensorType;
 use model::convert::{ConvertError, Target, convert, convert_llama2c};
-use model::formats::{FileFormat, HeaderBytes, sniff};
+use model::formats::{FileFormat, header_bytes, sniff};
 use std::fs::{File, Permissions};
 use std::io::{BufWriter, IntoInnerError, IsTerminal, Write};
 use std::os::unix::fs::{FileExt, PermissionsExt};
@@ -61,55 +61,45 @@ pub fn run(request: &Request<'_>) -> Result<()> {
     } else {
         ProgressBar::hidden()
     };
-    let mut len = HeaderBytes::of(file_bytes);
-    let summary = loop {
-        let mut header = vec![0; len.len()];
-        file.read_exact_at(&mut header, 0).with_context(|| format!("reading {}", input.display()))?;
-        let format = sniff(&header, file_bytes).with_context(|| input.display().to_string())?;
-        let part = tempfile::Builder::new().permissions(Permissions::from_mode(0o666)).tempfile_in(dir);
-        let mut out = BufWriter::new(part.with_context(|| format!("creating a file in {}", dir.display()))?);
-        let mut read = |offset: u64, buf: &mut [u8]| {
-            bar.set_position(offset);
-            file.read_exact_at(buf, offset)
-        };
-        let mut write = |bytes: &[u8]| out.write_all(bytes);
-        let result = match (format, &tokenizer_bin) {
-            (FileFormat::Gguf, tokenizer) => {
-                ensure!(
-                    tokenizer.is_none(),
-                    "{}: a GGUF file has its own tokenizer: leave --tokenizer out",
-                    input.display()
-                );
-                let target =
-                    target.context("--type is missing: the type that the matrices are to have, such as Q8_0")?;
-                convert::<std::io::Error>(&header, file_bytes, target, &mut read, &mut write)
-            }
-            (FileFormat::Llama2c, Some(tokenizer)) => {
-                let name = input.file_stem().unwrap_or_default().to_string_lossy();
-                convert_llama2c(&header, file_bytes, tokenizer, &name, target, &mut read, &mut write)
-            }
-            (FileFormat::Llama2c, None) => {
-                bail!("{}: a llama2.c model, whose tokenizer is a file of its own: give --tokenizer", input.display())
-            }
-        };
-        match result {
-            Ok(summary) => {
-                let part = out.into_inner().map_err(IntoInnerError::into_error).with_context(writing)?;
-                part.as_file().sync_all().with_context(writing)?;
-                // What has appeared meanwhile is not replaced, either.
-                let persisted = if force { part.persist(output) } else { part.persist_noclobber(output) };
-                persisted.map_err(|failed| failed.error).with_context(writing)?;
-                break summary;
-            }
-            Err(ConvertError::Model(error)) if len.grow(&error) => {}
-            // What they are of decides the exit code.
-            Err(ConvertError::Model(error)) => return Err(error).with_context(|| input.display().to_string()),
-            Err(ConvertError::Io(error)) => {
-                return Err(error).with_context(|| format!("{} to {}", input.display(), output.display()));
-            }
-            Err(error) => bail!("{}: {error}", input.display()),
+    let read_header = |header: &mut [u8]| file.read_exact_at(header, 0);
+    let header = header_bytes(file_bytes, read_header).with_context(|| format!("reading {}", input.display()))?;
+    let format = sniff(&header, file_bytes).with_context(|| input.display().to_string())?;
+    let part = tempfile::Builder::new().permissions(Permissions::from_mode(0o666)).tempfile_in(dir);
+    let mut out = BufWriter::new(part.with_context(|| format!("creating a file in {}", dir.display()))?);
+    let mut read = |offset: u64, buf: &mut [u8]| {
+        bar.set_position(offset);
+        file.read_exact_at(buf, offset)
+    };
+    let mut write = |bytes: &[u8]| out.write_all(bytes);
+    let result = match (format, &tokenizer_bin) {
+        (FileFormat::Gguf, tokenizer) => {
+            let own = "a GGUF file has its own tokenizer: leave --tokenizer out";
+            ensure!(tokenizer.is_none(), "{}: {own}", input.display());
+            let target = target.context("--type is missing: the type that the matrices are to have, such as Q8_0")?;
+            convert::<std::io::Error>(&header, file_bytes, target, &mut read, &mut write)
+        }
+        (FileFormat::Llama2c, Some(tokenizer)) => {
+            let name = input.file_stem().unwrap_or_default().to_string_lossy();
+            convert_llama2c(&header, file_bytes, tokenizer, &name, target, &mut read, &mut write)
+        }
+        (FileFormat::Llama2c, None) => {
+            bail!("{}: a llama2.c model, whose tokenizer is a file of its own: give --tokenizer", input.display())
         }
     };
+    let summary = match result {
+        Ok(summary) => summary,
+        // What they are of decides the exit code.
+        Err(ConvertError::Model(error)) => return Err(error).with_context(|| input.display().to_string()),
+        Err(ConvertError::Io(error)) => {
+            return Err(error).with_context(|| format!("{} to {}", input.display(), output.display()));
+        }
+        Err(error) => bail!("{}: {error}", input.display()),
+    };
+    let part = out.into_inner().map_err(IntoInnerError::into_error).with_context(writing)?;
+    part.as_file().sync_all().with_context(writing)?;
+    // What has appeared meanwhile is not replaced, either.
+    let persisted = if force { part.persist(output) } else { part.persist_noclobber(output) };
+    persisted.map_err(|failed| failed.error).with_context(writing)?;
     bar.finish_and_clear();
     print_line!(
         "{}: {} bytes, {} tensors converted, {} copied",

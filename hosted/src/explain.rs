@@ -1,18 +1,14 @@
 //! `bareflow explain KEY`: what was tried for one key, what won and how close to the limit it is, and its machine code.
 
-use crate::BadFlag;
 use crate::platform::{FileDisk, Process};
+use crate::{BadFlag, limits};
 use anyhow::{Context, Result, bail};
-use engine::simd::{Level, limits};
 use jit::{Compiler, disassemble, space};
 use model::kernel::{KernelKey, Variant};
 use runtime::options::IsaLimit;
 use runtime::platform::Platform;
 use snapshot_format::{DiskMedium, KeyRecord, Snapshot, TrialOutcome};
 use std::path::Path;
-
-/// Memory read to measure the bandwidth that a fraction is taken of.
-const LIMIT_MEMORY_BYTES: usize = 256 << 20;
 
 /// Prints what the snapshot on `image` knows about `key`, or without one the search space and its first guess.
 ///
@@ -36,9 +32,7 @@ pub fn print(key: &str, image: Option<&Path>, isa: IsaLimit) -> Result<()> {
     print_record(record, tried_all)?;
     let threads = snapshot.boots.last().map_or(1, |line| line.threads as usize);
     if let Some(cycles) = record.last_median_cycles {
-        let memory = process.arena("limits", LIMIT_MEMORY_BYTES)?;
-        memory.fill(0x5a);
-        let measured = limits::measure(memory, Level::new(isa), isa, process.workers(), threads);
+        let measured = limits::measure(&mut process, isa, threads)?;
         let roofline = runtime::rows::roofline(&measured, &key, threads);
         let gb_s = roofline.read_bytes_per_cycle * process.clock().tsc_hz as f64 / 1e9;
         match (roofline.limit_cycles(key.weight_bytes(), key.flops()), roofline.limit_fraction(&key, cycles)) {

@@ -7,7 +7,7 @@ use engine::attention::KvType;
 use engine::{Plan, Session};
 use model::architecture::{Activation, Norm, Positions};
 use model::chat::ChatTemplate;
-use model::formats::HeaderBytes;
+use model::formats::header_bytes;
 use model::gguf::Header;
 use model::{Config, ModelDescription};
 use runtime::load::describe_source;
@@ -179,17 +179,9 @@ fn pass(config: &Config) -> String {
 fn header_facts(file: &Path) -> Result<Option<Facts>> {
     let source = File::open(file).with_context(|| format!("opening {}", file.display()))?;
     let file_bytes = source.metadata()?.len();
-    let mut len = HeaderBytes::of(file_bytes);
-    let bytes = loop {
-        let mut bytes = vec![0; len.len()];
-        source.read_exact_at(&mut bytes, 0).with_context(|| format!("reading {}", file.display()))?;
-        match Header::parse(&bytes, file_bytes) {
-            Ok(_) => break bytes,
-            Err(error) if len.grow(&error) => {}
-            Err(_) => return Ok(None),
-        }
-    };
-    let header = Header::parse(&bytes, file_bytes)?;
+    let read = |bytes: &mut [u8]| source.read_exact_at(bytes, 0);
+    let bytes = header_bytes(file_bytes, read).with_context(|| format!("reading {}", file.display()))?;
+    let Ok(header) = Header::parse(&bytes, file_bytes) else { return Ok(None) };
     let mut facts = Facts::default();
     facts.push("file_bytes", "size", json!(file_bytes), format!("{:.1} MiB", mebibytes(file_bytes)));
     let format = format!("GGUF v{}", header.version);

@@ -12,7 +12,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget};
 use jit::{Compiler, space};
 use model::kernel::{KernelKey, Variant};
 use profiler::HotKey;
-use profiler::trial::{Order, Trial, TrialConfig};
+use profiler::trial::{Side, Trial, TrialConfig};
 use runtime::Options;
 use runtime::load::Companions;
 use runtime::tune::MIN_SHARE;
@@ -327,17 +327,8 @@ fn fastest(candidates: &[Candidate]) -> Option<Finalist> {
 fn duel(bench: &mut Workbench, slot: usize, choice: Runs, finalist: Runs) -> Result<f64, EngineError> {
     let mut trial = Trial::new(TrialConfig::default());
     loop {
-        let (old, new) = match trial.order() {
-            Order::IncumbentFirst => {
-                let old = bench.time(slot, choice)?;
-                (old, bench.time(slot, finalist)?)
-            }
-            Order::CandidateFirst => {
-                let new = bench.time(slot, finalist)?;
-                (bench.time(slot, choice)?, new)
-            }
-        };
-        if let Some(verdict) = trial.push(old, new) {
+        let mut time = |side| bench.time(slot, if side == Side::Incumbent { choice } else { finalist });
+        if let Some(verdict) = trial.pair(&mut time)? {
             return Ok(1.0 / verdict.ratio);
         }
     }

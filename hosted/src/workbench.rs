@@ -22,10 +22,6 @@ use runtime::{Options, boot, generate, identity, load, prompt};
 use snapshot_format::{CodeUse, DiskMedium, Snapshot, StoredKernel};
 use std::path::Path;
 
-/// Weights read between two measured calls, so that a call finds its weights in memory, as it does among the other ops of
-/// a token: more than a last-level cache gives to one core.
-const EVICT_BYTES: usize = 48 << 20;
-
 /// The bench.
 pub struct Workbench {
     /// The process as a machine.
@@ -124,7 +120,6 @@ impl Workbench {
     /// A slot that does not exist or a kernel for another key.
     pub fn time(&mut self, slot: usize, runs: Runs) -> Result<u64, EngineError> {
         self.turn += 1;
-        self.engine.read_weights(EVICT_BYTES, self.turn);
         let instances = self.engine.instances(slot).max(1);
         self.engine.replay(self.process.workers(), slot, runs, self.turn % instances)
     }

@@ -36,23 +36,10 @@ pub struct CompiledKernel {
 /// Counts of one compilation, the same on every machine.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct CompileStats {
-    /// CLIF instructions given to Cranelift.
-    pub clif_instructions: u32,
-    /// Bytes Cranelift produced.
-    pub narrow_bytes: u32,
     /// What the widening pass did.
     pub widen: WidenStats,
     /// Stack bytes the kernel uses, its return address not counted.
     pub stack_bytes: u32,
-}
-
-/// What Cranelift made of a function.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Narrow {
-    /// Machine code at 128 bits, carriers included.
-    pub code: Vec<u8>,
-    /// CLIF instructions given to Cranelift.
-    pub clif_instructions: u32,
 }
 
 /// Compiles kernels. Keeps its buffers between kernels, so one compiler is cheaper than many.
@@ -109,13 +96,8 @@ impl Compiler {
         }
         let plan = Plan::new(key, variant)?;
         let narrow = self.narrow(|e, args| nest::kernel(e, &plan, args))?;
-        let (code, widen_stats) = widen(&narrow.code, variant.width, variant.dot)?;
-        let stats = CompileStats {
-            clif_instructions: narrow.clif_instructions,
-            narrow_bytes: narrow.code.len() as u32,
-            widen: widen_stats,
-            stack_bytes: audit::audit(&code, variant.width)?.stack_bytes,
-        };
+        let (code, widen_stats) = widen(&narrow, variant.width, variant.dot)?;
+        let stats = CompileStats { widen: widen_stats, stack_bytes: audit::audit(&code, variant.width)?.stack_bytes };
         Ok(CompiledKernel { key: *key, variant: *variant, code, stats })
     }
 
@@ -124,7 +106,7 @@ impl Compiler {
     ///
     /// # Errors
     /// [`JitError::Codegen`] or [`JitError::Relocation`].
-    pub fn narrow(&mut self, build: impl FnOnce(&mut Emit<'_, '_>, [Value; 5])) -> Result<Narrow, JitError> {
+    pub fn narrow(&mut self, build: impl FnOnce(&mut Emit<'_, '_>, [Value; 5])) -> Result<Vec<u8>, JitError> {
         self.context.clear();
         let mut signature = Signature::new(CallConv::SystemV);
         signature.params.extend([AbiParam::new(I64); 5]);
@@ -140,7 +122,6 @@ impl Compiler {
         builder.seal_all_blocks();
         builder.finalize(self.cranelift.frontend_config());
 
-        let clif_instructions = self.context.func.dfg.num_insts() as u32;
         let compiled = self
             .context
             .compile(&*self.cranelift, &mut ControlPlane::default())
@@ -149,7 +130,7 @@ impl Compiler {
         if relocations > 0 {
             return Err(JitError::Relocation { count: relocations });
         }
-        Ok(Narrow { code: compiled.code_buffer().to_vec(), clif_instructions })
+        Ok(compiled.code_buffer().to_vec())
     }
 }
 

@@ -255,7 +255,7 @@ fn sums_and_factors_may_be_loads() {
         if width == Width::Z512 && !host_isa().avx512 {
             continue;
         }
-        let (code, _) = widen(&narrow.code, width, Dot::Pairs).unwrap();
+        let (code, _) = widen(&narrow, width, Dot::Pairs).unwrap();
         let mut y = Mapping::new(64, 4);
         let (x_start, w_start) = (x_memory.bytes().as_ptr(), w_memory.bytes().as_ptr());
         // SAFETY: the code reads one vector of `x`, four of `w`, and writes one of `y`; none is longer than 64 bytes.

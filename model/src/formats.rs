@@ -2,6 +2,8 @@
 
 use crate::error::ModelError;
 use crate::{gguf, llama2c};
+use alloc::vec;
+use alloc::vec::Vec;
 
 /// A file format this crate reads.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -12,10 +14,7 @@ pub enum FileFormat {
     Llama2c,
 }
 
-/// Bytes [`sniff`] needs.
-pub const SNIFF_BYTES: usize = llama2c::VERSIONED_FIELDS_BYTES;
-
-/// Tells the format of a file of `file_bytes` that begins with `header` (at least [`SNIFF_BYTES`] where the file has them).
+/// Tells the format of a file of `file_bytes` that begins with `header`: as many bytes as [`HeaderBytes`] says, or all.
 ///
 /// # Errors
 /// [`ModelError::Empty`], [`ModelError::Truncated`], [`ModelError::UnsupportedVersion`] for newer llama2.c files, [`ModelError::UnknownFormat`].
@@ -69,6 +68,23 @@ impl HeaderBytes {
                 true
             }
             _ => false,
+        }
+    }
+}
+
+/// The start of a file of `file_bytes`, as long as its header is, by `read`, which fills a buffer from byte 0 on. Of a file
+/// that is no GGUF file, or a damaged one, whatever was read: the reader that comes next says what is wrong.
+///
+/// # Errors
+/// Those of `read`.
+pub fn header_bytes<E>(file_bytes: u64, mut read: impl FnMut(&mut [u8]) -> Result<(), E>) -> Result<Vec<u8>, E> {
+    let mut len = HeaderBytes::of(file_bytes);
+    loop {
+        let mut bytes = vec![0; len.len()];
+        read(&mut bytes)?;
+        match gguf::Header::parse(&bytes, file_bytes) {
+            Err(error) if bytes.starts_with(&gguf::MAGIC) && len.grow(&error) => {}
+            _ => return Ok(bytes),
         }
     }
 }

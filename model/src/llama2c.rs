@@ -31,8 +31,6 @@ use alloc::vec::Vec;
 pub const HEADER_BYTES: usize = 28;
 /// Bytes in front of the weights of versions 1 and 2.
 pub const VERSIONED_HEADER_BYTES: usize = 256;
-/// Bytes of it that say something.
-pub(crate) const VERSIONED_FIELDS_BYTES: usize = 41;
 /// `ak42`, the magic number of versions 1 and 2.
 const VERSIONED_MAGIC: u32 = 0x616b_3432;
 /// RMSNorm epsilon, a constant of `run.c`.

@@ -121,7 +121,8 @@ pub fn decide(config: &ConvergenceConfig, boots: &[BootEvidence]) -> Convergence
         }
         None if window < 2 => format!("{of_what} variation unknown: a window of 1 boot shows none{required}"),
         None => {
-            format!("{of_what} variation unknown: {} of {window} boots{required}", boots.len().min(window as usize))
+            let with_tokens = boots.iter().rev().take(window as usize).filter(|boot| boot.token_time.is_some()).count();
+            format!("{of_what} variation unknown: {with_tokens} of {window} boots generated tokens{required}")
         }
     };
     // A run that goes on is told only what stands in the way.

@@ -21,6 +21,6 @@ pub mod trial;
 pub use convergence::{BootEvidence, Convergence, ConvergenceConfig};
 pub use parts::{Part, PartTimes};
 pub use profile::{HotKey, Profile};
-pub use roofline::{Roofline, SETTLE_DISTANCE, Settled};
-pub use stats::{KeyStats, SUB_BUCKETS};
+pub use roofline::{Roofline, Settled};
+pub use stats::KeyStats;
 pub use trial::{Trial, TrialConfig, Verdict};

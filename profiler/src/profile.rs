@@ -36,16 +36,6 @@ impl Profile {
         self.slots.len() - 1
     }
 
-    /// Slots.
-    pub fn len(&self) -> usize {
-        self.slots.len()
-    }
-
-    /// True when there are no slots.
-    pub fn is_empty(&self) -> bool {
-        self.slots.is_empty()
-    }
-
     /// Takes in one call of the kernel in `slot` that did `rows` rows (at most its key's `m`) in `cycles`.
     ///
     /// # Panics
@@ -54,14 +44,6 @@ impl Profile {
     pub fn record(&mut self, slot: usize, rows: u32, cycles: u64) {
         let (key, stats) = &mut self.slots[slot];
         stats.record_rows(cycles, rows, key.m);
-    }
-
-    /// Key of `slot`.
-    ///
-    /// # Panics
-    /// When there is no such slot.
-    pub fn key(&self, slot: usize) -> KernelKey {
-        self.slots[slot].0
     }
 
     /// Statistics of `slot`.
@@ -73,18 +55,13 @@ impl Profile {
     }
 
     /// Every slot with its key and statistics, slot 0 first.
-    pub fn iter(&self) -> impl ExactSizeIterator<Item = (usize, KernelKey, &KeyStats)> {
+    fn iter(&self) -> impl ExactSizeIterator<Item = (usize, KernelKey, &KeyStats)> {
         self.slots.iter().enumerate().map(|(slot, (key, stats))| (slot, *key, stats))
     }
 
     /// Cycles in all keys.
     pub fn total_cycles(&self) -> u64 {
         self.slots.iter().fold(0, |sum: u64, (_, stats)| sum.saturating_add(stats.total_cycles()))
-    }
-
-    /// Forgets every sample and keeps the slots.
-    pub fn reset(&mut self) {
-        self.slots.iter_mut().for_each(|(_, stats)| stats.reset());
     }
 
     /// Keys that were called, most cycles first; ties in slot order.
@@ -101,16 +78,6 @@ impl Profile {
             })
             .collect();
         sorted_by_key(&hot, |hot| (core::cmp::Reverse(hot.total_cycles), hot.slot))
-    }
-
-    /// Share of all cycles, 0..=1, that is in slots for which `settled` holds; `None` before anything was recorded.
-    pub fn share_where(&self, mut settled: impl FnMut(usize) -> bool) -> Option<f64> {
-        let total = self.total_cycles();
-        let inside = self
-            .iter()
-            .filter(|(slot, _, _)| settled(*slot))
-            .fold(0, |sum: u64, (_, _, stats)| sum.saturating_add(stats.total_cycles()));
-        (total > 0).then(|| share(inside, total))
     }
 
     /// Share of the recorded cycles that recording them cost, when one record costs `record_cycles`
@@ -181,7 +148,6 @@ mod tests {
         assert_eq!(hot.iter().map(|h| h.slot).collect::<Vec<_>>(), [2, 0, 3]);
         assert_eq!(hot[0], HotKey { slot: 2, key: key(96), total_cycles: 800, share: 0.8 });
         assert_eq!(profile.total_cycles(), 1000);
-        assert_eq!(profile.share_where(|slot| slot != 2), Some(0.2));
         assert_eq!(profile.stats(2).count(), 2);
     }
 
@@ -189,12 +155,7 @@ mod tests {
     fn an_empty_profile_has_no_shares() {
         let mut profile = Profile::new([key(32)]);
         assert!(profile.hot_list().is_empty());
-        assert_eq!(profile.share_where(|_| true), None);
         profile.record(0, 1, 0);
-        assert_eq!(profile.share_where(|_| true), None);
         assert_eq!(profile.hot_list()[0].share, 0.0);
-        profile.record(0, 1, 10);
-        profile.reset();
-        assert_eq!((profile.len(), profile.total_cycles()), (1, 0));
     }
 }

@@ -56,19 +56,10 @@ impl KeyStats {
     /// is scaled to a full batch, so that calls with different rows can be compared. A kernel may have done more rows than
     /// were wanted, up to the end of a register tile: then the sample is too large by as much.
     #[inline]
-    pub fn record_rows(&mut self, cycles: u64, rows: u32, m: u32) {
+    pub(crate) fn record_rows(&mut self, cycles: u64, rows: u32, m: u32) {
         let total_cycles = self.total_cycles.saturating_add(cycles);
         self.record(if rows == m { cycles } else { cycles.saturating_mul(m.into()) / u64::from(rows.max(1)) });
         self.total_cycles = total_cycles;
-    }
-
-    /// Forgets every sample.
-    pub fn reset(&mut self) {
-        self.count = 0;
-        self.total_cycles = 0;
-        self.min_cycles = u64::MAX;
-        self.max_cycles = 0;
-        self.histogram.fill(0);
     }
 
     /// Calls recorded.
@@ -91,11 +82,6 @@ impl KeyStats {
         (self.count > 0).then_some(self.max_cycles)
     }
 
-    /// Mean cycles of one call as it was, however many rows it did; `None` before the first.
-    pub fn mean_cycles(&self) -> Option<u64> {
-        self.total_cycles.checked_div(self.count)
-    }
-
     /// Median cycles of one call, within 0.8 % of the exact lower median; `None` before the first call.
     pub fn median_cycles(&self) -> Option<u64> {
         self.quantile_cycles(1, 2)
@@ -103,7 +89,7 @@ impl KeyStats {
 
     /// The sample of rank `ceil(count * numerator / denominator)`, within 0.8 %; `None` before the first call or when
     /// the fraction is not in `0..=1`.
-    pub fn quantile_cycles(&self, numerator: u32, denominator: u32) -> Option<u64> {
+    fn quantile_cycles(&self, numerator: u32, denominator: u32) -> Option<u64> {
         if self.count == 0 || denominator == 0 || numerator > denominator {
             return None;
         }
@@ -191,18 +177,16 @@ mod tests {
     fn statistics_of_known_samples() {
         let mut stats = KeyStats::new();
         assert_eq!((stats.min_cycles(), stats.max_cycles(), stats.median_cycles()), (None, None, None));
-        assert_eq!((stats.mean_cycles(), stats.quantile_cycles(1, 1)), (None, None));
+        assert_eq!(stats.quantile_cycles(1, 1), None);
         for cycles in [10, 20, 30, 40, 1_000_000] {
             stats.record(cycles);
         }
         assert_eq!(stats.count(), 5);
         assert_eq!(stats.total_cycles(), 1_000_100);
         assert_eq!((stats.min_cycles(), stats.max_cycles()), (Some(10), Some(1_000_000)));
-        assert_eq!((stats.median_cycles(), stats.mean_cycles()), (Some(30), Some(200_020)));
+        assert_eq!(stats.median_cycles(), Some(30));
         assert_eq!((stats.quantile_cycles(0, 1), stats.quantile_cycles(4, 5)), (Some(10), Some(40)));
         assert_eq!((stats.quantile_cycles(1, 0), stats.quantile_cycles(3, 2)), (None, None));
-        stats.reset();
-        assert_eq!((stats.count(), stats.total_cycles(), stats.median_cycles()), (0, 0, None));
     }
 
     #[test]

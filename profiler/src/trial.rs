@@ -2,7 +2,7 @@
 //!
 //! Memory bandwidth of a shared machine can change by a factor of two or three within minutes, and single samples are hit
 //! by spikes. So times are never compared across time: each *pair* measures both kernels back to back, in alternating
-//! order ([`Trial::order`]), and only the ratio of a pair is used. Alternation makes a trend inside a pair, and any
+//! order ([`Trial::pair`]), and only the ratio of a pair is used. Alternation makes a trend inside a pair, and any
 //! advantage of running second, cancel.
 //! - The ratio is the Hodges-Lehmann pseudo-median of the paired log ratios: like a median it ignores spikes, but it
 //!   wastes less of the data. The constant advantage of running second is estimated and taken out first.
@@ -58,13 +58,13 @@ impl Default for TrialConfig {
     }
 }
 
-/// Which kernel of the next pair to measure first.
+/// A kernel of a trial.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Order {
-    /// Incumbent, then candidate.
-    IncumbentFirst,
-    /// Candidate, then incumbent.
-    CandidateFirst,
+pub enum Side {
+    /// The one in use.
+    Incumbent,
+    /// The one that may replace it.
+    Candidate,
 }
 
 /// Outcome of a trial.
@@ -101,9 +101,20 @@ impl Trial {
         Self { max_pairs, win_log: libm::log(1.0 - min_win), logs: Vec::with_capacity(max_pairs) }
     }
 
-    /// Which kernel of the next pair to measure first. Following it is what makes trends cancel.
-    pub fn order(&self) -> Order {
-        if self.logs.len().is_multiple_of(2) { Order::IncumbentFirst } else { Order::CandidateFirst }
+    /// Measures a pair by `time`, the cycles of one call, first one side and in the next pair the other, which makes trends
+    /// cancel; then as [`Trial::push`].
+    ///
+    /// # Errors
+    /// Those of `time`; the pair then does not count.
+    pub fn pair<E>(&mut self, mut time: impl FnMut(Side) -> Result<u64, E>) -> Result<Option<Verdict>, E> {
+        let (incumbent, candidate) = if self.logs.len().is_multiple_of(2) {
+            let incumbent = time(Side::Incumbent)?;
+            (incumbent, time(Side::Candidate)?)
+        } else {
+            let candidate = time(Side::Candidate)?;
+            (time(Side::Incumbent)?, candidate)
+        };
+        Ok(self.push(incumbent, candidate))
     }
 
     /// Pairs taken in so far.
@@ -316,7 +327,23 @@ mod tests {
             assert_eq!(trial.push(1000, 900), None);
         }
         assert!(!trial.verdict().significant, "seven pairs are too few");
-        assert_eq!(trial.order(), Order::CandidateFirst);
+    }
+
+    #[test]
+    fn each_side_is_first_in_every_other_pair() {
+        let mut trial = Trial::new(TrialConfig::default());
+        let mut sides = Vec::new();
+        for _ in 0..2 {
+            let verdict = trial.pair(|side| {
+                sides.push(side);
+                Ok::<_, ()>(if side == Side::Incumbent { 1000 } else { 500 })
+            });
+            assert_eq!(verdict, Ok(None));
+        }
+        assert_eq!(sides, [Side::Incumbent, Side::Candidate, Side::Candidate, Side::Incumbent]);
+        assert!((trial.verdict().ratio - 0.5).abs() < 1e-9, "a pair is incumbent and candidate, whichever was first");
+        assert_eq!(trial.pair(|_| Err(())), Err(()));
+        assert_eq!(trial.pairs(), 2);
     }
 
     #[test]

@@ -5,8 +5,9 @@
 //! Everything comes from a seeded generator, so the counts below are exact and never flaky.
 //! `cargo test -p profiler --test drift -- --nocapture` prints the table.
 
-use profiler::trial::Order;
+use profiler::trial::Side;
 use profiler::{Trial, TrialConfig, Verdict};
+use std::convert::Infallible;
 
 /// PCG-XSH-RR 64/32 (M. O'Neill).
 struct Rng(u64);
@@ -79,17 +80,14 @@ impl Machine {
         let mut trial = Trial::new(TrialConfig::default());
         let second = 1.0 - self.noise.second;
         loop {
-            let (incumbent, candidate) = match trial.order() {
-                Order::IncumbentFirst => {
-                    let incumbent = self.sample(INCUMBENT);
-                    (incumbent, self.sample(INCUMBENT * ratio * second))
-                }
-                Order::CandidateFirst => {
-                    let candidate = self.sample(INCUMBENT * ratio);
-                    (self.sample(INCUMBENT * second), candidate)
-                }
-            };
-            if let Some(verdict) = trial.push(incumbent, candidate) {
+            let mut factor = 1.0;
+            let verdict = trial.pair(|side| {
+                let cycles = INCUMBENT * if side == Side::Candidate { ratio } else { 1.0 };
+                let sample = self.sample(cycles * factor);
+                factor = second;
+                Ok::<_, Infallible>(sample)
+            });
+            if let Ok(Some(verdict)) = verdict {
                 return verdict;
             }
         }

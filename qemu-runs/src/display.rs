@@ -5,7 +5,7 @@ use crate::runs::{Phase, Progress};
 use crate::session::Event;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use report::{ImageKind, Message, TrialOutcome};
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::time::Duration;
 
 /// A bar on a terminal, plain lines elsewhere.
@@ -50,7 +50,8 @@ impl Display {
     fn line(&self, line: &str) {
         match &self.bar {
             Some(bar) => bar.println(line),
-            None => eprintln!("{line}"),
+            // Nobody may be reading; the run goes on.
+            None => drop(writeln!(std::io::stderr(), "{line}")),
         }
     }
 

@@ -205,7 +205,7 @@ fn main() -> ExitCode {
     match run(Arguments::parse().command) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("qemu-runs: {error:#}");
+            print_note(&format!("qemu-runs: {error:#}"));
             ExitCode::from(1)
         }
     }
@@ -238,6 +238,11 @@ fn run(action: Action) -> Result<ExitCode> {
     }
 }
 
+/// Writes a line to standard error. `eprintln!` would end the run where nobody reads that.
+fn print_note(text: &str) {
+    let _ = writeln!(std::io::stderr(), "{text}");
+}
+
 /// Writes a line to standard output; `println!` would panic where that is full or closed.
 fn print_line(text: &str) -> Result<()> {
     writeln!(std::io::stdout(), "{text}").context(STANDARD_OUTPUT)
@@ -258,7 +263,7 @@ fn run_boot(arguments: &MachineArguments, json: Option<&Path>, log: Option<&Path
     }
     let qemu = arguments.qemu()?;
     let chosen = arguments.choose(&qemu)?;
-    eprintln!("accel: {}", chosen.reason());
+    print_note(&format!("accel: {}", chosen.reason()));
     let machine = arguments.machine(chosen.accel)?;
     let deadlines = arguments.deadlines(chosen.accel);
     let json_to_stdout = json == Some(Path::new("-"));
@@ -274,7 +279,7 @@ fn run_boot(arguments: &MachineArguments, json: Option<&Path>, log: Option<&Path
     };
     let Some(json) = json else {
         let boot = Session::start(&qemu, &machine, log)?.run(deadlines, &mut watch)?;
-        eprintln!("passed in {:.1} s, {} messages", boot.wall.as_secs_f64(), boot.transcript.messages);
+        print_note(&format!("passed in {:.1} s, {} messages", boot.wall.as_secs_f64(), boot.transcript.messages));
         return Ok(ExitCode::SUCCESS);
     };
     let record = boot(&qemu, &machine, deadlines, log, &mut watch)?;
@@ -284,7 +289,7 @@ fn run_boot(arguments: &MachineArguments, json: Option<&Path>, log: Option<&Path
     } else {
         std::fs::write(json, text).with_context(|| format!("cannot write {}", json.display()))?;
     }
-    eprintln!("passed in {:.1} s", record.wall_s);
+    print_note(&format!("passed in {:.1} s", record.wall_s));
     Ok(ExitCode::SUCCESS)
 }
 
@@ -306,7 +311,7 @@ fn run_converge(
         std::fs::create_dir_all(out).with_context(|| format!("cannot make the directory {}", out.display()))?;
     }
     let chosen = arguments.choose(&qemu)?;
-    eprintln!("accel: {}", chosen.reason());
+    print_note(&format!("accel: {}", chosen.reason()));
     let spec = RunSpec {
         machine: arguments.machine(chosen.accel)?,
         deadlines: arguments.deadlines(chosen.accel),
@@ -328,7 +333,7 @@ fn run_converge(
     print_line(&if json { report.to_json() } else { text::summary(&report) })?;
     written.transpose()?;
     if let Some(out) = out {
-        eprintln!("report: {}", out.join("report.html").display());
+        print_note(&format!("report: {}", out.join("report.html").display()));
     }
     Ok(match (&report.failure, report.converged_at) {
         (Some(_), _) => ExitCode::from(1),

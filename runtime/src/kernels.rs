@@ -230,6 +230,8 @@ pub struct Restored {
     pub running: RunningKernels,
     /// Kernels that were left out, and stay in the snapshot, because the CPU has what they need but this boot may not use it.
     pub left_out: usize,
+    /// Kernels that are in the snapshot no more: what was searched for them starts over.
+    pub lost: u32,
 }
 
 #[cfg(feature = "jit")]
@@ -270,7 +272,7 @@ pub fn restore(
     rebuild: &mut Rebuild<'_>,
 ) -> Restored {
     let cpu = platform.cpu().isa;
-    let mut restored = Restored { running: RunningKernels::none(engine.table().len()), left_out: 0 };
+    let mut restored = Restored { running: RunningKernels::none(engine.table().len()), left_out: 0, lost: 0 };
     let mut lacks = None;
     for record in &mut snapshot.entries {
         let Some(slot) = engine.table().find(&record.key) else { continue };
@@ -289,10 +291,14 @@ pub fn restore(
         reporter.note(platform, Level::Warning, alloc::format!("{} {variant}: {why}", record.key));
         match why {
             LeftOut::NoRoom(_) => {}
-            LeftOut::NotBuilt(_) => record.incumbent = None,
+            LeftOut::NotBuilt(_) => {
+                record.drop_incumbent();
+                restored.lost += 1;
+            }
             LeftOut::Refused(_) => {
                 record.quarantined.push(variant);
-                record.incumbent = None;
+                record.drop_incumbent();
+                restored.lost += 1;
             }
         }
     }

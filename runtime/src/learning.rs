@@ -21,7 +21,7 @@ use model::Isa;
 use model::kernel::KernelKey;
 use profiler::convergence::{BootEvidence, ConvergenceConfig, decide};
 use report::{Convergence, Level, SnapshotOutcome, SnapshotStatus};
-use snapshot_format::{BootLine, CodeUse, DiskMedium, Identity, SlotReason, Snapshot, newest_model_file};
+use snapshot_format::{BootLine, CodeUse, DiskMedium, Identity, KeyRecord, SlotReason, Snapshot, newest_model_file};
 
 /// Standard deviation of normal noise, in median absolute deviations.
 const MAD_TO_DEVIATION: f64 = 1.4826;
@@ -36,6 +36,8 @@ pub struct Kernels<'a> {
     writable: bool,
     tuner: Option<Tuner<'a>>,
     running: RunningKernels,
+    /// Kernels of the snapshot that this boot could not use and dropped from it.
+    lost: u32,
     /// Why this boot teaches nothing and leaves the snapshot as it is: what it measures is not what the search is about.
     no_lesson: Option<String>,
 }
@@ -80,6 +82,7 @@ impl<'a> Kernels<'a> {
             writable: false,
             tuner: None,
             running: RunningKernels::none(0),
+            lost: 0,
             no_lesson: no_lesson(options.tier, isa),
         };
         kernels.open(platform, reporter);
@@ -109,6 +112,7 @@ impl<'a> Kernels<'a> {
             };
             let restored = restore(platform, reporter, engine, &mut self.snapshot, self.isa, &mut rebuild);
             self.running = restored.running;
+            self.lost = restored.lost;
             if restored.left_out > 0 {
                 self.no_lesson = Some(format!("isa= leaves out {} of the snapshot's kernels", restored.left_out));
             }
@@ -136,11 +140,14 @@ impl<'a> Kernels<'a> {
     pub fn remembered(&self, key: &KernelKey) -> Remembered {
         let record = self.snapshot.record(key);
         let isa = self.isa;
-        let available = space::variants(key, isa).len();
+        let mut space = space::variants(key, isa);
+        space.truncate(space_len(self.options, space.len()));
+        // Of the variants that this boot could try: others had other instruction sets or limits.
+        let tried = |record: &KeyRecord| space.iter().filter(|variant| record.trials_of(variant) > 0).count();
         Remembered {
             baseline_cycles: record.and_then(|record| record.baseline_median_cycles),
-            tried: record.map_or(0, |record| record.variants_tried() as u32),
-            variants: space_len(self.options, available) as u32,
+            tried: record.map_or(0, tried) as u32,
+            variants: space.len() as u32,
             // Without AVX2 there is no space at all, and nothing was searched.
             exhausted: isa.avx2 && record.is_some_and(|record| untried(record, self.options, isa).is_none()),
         }
@@ -305,7 +312,7 @@ impl<'a> Kernels<'a> {
             reference_us: median(&out.reference_ticks).map(us),
             decode_tok_s: (out.decode_ticks.len() as f64 * clock.tsc_hz as f64 / ticks.max(1) as f64) as f32,
             ttft_ms: us(out.first_token_tsc.saturating_sub(clock.entry_tsc)) / 1e3,
-            kernels_changed: figures.kernels_changed,
+            kernels_changed: figures.kernels_changed + self.lost,
             settled_share: figures.settled_share as f32,
             generation: self.status.generation_loaded.unwrap_or(0),
             threads: figures.threads as u32,

@@ -21,7 +21,7 @@ pub mod error;
 #[cfg(not(feature = "jit"))]
 mod frozen;
 pub mod generate;
-pub mod hash;
+mod hash;
 pub mod identity;
 pub mod kernels;
 #[cfg(feature = "jit")]
@@ -32,7 +32,7 @@ pub mod platform;
 pub mod prompt;
 pub mod reporter;
 pub mod rows;
-pub mod signature;
+mod signature;
 mod summary;
 #[cfg(feature = "jit")]
 pub mod tune;

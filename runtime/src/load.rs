@@ -47,8 +47,8 @@ impl Location {
     }
 }
 
-/// Extensions that a model file on the boot volume can have (8.3 names).
-const MODEL_EXTENSIONS: [&str; 3] = ["GGU", "GGF", "BIN"];
+/// Extensions that only model files on the boot volume have (8.3 names).
+const MODEL_EXTENSIONS: [&str; 2] = ["GGU", "GGF"];
 
 /// Finds the model: the file named by `model=`, else the model disk, else the only model file on the boot volume.
 ///
@@ -70,10 +70,11 @@ pub fn locate(platform: &mut dyn Platform, options: &Options) -> Result<Location
         .into_iter()
         .filter(|entry| !entry.is_dir)
         .map(|entry| entry.name.to_string())
-        .filter(|name| {
-            MODEL_EXTENSIONS.iter().any(|e| name.strip_suffix(e).is_some_and(|stem| stem.ends_with('.')))
-                && !name.starts_with("SNAP")
-                && !name.starts_with("TOK")
+        .filter(|name| match name.rsplit_once('.') {
+            // Snapshot slots and tokenizers of llama2.c have the same extension as its models.
+            Some((stem, "BIN")) => !stem.starts_with("SNAP") && !stem.starts_with("TOK"),
+            Some((_, extension)) => MODEL_EXTENSIONS.contains(&extension),
+            None => false,
         })
         .collect();
     match names.as_slice() {
@@ -289,8 +290,8 @@ pub struct Round {
 /// Takes in bytes of the file from an offset on, on the cores given.
 pub type Feed<'f> = dyn FnMut(u64, &[u8], &dyn Workers) + Send + 'f;
 
-/// Streams the file once and hands every byte to `feed` with its offset. The hash is computed on a second core meanwhile,
-/// where there is one.
+/// Streams the file once and hands its bytes up to the end of the last tensor, or all where they are to be hashed, to `feed`
+/// with their offset. The hash is computed on a second core meanwhile, where there is one.
 ///
 /// # Errors
 /// Storage errors, or [`RunError::WrongModelHash`].

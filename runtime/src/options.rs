@@ -568,15 +568,6 @@ mod tests {
     }
 
     #[test]
-    fn every_setting_is_documented() {
-        let formats = include_str!("../../docs/FORMATS.md");
-        let (_, settings) = formats.split_once("### Settings").unwrap();
-        for (key, _) in TABLE {
-            assert!(settings.contains(&alloc::format!("`{key}`")), "{key} is not in docs/FORMATS.md");
-        }
-    }
-
-    #[test]
     fn bad_settings_say_what_was_expected() {
         let error = |text: &str| Options::default().apply(text).unwrap_err();
         assert!(

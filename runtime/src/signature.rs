@@ -14,7 +14,8 @@
 use crate::error::RunError;
 
 /// Bytes of a signature.
-pub const SIGNATURE_BYTES: usize = 64;
+#[cfg(feature = "signature")]
+const SIGNATURE_BYTES: usize = 64;
 
 /// True where signatures can be checked.
 pub const CAN_CHECK: bool = cfg!(feature = "signature");

@@ -18,7 +18,7 @@ use jit::{Compiler, space};
 use model::Isa;
 use model::kernel::{KernelKey, Variant};
 use profiler::Settled;
-use profiler::trial::{Order, Trial as PairedTrial, TrialConfig, Verdict};
+use profiler::trial::{Side, Trial as PairedTrial, TrialConfig, Verdict};
 use report::{Level, TrialOutcome as Shown, TrialRow};
 use snapshot_format::{KeyRecord, Snapshot, StoredKernel, Trial, TrialOutcome};
 
@@ -259,7 +259,7 @@ impl<'a> Tuner<'a> {
     }
 
     /// Pairs of candidate and incumbent on the weights of one layer after another; `None` when the budget ended before
-    /// the trial.
+    /// there was a verdict.
     fn measure(
         &mut self,
         platform: &dyn Platform,
@@ -278,19 +278,17 @@ impl<'a> Tuner<'a> {
         let start = engine::cycles();
         let longest_us = if compiled { LONGEST_TRIAL_US } else { LONGEST_FIRST_TRIAL_US };
         loop {
-            let mut time = |runs: Runs| {
+            let verdict = trial.pair(|side| {
                 // Each call reads weights that the last one did not leave in a cache.
                 instance = (instance + 1) % instances;
+                let runs = if side == Side::Incumbent { incumbent } else { candidate };
                 engine.replay(platform.workers(), slot, runs, instance)
-            };
-            let pair = match trial.order() {
-                Order::IncumbentFirst => time(incumbent).and_then(|old| Ok((old, time(candidate)?))),
-                Order::CandidateFirst => time(candidate).and_then(|new| Ok((time(incumbent)?, new))),
-            };
-            // A slot of the table always has a matrix and takes its own kernel; without pairs nothing is significant.
-            let Ok((old, new)) = pair else { return Some(trial.verdict()) };
-            if let Some(verdict) = trial.push(old, new) {
-                return Some(verdict);
+            });
+            match verdict {
+                Ok(None) => {}
+                Ok(Some(verdict)) => return Some(verdict),
+                // A slot of the table always has a matrix and takes its own kernel; without pairs nothing is significant.
+                Err(_) => return Some(trial.verdict()),
             }
             if trial.pairs() >= ENOUGH_PAIRS && self.us_since(start) > longest_us {
                 return Some(trial.verdict());

@@ -173,6 +173,10 @@ pub fn save(medium: &mut dyn Medium, identity: &Identity, snapshot: &Snapshot) -
     if medium.read_only() {
         return Err(SaveError::ReadOnly);
     }
+    if !snapshot.is_within_limits() {
+        let trials = snapshot.entries.iter().map(|record| record.trials.len()).max().unwrap_or(0);
+        return Err(SaveError::TooMany { keys: snapshot.entries.len(), trials });
+    }
     let slots = Slot::ALL.map(|slot| examine(medium, slot));
     let slot = match pick(medium, identity, &slots) {
         Ok(picked) => picked.slot.other(),

@@ -266,6 +266,16 @@ pub enum SaveError {
         /// Length of the slot, or what this build would read of it.
         have_bytes: u64,
     },
+    /// More records than an image reads back.
+    #[error(
+        "snapshot not saved: {keys} kernels with up to {trials} trials are more than an image reads back; start a new disk (each number of threads has kernels of its own)"
+    )]
+    TooMany {
+        /// Keys.
+        keys: usize,
+        /// Trials of the key with most.
+        trials: usize,
+    },
     /// No generation is left.
     #[error("snapshot not saved: generation {generation} is the last; zero the slot files to start again")]
     LastGeneration {
@@ -275,7 +285,7 @@ pub enum SaveError {
     /// The device failed while writing.
     #[error("snapshot not saved: writing {}: {error}; the previous snapshot is kept", slot.file_name())]
     Write {
-        /// The slot that was being written; it is torn now.
+        /// The slot to write; torn now if anything of it was written.
         slot: Slot,
         /// What failed.
         error: StorageError,

@@ -89,6 +89,14 @@ impl KeyRecord {
         self.quarantined.contains(variant) || self.trials.iter().any(clear) || self.trials_of(variant) >= MAX_UNDECIDED
     }
 
+    /// Forgets the kernel in use and what was measured against any kernel of the key: the search starts over from the
+    /// hand-written one. What was refused, wrong or faulted stays known.
+    pub fn drop_incumbent(&mut self) {
+        use TrialOutcome::{Faulted, Refused, Wrong};
+        self.incumbent = None;
+        self.trials.retain(|trial| matches!(trial.outcome, Refused | Wrong | Faulted));
+    }
+
     /// Trials of `variant`.
     pub fn trials_of(&self, variant: &Variant) -> usize {
         self.trials.iter().filter(|trial| trial.variant == *variant).count()

@@ -7,7 +7,7 @@ use sha2::{Digest, Sha256};
 use snapshot_format::header::{Header, MAX_GENERATION};
 use snapshot_format::{
     CodeUse, ForeignCode, HEADER_BYTES, Identity, MAX_PAYLOAD_BYTES, Medium, Opened, SaveError, Saved, Slot,
-    SlotReason, Snapshot, StoredKernel, open, open_any, save,
+    SlotReason, Snapshot, StoredKernel, Trial, TrialOutcome, open, open_any, save,
 };
 use storage::fault::{FAULT_STATUS, Fault, FaultDisk, Unflushed};
 use storage::{BlockDevice, DeviceError, MemoryDisk, SECTOR_BYTES, StorageError};
@@ -508,6 +508,29 @@ fn the_encoding_of_format_4_is_pinned() {
     let hash: String = Sha256::digest(&bytes).iter().map(|byte| format!("{byte:02x}")).collect();
     assert_eq!((bytes.len(), hash.as_str()), (222, "344cfc4e8fa94c9b9c8120fc17b0e86e4d785cf0bac3ffcb570ae5d79ec3f8ba"));
     assert_eq!(snapshot_format::FORMAT_VERSION, 4);
+}
+
+#[test]
+fn what_would_not_be_read_back_is_not_saved() {
+    let mut disk = blank();
+    saved(&mut disk, &snapshot(1, 10));
+    let before = disk.bytes_mut().to_vec();
+    let mut many = snapshot(2, 10);
+    many.entries.extend((1..=1024).map(|n| snapshot_format::KeyRecord::new(key(2048 + n))));
+    let error = save(&mut slots(&mut disk), &ME, &many).unwrap_err();
+    assert_eq!(error, SaveError::TooMany { keys: 1026, trials: 2 });
+    assert_eq!(disk.bytes_mut(), before);
+}
+
+#[test]
+fn without_its_incumbent_a_key_is_searched_again_but_for_what_cannot_run() {
+    let mut record = snapshot(1, 10).entries[0].clone();
+    let trial = record.trials[0];
+    let outcomes = [TrialOutcome::Kept, TrialOutcome::Slower, TrialOutcome::Undecided, TrialOutcome::Refused];
+    let tried = outcomes.map(|outcome| Trial { outcome, ..trial });
+    record.trials = tried.to_vec();
+    record.drop_incumbent();
+    assert_eq!((record.incumbent, record.trials), (None, vec![tried[3]]));
 }
 
 #[test]

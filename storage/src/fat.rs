@@ -71,6 +71,7 @@ pub struct DirEntry {
     pub len_bytes: u64,
     /// True for a directory.
     pub is_dir: bool,
+    first_cluster: u16,
 }
 
 /// A directory entry as far as it matters here.
@@ -182,11 +183,6 @@ impl FatVolume {
         })
     }
 
-    /// Bytes in a cluster.
-    pub fn cluster_bytes(&self) -> u64 {
-        self.sectors_per_cluster * SECTOR_BYTES as u64
-    }
-
     /// Finds the file at `path`, such as `MODEL.GGUF` or `BOOT/BAREFLOW.CFG`, upper or lower case, and follows its chain.
     ///
     /// # Errors
@@ -196,11 +192,25 @@ impl FatVolume {
             Some(entry) if !entry.is_dir => entry,
             _ => return Err(StorageError::IsADirectory { path: path.into() }),
         };
-        let len_bytes = u64::from(entry.len_bytes);
+        self.file(path, u64::from(entry.len_bytes), entry.first_cluster)
+    }
+
+    /// The file that [`FatVolume::list`] or [`FatVolume::list_in`] gave: also one whose name cannot be asked for.
+    ///
+    /// # Errors
+    /// [`StorageError`]: a directory, a damaged chain.
+    pub fn open_entry(&self, entry: &DirEntry) -> Result<FatFile, StorageError> {
+        if entry.is_dir {
+            return Err(StorageError::IsADirectory { path: entry.name.clone() });
+        }
+        self.file(&entry.name, entry.len_bytes, entry.first_cluster)
+    }
+
+    fn file(&self, path: &str, len_bytes: u64, first_cluster: u16) -> Result<FatFile, StorageError> {
         if len_bytes == 0 {
             return Ok(FatFile { len_bytes, extents: Vec::new() });
         }
-        let mut extents = self.chain(path, entry.first_cluster)?;
+        let mut extents = self.chain(path, first_cluster)?;
         let mut need_sectors = len_bytes.div_ceil(SECTOR_BYTES as u64);
         let have_sectors: u64 = extents.iter().map(|extent| extent.sectors).sum();
         if have_sectors < need_sectors {
@@ -226,10 +236,31 @@ impl FatVolume {
             Some(entry) if entry.is_dir => Directory::Chain(self.chain(path, entry.first_cluster)?),
             Some(_) => return Err(StorageError::NotADirectory { path: path.into() }),
         };
+        self.entries(dev, path, &directory)
+    }
+
+    /// Entries of a directory that a listing gave: also of one whose name cannot be asked for.
+    ///
+    /// # Errors
+    /// As [`FatVolume::list`].
+    pub fn list_in(&self, dev: &mut dyn BlockDevice, directory: &DirEntry) -> Result<Vec<DirEntry>, StorageError> {
+        let path = &directory.name;
+        if !directory.is_dir {
+            return Err(StorageError::NotADirectory { path: path.clone() });
+        }
+        self.entries(dev, path, &Directory::Chain(self.chain(path, directory.first_cluster)?))
+    }
+
+    fn entries(
+        &self,
+        dev: &mut dyn BlockDevice,
+        path: &str,
+        directory: &Directory,
+    ) -> Result<Vec<DirEntry>, StorageError> {
         let mut entries = Vec::new();
-        self.scan(dev, path, &directory, &mut |entry| {
-            let (name, len_bytes) = (display_name(&entry.name), u64::from(entry.len_bytes));
-            entries.push(DirEntry { name, len_bytes: if entry.is_dir { 0 } else { len_bytes }, is_dir: entry.is_dir });
+        self.scan(dev, path, directory, &mut |RawEntry { name, is_dir, first_cluster, len_bytes }| {
+            let len_bytes = if is_dir { 0 } else { u64::from(len_bytes) };
+            entries.push(DirEntry { name: display_name(&name), len_bytes, is_dir, first_cluster });
             false
         })?;
         Ok(entries)

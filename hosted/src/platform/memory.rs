@@ -7,6 +7,8 @@ use std::ptr::NonNull;
 
 /// Alignment and granule of arenas: one huge page.
 const HUGE_PAGE_BYTES: usize = 2 << 20;
+/// Each publication gets pages of its own.
+const PAGE_BYTES: usize = 4096;
 /// Address space set aside for compiled kernels.
 pub const CODE_ARENA_BYTES: usize = 64 << 20;
 
@@ -95,7 +97,7 @@ impl CodePages {
         Ok(Self { provider, used_bytes: 0 })
     }
 
-    /// Bytes of machine code published.
+    /// Bytes of pages that hold machine code.
     pub fn used_bytes(&self) -> usize {
         self.used_bytes
     }
@@ -106,7 +108,7 @@ impl CodePages {
         // SAFETY: the provider gave `code.len()` writable bytes at `at`, which nobody else has.
         unsafe { std::ptr::copy_nonoverlapping(code.as_ptr(), at, code.len()) };
         self.provider.finalize(BranchProtection::None).ok()?;
-        self.used_bytes += code.len();
+        self.used_bytes += code.len().next_multiple_of(PAGE_BYTES);
         NonNull::new(at)
     }
 }

@@ -29,10 +29,6 @@ pub struct WidenStats {
     pub instructions: u32,
     /// Vector instructions re-encoded.
     pub widened: u32,
-    /// Of those, carriers.
-    pub carriers: u32,
-    /// Register-to-register vector moves left by the register allocator.
-    pub moves: u32,
     /// Loads folded into their user.
     pub folded: u32,
     /// Prefetches.
@@ -144,8 +140,6 @@ fn rewrite(
         }
     }
     stats.widened += 1;
-    stats.moves += u32::from(is_move);
-    stats.carriers += u32::from(table::CARRIERS.iter().any(|row| row.emitted == code));
     out.push(i);
     Ok(())
 }

@@ -46,13 +46,6 @@ pub struct Plan {
     pub left_out_bytes: u64,
 }
 
-impl Plan {
-    /// Bytes of free RAM.
-    pub fn ram_bytes(&self) -> u64 {
-        self.ram.as_slice().iter().map(Range::len_bytes).sum()
-    }
-}
-
 /// Not enough memory to start.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 #[error(

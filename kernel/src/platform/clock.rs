@@ -208,16 +208,15 @@ fn frequency(start: Reading, now: Reading, ticks: u64, timer_hz: u64) -> u64 {
 
 impl Calibration {
     fn decide(pm_hz: Option<u64>, pit_hz: Option<u64>, cpuid_hz: Option<u64>, emulated: bool) -> Calibration {
-        let measured = pm_hz.or(pit_hz);
         let agree = |a: u64, b: u64| a.abs_diff(b) <= a.max(b) / 1000 * AGREE_PER_MILLE;
         let both = |a: Option<u64>, b: Option<u64>| matches!((a, b), (Some(a), Some(b)) if agree(a, b));
-        let (tsc_hz, source) = match (cpuid_hz, measured) {
-            (Some(stated), None) => (stated, "cpuid"),
-            (Some(stated), Some(measured)) if agree(stated, measured) => (stated, "cpuid"),
-            (_, Some(measured)) => (measured, if pm_hz.is_some() { "pm timer" } else { "pit" }),
-            (None, None) => (1_000_000_000, "guess"),
-        };
-        let confirmed = both(pm_hz, pit_hz) || both(cpuid_hz, measured);
+        let (cpuid, pm, pit) = ((cpuid_hz, "cpuid"), (pm_hz, "pm timer"), (pit_hz, "pit"));
+        // What CPUID states is exact, where a timer agrees with it; two timers that agree overrule it.
+        let pairs = [(cpuid, pm), (cpuid, pit), (pm, pit)];
+        let confirmed = pairs.into_iter().find(|(a, b)| both(a.0, b.0)).map(|(a, _)| a);
+        let any = || [pm, pit, cpuid].into_iter().find(|source| source.0.is_some());
+        let (hz, source) = confirmed.or_else(any).unwrap_or((None, "guess"));
+        let (tsc_hz, confirmed) = (hz.unwrap_or(1_000_000_000), confirmed.is_some());
         Calibration { tsc_hz, source, pm_hz, pit_hz, cpuid_hz, trusted: confirmed && !emulated }
     }
 }

@@ -109,7 +109,7 @@ extern "sysv64" fn core_main(apic_id: u32) -> ! {
     let join = |n: usize| (n & CLOSED == 0).then_some(n + 1);
     let Ok(before) = BOARD.arrived.fetch_update(Ordering::AcqRel, Ordering::Acquire, join) else {
         loop {
-            core::hint::spin_loop();
+            gates::park();
         }
     };
     let index = before + 1;

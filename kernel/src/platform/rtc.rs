@@ -3,9 +3,9 @@
 use super::port;
 
 fn register(index: u8) -> u8 {
-    // SAFETY: selects and reads a CMOS register; bit 7 keeps NMIs off for the moment, as is usual.
+    // SAFETY: selects and reads a CMOS register; bit 7 clear leaves NMIs on.
     unsafe {
-        port::write_u8(0x70, index | 0x80);
+        port::write_u8(0x70, index);
         port::read_u8(0x71)
     }
 }

@@ -16,13 +16,12 @@ const PATIENCE: u32 = 1 << 22;
 pub struct Serial {
     base: u16,
     present: bool,
-    newline: bool,
 }
 
 /// COM1: text.
-pub static COM1: Mutex<Serial> = Mutex::new(Serial { base: 0x3f8, present: false, newline: true });
+pub static COM1: Mutex<Serial> = Mutex::new(Serial { base: 0x3f8, present: false });
 /// COM2: frames.
-pub static COM2: Mutex<Serial> = Mutex::new(Serial { base: 0x2f8, present: false, newline: false });
+pub static COM2: Mutex<Serial> = Mutex::new(Serial { base: 0x2f8, present: false });
 
 /// First and last port of each serial line, for the port allow-list.
 pub const PORTS: [(u16, u16); 2] = [(0x3f8, 0x3ff), (0x2f8, 0x2ff)];
@@ -76,12 +75,9 @@ impl Serial {
     }
 }
 
+/// Text for people: each line ends with a carriage return, too.
 impl fmt::Write for Serial {
     fn write_str(&mut self, text: &str) -> fmt::Result {
-        if !self.newline {
-            self.write_bytes(text.as_bytes());
-            return Ok(());
-        }
         for (index, line) in text.split('\n').enumerate() {
             if index > 0 {
                 self.write_bytes(b"\r\n");

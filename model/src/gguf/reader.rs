@@ -114,8 +114,9 @@ fn parse_version(cursor: &mut Cursor<'_>) -> Result<u32, ModelError> {
     match version {
         2 | 3 => Ok(version),
         1 => unsupported(1, "convert the model again with a current converter"),
-        // A small version number byte-swapped.
-        v if v & 0xffff == 0 => unsupported(v.swap_bytes(), "this file is big-endian; convert it to little-endian"),
+        v if (1..=3).contains(&v.swap_bytes()) => {
+            unsupported(v.swap_bytes(), "this file is big-endian; convert it to little-endian")
+        }
         v => unsupported(v, "the file is damaged or newer than this reader"),
     }
 }

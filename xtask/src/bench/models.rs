@@ -2,7 +2,7 @@
 
 use crate::demo_model;
 use anyhow::{Context, Result, bail};
-use model::formats::HeaderBytes;
+use model::formats::header_bytes;
 use model::{ModelDescription, Role, gguf};
 use serde::Serialize;
 use std::fs::File;
@@ -68,13 +68,7 @@ pub fn obtain(cache: &Path, bareflow: &Path, dtype: &str) -> Result<ModelFile> {
 fn describe(path: &Path) -> Result<ModelDescription> {
     let file = File::open(path).with_context(|| format!("opening {}", path.display()))?;
     let file_bytes = file.metadata()?.len();
-    let mut len = HeaderBytes::of(file_bytes);
-    loop {
-        let mut header = vec![0; len.len()];
-        file.read_exact_at(&mut header, 0).with_context(|| format!("reading {}", path.display()))?;
-        match gguf::read(&header, file_bytes) {
-            Err(error) if len.grow(&error) => {}
-            read => return read.with_context(|| format!("{} is damaged; delete it", path.display())),
-        }
-    }
+    let read = |bytes: &mut [u8]| file.read_exact_at(bytes, 0);
+    let header = header_bytes(file_bytes, read).with_context(|| format!("reading {}", path.display()))?;
+    gguf::read(&header, file_bytes).with_context(|| format!("{} is damaged; delete it", path.display()))
 }
