@@ -182,7 +182,8 @@ struct GenerateArgs {
     /// Ed25519 public key, 64 hex digits: run the model only if --signature is its holder's.
     #[arg(long)]
     public_key: Option<String>,
-    /// Signature of the model file, padded with zeros to whole 512-byte sectors; without it, that on the --snapshot image.
+    /// 64-byte signature over the model file, itself padded with zeros to whole 512-byte sectors; without this flag, the one on
+    /// the --snapshot image.
     #[arg(long)]
     signature: Option<PathBuf>,
     /// The prompt.
@@ -218,7 +219,7 @@ struct GenerateArgs {
     /// Draw from tokens at least this probable relative to the best; 0 is off.
     #[arg(long, default_value_t = 0.0)]
     min_p: f32,
-    /// Divide the logits of tokens that were said by this; 1 is off.
+    /// Divide the logits of tokens of the prompt and the answer by this; 1 is off.
     #[arg(long, default_value_t = 1.0)]
     repeat_penalty: f32,
     /// Last tokens that --repeat-penalty looks at; 0 is all.
@@ -236,7 +237,7 @@ struct GenerateArgs {
     /// Longest context in tokens; 0 takes the model's, at most 2048.
     #[arg(long, default_value_t = 0)]
     context: u32,
-    /// Type of the KV cache: auto, f32, f16 or q8_0; auto is f32 for models with f32 weights, else f16.
+    /// Type of the KV cache: auto, f32, f16 or q8_0; auto is f32 for models with f32 or bf16 weights, else f16.
     #[arg(long, default_value = "auto")]
     kv: String,
     /// Disk image that keeps kernels and profile from run to run; made when missing. A guest's disk works too.

@@ -19,7 +19,7 @@ const WHOLE_BYTES: u64 = 4 << 20;
 const GGUF_ALIGNMENT: u64 = 32;
 /// Identity of a model's content: SHA-256 over its length and samples spread evenly over the file (a small file: all of it).
 ///
-/// Sampling keeps loading at memory speed; it tells models apart but does not prove integrity: `model.sha256=` does.
+/// Sampling keeps loading at memory speed; it tells models apart but does not prove integrity: `model.sha256=` with 64 digits does.
 pub(crate) struct Fingerprint {
     hasher: Sha256,
     at: u64,

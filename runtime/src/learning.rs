@@ -52,7 +52,8 @@ impl<'a> Kernels<'a> {
         }
         let disk = platform.boot_disk().filter(|disk| options.snapshot && !disk.read_only());
         let Some(mut medium) = disk.and_then(|disk| DiskMedium::open(disk).ok()) else { return Some(NO_SNAPSHOT) };
-        newest_model_file(&mut medium).map(|_| "the snapshot was of another model; the next boot computes it")
+        newest_model_file(&mut medium)
+            .map(|_| "the snapshot that has one is damaged or of another model; the next boot computes it")
     }
 
     /// The model's hash as `found` while loading, which the snapshot then keeps, or else as the snapshot has it.
