@@ -151,7 +151,7 @@ pub(crate) fn payload(data: &[u8]) -> Outcome {
         assert!(kernel.is_none_or(|kernel| kernel.code.is_empty() || kernel.is_intact()), "code without its hash");
         assert!(record.trials.iter().all(|trial| record.trials_of(&trial.variant) > 0));
         assert!(record.variants_tried() <= record.trials.len());
-        assert!(record.quarantined.iter().all(|variant| record.knows(variant)));
+        assert!(record.quarantined.iter().all(|variant| record.knows(variant, 1)));
     }
     // Numbers may have been written longer than need be, never shorter.
     let again = saved(&opened.snapshot, data.len());

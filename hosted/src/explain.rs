@@ -5,8 +5,10 @@ use crate::{BadFlag, limits};
 use anyhow::{Context, Result, bail};
 use jit::{Compiler, disassemble, space};
 use model::kernel::{KernelKey, Variant};
+use runtime::Options;
 use runtime::options::IsaLimit;
 use runtime::platform::Platform;
+use runtime::tune::{ANY_BOOT, untried};
 use snapshot_format::{DiskMedium, KeyRecord, Snapshot, TrialOutcome};
 use std::path::Path;
 
@@ -28,7 +30,8 @@ pub fn print(key: &str, image: Option<&Path>, isa: IsaLimit) -> Result<()> {
         let known: Vec<String> = snapshot.entries.iter().map(|r| format!("  {}", r.key)).collect();
         bail!("the snapshot on {} has never met {key}; it knows:\n{}", image.display(), known.join("\n"));
     };
-    let tried_all = isa.avx2 && runtime::tune::untried(record, &runtime::Options::default(), compiler.isa()).is_none();
+    let untried = untried(record, &Options::default(), compiler.isa(), ANY_BOOT);
+    let tried_all = isa.avx2 && untried.is_none();
     print_record(record, tried_all)?;
     let threads = snapshot.boots.last().map_or(1, |line| line.threads as usize);
     if let Some(cycles) = record.last_median_cycles {

@@ -120,7 +120,7 @@ impl<'a> Tuner<'a> {
                         return self.finish();
                     }
                     let record = snapshot.record_mut(key);
-                    let untried = untried(record, self.options, self.compiler.isa());
+                    let untried = untried(record, self.options, self.compiler.isa(), self.boot);
                     if Settled::of(untried.is_none(), limit_fraction(slot)).is_settled() {
                         break;
                     }
@@ -319,15 +319,18 @@ struct Attempt {
     compile_us: f64,
 }
 
-/// The next variant of a key to try; `None` when all that are in the search with these options and `isa` were tried. Never
-/// stored: another boot may search with other instruction sets or limits.
-pub fn untried(record: &KeyRecord, options: &Options, isa: Isa) -> Option<Variant> {
+/// For [`untried`]: whatever boot will ask.
+pub const ANY_BOOT: u32 = u32::MAX;
+
+/// The next variant of a key to try in boot `boot`; `None` when all that are in the search with these options and `isa` were tried
+/// as often as it takes. Never stored: another boot may search with other instruction sets or limits.
+pub fn untried(record: &KeyRecord, options: &Options, isa: Isa, boot: u32) -> Option<Variant> {
     let incumbent = record.incumbent.as_ref().map(|kernel| kernel.variant);
     space::variants(&record.key, isa)
         .into_iter()
         .take(space_len(options, usize::MAX))
-        .filter(|variant| Some(*variant) != incumbent && !record.knows(variant))
-        // In the order of the search; those that were tried without a clear outcome come last.
+        .filter(|variant| Some(*variant) != incumbent && !record.knows(variant, boot))
+        // In the order of the search; those that were tried before come last.
         .min_by_key(|variant| record.trials_of(variant))
 }
 
@@ -353,6 +356,7 @@ fn shown(outcome: TrialOutcome) -> Shown {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use alloc::vec;
 
     /// A record of a key of which every variant for `isa` was tried.
     fn tried(isa: Isa) -> KeyRecord {
@@ -377,19 +381,47 @@ mod tests {
         let avx512 = Isa { avx512: true, avx512_vnni: true, ..avx2 };
         let (few, all) = (Options { tune_max_variants: 2, ..Options::default() }, Options::default());
         let mut record = tried(avx2);
-        assert_eq!(untried(&record, &all, avx2), None);
-        let wider = untried(&record, &all, avx512).expect("AVX-512 has variants of its own");
+        assert_eq!(untried(&record, &all, avx2, ANY_BOOT), None);
+        let wider = untried(&record, &all, avx512, 1).expect("AVX-512 has variants of its own");
         assert!(avx2.missing(&wider).is_some() && avx512.missing(&wider).is_none());
         record.trials.truncate(2);
-        assert_eq!(untried(&record, &few, avx2), None);
-        assert!(untried(&record, &all, avx2).is_some());
+        assert_eq!(untried(&record, &few, avx2, ANY_BOOT), None);
+        assert!(untried(&record, &all, avx2, 1).is_some());
 
         // What was not clear is tried once more, after what was never tried.
         let again = record.trials[0].variant;
         record.trials[0].outcome = TrialOutcome::Undecided;
-        assert_ne!(untried(&record, &all, avx2), Some(again));
-        assert_eq!(untried(&record, &few, avx2), Some(again));
+        assert_ne!(untried(&record, &all, avx2, 1), Some(again));
+        assert_eq!(untried(&record, &few, avx2, 1), Some(again));
         record.trials.push(record.trials[0]);
-        assert_eq!((untried(&record, &few, avx2), record.variants_tried()), (None, 2));
+        assert_eq!((untried(&record, &few, avx2, ANY_BOOT), record.variants_tried()), (None, 2));
+    }
+
+    #[test]
+    fn what_was_nearly_as_fast_is_tried_again_in_a_later_boot() {
+        let all = Options::default();
+        let mut record = tried(Isa::AVX2);
+        let code = |variant| Some(StoredKernel::new(variant, vec![0xc3]));
+        // One variant was kept, at half the hand-written op's time; the others followed, measured against it.
+        let kept = record.trials[0].variant;
+        record.trials[0] = Trial { ratio: Some(0.5), outcome: TrialOutcome::Kept, ..record.trials[0] };
+        record.incumbent = code(kept);
+        for trial in &mut record.trials[1..] {
+            trial.incumbent = Some(kept);
+        }
+        let near = record.trials[3].variant;
+        record.trials[3].ratio = Some(1.04);
+        assert_eq!(untried(&record, &all, Isa::AVX2, 1), None, "not in the same boot");
+        assert_eq!(untried(&record, &all, Isa::AVX2, 2), Some(near));
+        assert!(untried(&record, &all, Isa::AVX2, ANY_BOOT).is_some(), "the key is not settled before");
+        // A better kernel was found since: against that it is not near.
+        let better = record.trials[5].variant;
+        record.trials[5] = Trial { ratio: Some(0.9), outcome: TrialOutcome::Kept, ..record.trials[5] };
+        record.incumbent = code(better);
+        assert_eq!(untried(&record, &all, Isa::AVX2, 2), None);
+        record.incumbent = code(kept);
+        // Twice is enough.
+        record.trials.push(Trial { boot: 2, ..record.trials[3] });
+        assert_eq!(untried(&record, &all, Isa::AVX2, ANY_BOOT), None);
     }
 }

@@ -18,8 +18,10 @@ const MAX_TRIALS: usize = 4096;
 /// Bytes of one kernel's code: a few thousand, as a rule.
 const MAX_CODE_BYTES: usize = 256 * 1024;
 
-/// Trials after which a variant whose outcome was never clear gets no other.
-pub const MAX_UNDECIDED: usize = 2;
+/// Trials after which a variant gets no other, whatever came of them.
+const TRIALS_OF_A_VARIANT: usize = 2;
+/// A variant that takes at most so much of the time of the kernel in use may be faster at another time.
+const NEAR: f64 = 1.05;
 
 /// Everything one boot leaves to the next.
 #[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
@@ -82,11 +84,39 @@ impl KeyRecord {
         }
     }
 
-    /// True when `variant` needs no other trial: it is quarantined, or was tried with a clear outcome, or
-    /// [`MAX_UNDECIDED`] times without.
-    pub fn knows(&self, variant: &Variant) -> bool {
-        let clear = |trial: &Trial| trial.variant == *variant && trial.outcome != TrialOutcome::Undecided;
-        self.quarantined.contains(variant) || self.trials.iter().any(clear) || self.trials_of(variant) >= MAX_UNDECIDED
+    /// True when `variant` needs no trial in boot `boot`: it is quarantined, was tried [`TRIALS_OF_A_VARIANT`] times, or once with
+    /// a clear outcome. What was nearly as fast as the kernel now in use gets its second trial in a later boot: what a machine's
+    /// neighbours do lasts longer than a trial, and which variant is best depends on it.
+    pub fn knows(&self, variant: &Variant, boot: u32) -> bool {
+        let Some(at) = self.trials.iter().rposition(|trial| trial.variant == *variant) else {
+            return self.quarantined.contains(variant);
+        };
+        let another = match self.trials[at].outcome {
+            TrialOutcome::Undecided => true,
+            TrialOutcome::Slower => self.trials[at].boot < boot && self.is_near(variant),
+            TrialOutcome::Kept | TrialOutcome::Refused | TrialOutcome::Wrong | TrialOutcome::Faulted => false,
+        };
+        !another || self.trials_of(variant) >= TRIALS_OF_A_VARIANT || self.quarantined.contains(variant)
+    }
+
+    /// By the trials so far `variant` takes at most [`NEAR`] times as long as the kernel in use.
+    fn is_near(&self, variant: &Variant) -> bool {
+        let in_use = self.incumbent.as_ref().map(|kernel| kernel.variant);
+        let times = self.relative_time(Some(*variant)).zip(self.relative_time(in_use));
+        times.is_some_and(|(time, of_incumbent)| time <= NEAR * of_incumbent)
+    }
+
+    /// Time of `variant` in that of the hand-written kernel (`None`), over the trials that link the two; `None` where none do.
+    fn relative_time(&self, variant: Option<Variant>) -> Option<f64> {
+        let (mut variant, mut before, mut time) = (variant, self.trials.len(), 1.0);
+        // Each link is to an earlier trial.
+        while let Some(linked) = variant {
+            before =
+                self.trials[..before].iter().rposition(|trial| trial.variant == linked && trial.ratio.is_some())?;
+            time *= f64::from(self.trials[before].ratio?);
+            variant = self.trials[before].incumbent;
+        }
+        Some(time)
     }
 
     /// Forgets the kernel in use and what was measured against any kernel of the key: the search starts over from the

@@ -549,9 +549,9 @@ fn records_are_found_and_boot_lines_bounded() {
     snapshot.record_mut(key(64)).quarantined.push(variant(1));
     snapshot.record_mut(key(64)).changed_at_boot = 4;
     assert_eq!(snapshot.entries.len(), 3);
-    assert!(snapshot.record(&key(64)).unwrap().knows(&variant(1)));
-    assert!(snapshot.record(&key(1536)).unwrap().knows(&variant(2)));
-    assert!(!snapshot.record(&key(1536)).unwrap().knows(&variant(1)));
+    assert!(snapshot.record(&key(64)).unwrap().knows(&variant(1), 9));
+    assert!(snapshot.record(&key(1536)).unwrap().knows(&variant(2), 9));
+    assert!(!snapshot.record(&key(1536)).unwrap().knows(&variant(1), 9));
     assert!(snapshot.record(&key(96)).is_none());
     let line = snapshot.boots[0];
     for boot in 2..=1500 {
