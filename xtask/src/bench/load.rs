@@ -36,7 +36,8 @@ pub fn measure(bareflow: &Path, model: &ModelFile, threads: u32) -> Result<LoadR
         report: BootReport,
     }
     let mut command = Command::new(bareflow);
-    command.args(["generate", "--json", "--max-tokens", "1", "--model"]).arg(&model.path);
+    // Two tokens: of one there is no rate.
+    command.args(["generate", "--json", "--max-tokens", "2", "--ignore-eos", "--model"]).arg(&model.path);
     command.args(["--threads", &threads.to_string(), "--set", &format!("load.rounds={PAIRS}")]);
     let load = json::<Printed>(command)?.report.load.context("the run reports no load")?;
     let of = |value: &dyn Fn(&report::LoadRound) -> f64| Spread::of(load.rounds.iter().map(value)).context("no rounds");
