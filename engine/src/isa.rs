@@ -12,12 +12,6 @@ pub fn detect() -> Isa {
     from_words(&words)
 }
 
-/// True where SHA-256 has instructions of its own (with the SSSE3 and SSE4.1 that code for them uses).
-pub fn has_sha_extensions() -> bool {
-    let words = crate::simd::feature_words();
-    words.leaf7_ebx >> 29 & 1 == 1 && words.leaf1_ecx >> 9 & 1 == 1 && words.leaf1_ecx >> 19 & 1 == 1
-}
-
 /// The same decision from given CPUID and XCR0 words.
 fn from_words(words: &FeatureWords) -> Isa {
     let bit = |word: u32, bit: u32| word >> bit & 1 == 1;
@@ -79,8 +73,6 @@ mod tests {
             && std::is_x86_feature_detected!("fma")
             && std::is_x86_feature_detected!("f16c");
         assert_eq!(isa.avx2, std_avx2);
-        let std_sha = std::is_x86_feature_detected!("sha") && std::is_x86_feature_detected!("sse4.1");
-        assert_eq!(has_sha_extensions(), std_sha && std::is_x86_feature_detected!("ssse3"));
         let std_avx512 = std::is_x86_feature_detected!("avx512f")
             && std::is_x86_feature_detected!("avx512bw")
             && std::is_x86_feature_detected!("avx512dq")
