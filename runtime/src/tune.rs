@@ -2,7 +2,7 @@
 //!
 //! A variant goes compile -> publish -> verify -> paired trial against the incumbent on the model's own weights. All
 //! variants give the same bits, so nothing here can change a token. Whatever a trial comes to is written into the
-//! snapshot's history, so no boot repeats another's work; only what was not clear is tried once more.
+//! snapshot's history, so no boot repeats another's work; only what was not clear, or nearly as fast, is tried once more.
 
 use crate::boot::TuningWork;
 use crate::kernels::{Rejected, RunningKernels, reference_answer, verify};

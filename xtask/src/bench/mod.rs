@@ -2,8 +2,8 @@
 //!
 //! Data path: [`models`] (one GGUF file a type) + [`ours`] (tuned snapshots) + [`peers`] (built from source) -> rounds of runs,
 //! each engine once a round in an order that changes -> [`rows`] (ratios inside a round, then medians) -> JSON, plots and
-//! the generated parts of `docs/BENCHMARKS.md` ([`document`]). [`load`] holds loading against reading, [`guest`] compares the two bodies of the runtime, [`micro`]
-//! looks at single kernels.
+//! the generated parts of `docs/BENCHMARKS.md` ([`document`]). [`load`] holds loading against reading, [`guest`] compares the two
+//! bodies of the runtime, [`micro`] looks at single kernels.
 //!
 //! Architecture invariant: outputs are checked before anything is timed and in every timed run of our own, and only ratios taken inside one round are
 //! ratios: read bandwidth of shared machines changes by a factor of two within minutes.
