@@ -53,6 +53,19 @@ impl Chunk {
         M_BUCKETS[self.bucket] as usize
     }
 
+    /// Its rows from `row` on, as far as a layer can leave the others out, and how many are left out: all, all but the last,
+    /// or none.
+    fn without_rows_before(&self, row: usize) -> (usize, Chunk) {
+        match self.rows.saturating_sub(row) {
+            0 => (self.rows, Chunk { rows: 0, ..*self }),
+            1 => {
+                let left_out = self.rows - 1;
+                (left_out, Chunk { first: self.first + left_out, rows: 1, bucket: 0, pos: self.pos + left_out })
+            }
+            _ => (0, *self),
+        }
+    }
+
     /// What products run on.
     fn batch(&self) -> Batch {
         Batch { bucket: self.bucket, rows: self.rows }
@@ -529,7 +542,7 @@ impl<'m> Session<'m> {
         while done < tokens.len() {
             let (chunks, count) = next_group(&tokens[done..], self.pos, &buckets);
             let chunks = &chunks[..count];
-            self.group(engine, workers, chunks, &tokens[done..]);
+            self.group(engine, workers, chunks, &tokens[done..], first.saturating_sub(done));
             for chunk in chunks {
                 for row in first.saturating_sub(done)..chunk.rows {
                     self.head(engine, workers, chunk.first + row);
@@ -572,8 +585,16 @@ impl<'m> Session<'m> {
         }
     }
 
-    /// Runs all layers on `chunks`, which are the first of `tokens`, and advances the position.
-    fn group(&mut self, engine: &mut Engine<'_>, workers: &dyn Workers, chunks: &[Chunk], tokens: &[u32]) {
+    /// Runs all layers on `chunks`, which are the first of `tokens`, and advances the position. Of tokens before `first`, only
+    /// what later ones see of them is computed: the last layer's keys and values, and no output.
+    fn group(
+        &mut self,
+        engine: &mut Engine<'_>,
+        workers: &dyn Workers,
+        chunks: &[Chunk],
+        tokens: &[u32],
+        first: usize,
+    ) {
         let (dim, stride) = (self.sizes.dim, padded(self.sizes.dim));
         let Buffers { x, normed, .. } = &mut self.buffers;
         let mut tokens = tokens.iter();
@@ -584,17 +605,24 @@ impl<'m> Session<'m> {
             }
         }
         engine.lap(Part::Embed);
-        for layer in 0..engine.plan.layers.len() {
+        let layers = engine.plan.layers.len();
+        for layer in 0..layers {
+            let mut first = if layer + 1 == layers { first } else { 0 };
             for chunk in chunks {
-                self.attention_block(engine, workers, layer, chunk);
-                self.feed_forward_block(engine, workers, layer, chunk);
+                self.store_keys(engine, workers, layer, chunk);
+                let (left_out, wanted) = chunk.without_rows_before(first);
+                if wanted.rows > 0 {
+                    self.attend(engine, workers, layer, left_out, &wanted);
+                    self.feed_forward_block(engine, workers, layer, &wanted);
+                }
+                first = first.saturating_sub(chunk.rows);
             }
         }
         self.pos += chunks.iter().map(|chunk| chunk.rows).sum::<usize>();
     }
 
-    /// `x += attention(norm(x)) Wo`, with the norms and biases that the layer has.
-    fn attention_block(&mut self, engine: &mut Engine<'_>, workers: &dyn Workers, layer: usize, chunk: &Chunk) {
+    /// Queries, keys and values of `norm(x)`, with the norms and biases that the layer has; keys and values go to the cache.
+    fn store_keys(&mut self, engine: &mut Engine<'_>, workers: &dyn Workers, layer: usize, chunk: &Chunk) {
         let level = engine.table.level();
         let weights = engine.plan.layers[layer];
         let (m, rows, batch) = (chunk.m(), chunk.rows, chunk.batch());
@@ -605,7 +633,7 @@ impl<'m> Session<'m> {
             QkvWeights::Separate { .. } => None,
         };
         self.norm_rows(engine, &weights.attn_norm, chunk.first..chunk.first + rows, input);
-        let Buffers { x, normed, quantised, qkv, attended, projected, partials, .. } = &mut self.buffers;
+        let Buffers { normed, quantised, qkv, attended, .. } = &mut self.buffers;
         let normed = &normed[..m * dim];
 
         if rows == 1 {
@@ -652,14 +680,23 @@ impl<'m> Session<'m> {
             let (k, v) = (&row[k_columns], &row[v_columns]);
             attention::store(level, kv, self.kv.as_mut_bytes(), layer, pos, k, v);
         }
-
         engine.lap(Part::Rope);
+    }
 
+    /// `x += attention(queries) Wo` for `chunk`, whose queries follow the first `left_out` of those stored last.
+    fn attend(&mut self, engine: &mut Engine<'_>, workers: &dyn Workers, layer: usize, left_out: usize, chunk: &Chunk) {
+        let level = engine.table.level();
+        let weights = engine.plan.layers[layer];
+        let (m, rows, batch) = (chunk.m(), chunk.rows, chunk.batch());
+        let Sizes { dim, q_dim, .. } = self.sizes;
+        let qkv_stride = self.sizes.qkv_stride();
+        let Buffers { x, quantised, qkv, attended, projected, partials, .. } = &mut self.buffers;
+        let kv = &self.sizes.kv;
         let queries = Queries {
             shape: kv,
             cache: self.kv.as_bytes(),
             layer,
-            q: qkv,
+            q: &qkv[left_out * qkv_stride..],
             q_stride: qkv_stride,
             rows,
             pos: chunk.pos,
