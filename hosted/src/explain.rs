@@ -8,7 +8,7 @@ use model::kernel::{KernelKey, Variant};
 use runtime::Options;
 use runtime::options::IsaLimit;
 use runtime::platform::Platform;
-use runtime::tune::{ANY_BOOT, untried};
+use runtime::tune::is_exhausted;
 use snapshot_format::{DiskMedium, KeyRecord, Snapshot, TrialOutcome};
 use std::path::Path;
 
@@ -30,8 +30,7 @@ pub fn print(key: &str, image: Option<&Path>, isa: IsaLimit) -> Result<()> {
         let known: Vec<String> = snapshot.entries.iter().map(|r| format!("  {}", r.key)).collect();
         bail!("the snapshot on {} has never met {key}; it knows:\n{}", image.display(), known.join("\n"));
     };
-    let untried = untried(record, &Options::default(), compiler.isa(), ANY_BOOT);
-    let tried_all = isa.avx2 && untried.is_none();
+    let tried_all = isa.avx2 && is_exhausted(record, &Options::default(), compiler.isa());
     print_record(record, tried_all)?;
     let threads = snapshot.boots.last().map_or(1, |line| line.threads as usize);
     if let Some(cycles) = record.last_median_cycles {
@@ -123,6 +122,7 @@ fn outcome(outcome: TrialOutcome) -> &'static str {
         TrialOutcome::Wrong => "wrong",
         TrialOutcome::Faulted => "faulted",
         TrialOutcome::Undecided => "unclear",
+        TrialOutcome::Confirmed => "holds",
     }
 }
 

@@ -50,6 +50,16 @@ impl TrialConfig {
     pub fn match_is_enough(self) -> Self {
         Self { min_win: -0.02, ..self }
     }
+
+    /// For a candidate whose time counts `weight` times what the incumbent's does.
+    pub fn weighing(self, weight: f64) -> Self {
+        Self { min_win: 1.0 - (1.0 - self.min_win) / weight, ..self }
+    }
+
+    /// Most of the incumbent's time that a candidate may take.
+    pub fn most(&self) -> f64 {
+        1.0 - self.min_win
+    }
 }
 
 impl Default for TrialConfig {
@@ -145,10 +155,10 @@ impl Trial {
         (signed_rank_p(&too_slow) <= GIVE_UP_LEVEL).then(|| self.verdict_at(EARLY_LEVEL))
     }
 
-    /// The verdict on the pairs so far, as if they were the last: for a budget that ran out. Fewer than eight pairs are
-    /// never significant.
+    /// The verdict on the pairs so far, which are the last: for a budget that ran out, which does not depend on them. Fewer
+    /// than eight pairs are never significant.
     pub fn verdict(&self) -> Verdict {
-        self.verdict_at(if self.logs.len() >= self.max_pairs { FINAL_LEVEL } else { EARLY_LEVEL })
+        self.verdict_at(FINAL_LEVEL)
     }
 
     /// The log ratios without the advantage of running second: half the distance between the medians of the two orders
@@ -354,6 +364,20 @@ mod tests {
         let mut trial = Trial::new(TrialConfig { max_pairs: usize::MAX, min_win: -1.0 });
         let verdict = (0..200).find_map(|i| trial.push(u64::MAX - i % 2, u64::MAX)).unwrap();
         assert!(verdict.ratio.is_finite() && verdict.pairs <= 128, "{verdict:?}");
+    }
+
+    #[test]
+    fn a_candidate_that_counts_more_has_to_win_by_more() {
+        let config = TrialConfig { min_win: 0.01, ..TrialConfig::default() };
+        assert!((config.weighing(1.1).most() - 0.9).abs() < 1e-9);
+        assert!((config.weighing(1.0 / 1.1).most() - 1.089).abs() < 1e-9);
+        for (weight, cycles, wins) in
+            [(1.08, 93_000, false), (1.08, 90_000, true), (1.0 / 1.08, 105_000, true), (1.0 / 1.08, 108_000, false)]
+        {
+            let mut trial = Trial::new(config.weighing(weight));
+            let verdict = (0..64).find_map(|i| trial.push(100_000, cycles + i % 5 * 100)).unwrap();
+            assert_eq!(verdict.significant, wins, "{weight} {cycles}: {verdict:?}");
+        }
     }
 
     #[test]

@@ -196,6 +196,7 @@ fn tuning(screen: &mut Screen, report: &BootReport) {
     screen.section("tuning");
     let outcomes: Vec<String> = [
         (TrialOutcome::Kept, "kept"),
+        (TrialOutcome::Confirmed, "confirmed"),
         (TrialOutcome::Slower, "not faster"),
         (TrialOutcome::Undecided, "not clear"),
         (TrialOutcome::Refused, "refused by the compiler"),

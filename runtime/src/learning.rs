@@ -10,7 +10,7 @@ use crate::options::{Options, Tier};
 use crate::platform::{Clock, Platform};
 use crate::reporter::Reporter;
 use crate::rows::limit_fraction;
-use crate::tune::{ANY_BOOT, Tuner, space_len, untried};
+use crate::tune::{Tuner, is_exhausted, space_len};
 use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
@@ -150,7 +150,7 @@ impl<'a> Kernels<'a> {
             tried: record.map_or(0, tried) as u32,
             variants: space.len() as u32,
             // Without AVX2 there is no space at all, and nothing was searched.
-            exhausted: isa.avx2 && record.is_some_and(|record| untried(record, self.options, isa, ANY_BOOT).is_none()),
+            exhausted: isa.avx2 && record.is_some_and(|record| is_exhausted(record, self.options, isa)),
         }
     }
 

@@ -2,7 +2,8 @@
 //!
 //! A variant goes compile -> publish -> verify -> paired trial against the incumbent on the model's own weights. All
 //! variants give the same bits, so nothing here can change a token. Whatever a trial comes to is written into the
-//! snapshot's history, so no boot repeats another's work; only what was not clear, or nearly as fast, is tried once more.
+//! snapshot's history, so no boot repeats another's work; only what was not clear, or nearly as fast, is tried again in a later
+//! boot, and the kernel in use is held against the hand-written one once more.
 
 use crate::boot::TuningWork;
 use crate::kernels::{Rejected, RunningKernels, reference_answer, verify};
@@ -30,10 +31,7 @@ pub const MIN_SHARE: f64 = 0.001;
 const VARIANTS_IN_A_ROW: usize = 6;
 
 /// A trial that has taken this long ends with its verdict on the pairs it has, once these are enough to tell anything.
-const LONGEST_TRIAL_US: f64 = 80_000.0;
-/// The same while the key has no compiled kernel: without one it cannot be exported, and a match takes more pairs to show
-/// than a win.
-const LONGEST_FIRST_TRIAL_US: f64 = 400_000.0;
+const LONGEST_TRIAL_US: f64 = 120_000.0;
 const ENOUGH_PAIRS: usize = 12;
 
 /// The tuner of one boot.
@@ -120,12 +118,18 @@ impl<'a> Tuner<'a> {
                         return self.finish();
                     }
                     let record = snapshot.record_mut(key);
+                    let unconfirmed = running.variant(slot).is_some() && record.wants_confirmation(self.boot);
                     let untried = untried(record, self.options, self.compiler.isa(), self.boot);
-                    if Settled::of(untried.is_none(), limit_fraction(slot)).is_settled() {
+                    if Settled::of(!unconfirmed && untried.is_none(), limit_fraction(slot)).is_settled() {
                         break;
                     }
-                    let Some(variant) = untried else { break };
-                    self.try_variant(platform, reporter, engine, record, running, slot, variant);
+                    if unconfirmed {
+                        if !self.confirm(platform, engine, record, slot) {
+                            return self.finish();
+                        }
+                    } else if let Some(variant) = untried {
+                        self.try_variant(platform, reporter, engine, record, running, slot, variant);
+                    }
                     progressed = true;
                 }
             }
@@ -161,10 +165,9 @@ impl<'a> Tuner<'a> {
         variant: Variant,
     ) {
         let (key, incumbent) = (record.key, running.variant(slot));
-        let Some(Attempt { ended, code, compile_us }) = self.attempt(platform, reporter, engine, slot, &key, &variant)
-        else {
-            return;
-        };
+        let contest = Contest { key, variant, incumbent };
+        let attempt = self.attempt(platform, reporter, engine, slot, &contest);
+        let Some(Attempt { ended, code, compile_us }) = attempt else { return };
         let code_bytes = code.len() as u32;
         let (outcome, ratio) = match ended {
             Ended::Refused(why) => {
@@ -177,7 +180,10 @@ impl<'a> Tuner<'a> {
                 (rejected.outcome(), None)
             }
             Ended::Measured(kernel, verdict) => {
-                let outcome = if verdict.significant && engine.table_mut().install(slot, kernel).is_ok() {
+                // A key without a compiled kernel cannot be exported: it takes the first that looks as fast as the hand-written
+                // op. To show that two equal times are equal would take hundreds of pairs.
+                let wins = verdict.significant || (incumbent.is_none() && verdict.undecided);
+                let outcome = if wins && engine.table_mut().install(slot, kernel).is_ok() {
                     running.set(slot, variant);
                     self.keep(engine, record, slot, StoredKernel::new(variant, code));
                     TrialOutcome::Kept
@@ -189,7 +195,7 @@ impl<'a> Tuner<'a> {
                 (outcome, Some(verdict.ratio))
             }
         };
-        record.trials.push(Trial {
+        let trial = Trial {
             variant,
             incumbent,
             ratio: ratio.map(|r| r as f32),
@@ -197,15 +203,45 @@ impl<'a> Tuner<'a> {
             boot: self.boot,
             compile_us: compile_us as u32,
             code_bytes,
-        });
+        };
+        self.note(engine, record, trial, Some(compile_us));
+    }
+
+    /// Holds the kernel in use against the hand-written one, of which nothing but the record of trials changes: where it is
+    /// slower now, those it beat are no longer far behind it and get another trial. False when the budget ended before there
+    /// was a verdict.
+    fn confirm(&mut self, platform: &dyn Platform, engine: &mut Engine, record: &mut KeyRecord, slot: usize) -> bool {
+        let (Some(Runs::Compiled(kernel)), Some(stored)) = (engine.table().runs(slot), &record.incumbent) else {
+            return true;
+        };
+        let (variant, code_bytes) = (stored.variant, stored.code.len() as u32);
+        let contest = Contest { key: record.key, variant, incumbent: None };
+        let Some(verdict) = self.measure(platform, engine, slot, kernel, &contest) else { return false };
+        let holds = verdict.ratio <= self.config(&contest).most();
+        let trial = Trial {
+            variant,
+            incumbent: None,
+            ratio: Some(verdict.ratio as f32),
+            outcome: if holds { TrialOutcome::Confirmed } else { TrialOutcome::Slower },
+            boot: self.boot,
+            compile_us: 0,
+            code_bytes,
+        };
+        self.note(engine, record, trial, None);
+        true
+    }
+
+    /// Adds `trial` to the record of its key and to the report; `compile_us` where it was compiled for it.
+    fn note(&mut self, engine: &Engine, record: &mut KeyRecord, trial: Trial, compile_us: Option<f64>) {
+        record.trials.push(trial);
         self.work.trials.push(TrialRow {
-            key: key.to_string(),
-            variant: variant.to_string(),
-            incumbent: incumbent.map_or_else(|| String::from(engine.table().own_name()), |v| v.to_string()),
-            ratio,
-            outcome: shown(outcome),
-            compile_us: Some(compile_us),
-            code_bytes: (code_bytes > 0).then_some(code_bytes),
+            key: record.key.to_string(),
+            variant: trial.variant.to_string(),
+            incumbent: trial.incumbent.map_or_else(|| String::from(engine.table().own_name()), |v| v.to_string()),
+            ratio: trial.ratio.map(f64::from),
+            outcome: shown(trial.outcome),
+            compile_us,
+            code_bytes: (trial.code_bytes > 0).then_some(trial.code_bytes),
         });
     }
 
@@ -229,11 +265,10 @@ impl<'a> Tuner<'a> {
         reporter: &mut Reporter,
         engine: &mut Engine,
         slot: usize,
-        key: &KernelKey,
-        variant: &Variant,
+        contest: &Contest,
     ) -> Option<Attempt> {
         let start = engine::cycles();
-        let compiled = self.compiler.compile(key, variant);
+        let compiled = self.compiler.compile(&contest.key, &contest.variant);
         let compile_us = self.us_since(start);
         self.work.compile_ms += compile_us / 1e3;
         let code = match compiled {
@@ -243,7 +278,7 @@ impl<'a> Tuner<'a> {
             }
         };
         self.work.compiled += 1;
-        let kernel = match platform.publish(*key, &code) {
+        let kernel = match platform.publish(contest.key, &code) {
             Ok(kernel) => kernel,
             Err(full) => {
                 reporter.note(platform, Level::Warning, format!("tuning stops: {full}"));
@@ -252,10 +287,20 @@ impl<'a> Tuner<'a> {
             }
         };
         let ended = match verify(platform, engine, slot, kernel, code.len()) {
-            Ok(()) => Ended::Measured(kernel, self.measure(platform, engine, slot, kernel)?),
+            Ok(()) => Ended::Measured(kernel, self.measure(platform, engine, slot, kernel, contest)?),
             Err(rejected) => Ended::Rejected(rejected),
         };
         Some(Attempt { ended, code, compile_us })
+    }
+
+    /// What the candidate of `contest` has to show.
+    fn config(&self, contest: &Contest) -> TrialConfig {
+        let config = TrialConfig { max_pairs: self.options.tune_pairs as usize, ..TrialConfig::default() };
+        let weight = contest.variant.weight();
+        match contest.incumbent {
+            None => config.match_is_enough().weighing(weight),
+            Some(incumbent) => config.weighing(weight / incumbent.weight()),
+        }
     }
 
     /// Pairs of candidate and incumbent on the weights of one layer after another; `None` when the budget ended before
@@ -266,17 +311,17 @@ impl<'a> Tuner<'a> {
         engine: &mut Engine,
         slot: usize,
         candidate: Kernel,
+        contest: &Contest,
     ) -> Option<Verdict> {
-        let config = TrialConfig { max_pairs: self.options.tune_pairs as usize, ..TrialConfig::default() };
-        let incumbent = engine.table().runs(slot).unwrap_or(Runs::Baseline);
-        // Only compiled kernels can be exported: one that matches the hand-written op is worth more than it.
-        let compiled = matches!(incumbent, Runs::Compiled(_));
-        let mut trial = PairedTrial::new(if compiled { config } else { config.match_is_enough() });
+        let incumbent = match contest.incumbent {
+            None => Runs::Baseline,
+            Some(_) => engine.table().runs(slot)?,
+        };
+        let mut trial = PairedTrial::new(self.config(contest));
         let instances = engine.instances(slot).max(1);
         let candidate = Runs::Compiled(candidate);
         let mut instance = 0;
         let start = engine::cycles();
-        let longest_us = if compiled { LONGEST_TRIAL_US } else { LONGEST_FIRST_TRIAL_US };
         loop {
             let verdict = trial.pair(|side| {
                 // Each call reads weights that the last one did not leave in a cache.
@@ -290,7 +335,7 @@ impl<'a> Tuner<'a> {
                 // A slot of the table always has a matrix and takes its own kernel; without pairs nothing is significant.
                 Err(_) => return Some(trial.verdict()),
             }
-            if trial.pairs() >= ENOUGH_PAIRS && self.us_since(start) > longest_us {
+            if trial.pairs() >= ENOUGH_PAIRS && self.us_since(start) > LONGEST_TRIAL_US {
                 return Some(trial.verdict());
             }
             // The first trial of a boot goes on to its end: however small the budget, the search gets there.
@@ -299,6 +344,14 @@ impl<'a> Tuner<'a> {
             }
         }
     }
+}
+
+/// A candidate, and what it has to beat.
+struct Contest {
+    key: KernelKey,
+    variant: Variant,
+    /// `None` is the hand-written op.
+    incumbent: Option<Variant>,
 }
 
 /// How a variant's trial ended.
@@ -319,12 +372,19 @@ struct Attempt {
     compile_us: f64,
 }
 
-/// For [`untried`]: whatever boot will ask.
-pub const ANY_BOOT: u32 = u32::MAX;
+/// Whatever boot will ask.
+const ANY_BOOT: u32 = u32::MAX;
+
+/// Whether nothing is left to do for a key, in this boot or a later one, with these options and `isa`.
+pub fn is_exhausted(record: &KeyRecord, options: &Options, isa: Isa) -> bool {
+    let runs_here = record.incumbent.as_ref().is_some_and(|kernel| isa.missing(&kernel.variant).is_none());
+    let unconfirmed = runs_here && record.wants_confirmation(ANY_BOOT);
+    !unconfirmed && untried(record, options, isa, ANY_BOOT).is_none()
+}
 
 /// The next variant of a key to try in boot `boot`; `None` when all that are in the search with these options and `isa` were tried
 /// as often as it takes. Never stored: another boot may search with other instruction sets or limits.
-pub fn untried(record: &KeyRecord, options: &Options, isa: Isa, boot: u32) -> Option<Variant> {
+fn untried(record: &KeyRecord, options: &Options, isa: Isa, boot: u32) -> Option<Variant> {
     let incumbent = record.incumbent.as_ref().map(|kernel| kernel.variant);
     space::variants(&record.key, isa)
         .into_iter()
@@ -350,6 +410,7 @@ fn shown(outcome: TrialOutcome) -> Shown {
         TrialOutcome::Wrong => Shown::Wrong,
         TrialOutcome::Faulted => Shown::Faulted,
         TrialOutcome::Undecided => Shown::Undecided,
+        TrialOutcome::Confirmed => Shown::Confirmed,
     }
 }
 
@@ -388,12 +449,15 @@ mod tests {
         assert_eq!(untried(&record, &few, avx2, ANY_BOOT), None);
         assert!(untried(&record, &all, avx2, 1).is_some());
 
-        // What was not clear is tried once more, after what was never tried.
+        // What was not clear is tried again in later boots, after what was never tried, until it was tried three times.
         let again = record.trials[0].variant;
         record.trials[0].outcome = TrialOutcome::Undecided;
-        assert_ne!(untried(&record, &all, avx2, 1), Some(again));
-        assert_eq!(untried(&record, &few, avx2, 1), Some(again));
-        record.trials.push(record.trials[0]);
+        assert_eq!(untried(&record, &few, avx2, 1), None);
+        assert_ne!(untried(&record, &all, avx2, 2), Some(again));
+        assert_eq!(untried(&record, &few, avx2, 2), Some(again));
+        record.trials.push(Trial { boot: 2, ..record.trials[0] });
+        assert_eq!(untried(&record, &few, avx2, 3), Some(again));
+        record.trials.push(Trial { boot: 3, ..record.trials[0] });
         assert_eq!((untried(&record, &few, avx2, ANY_BOOT), record.variants_tried()), (None, 2));
     }
 
@@ -410,18 +474,44 @@ mod tests {
             trial.incumbent = Some(kept);
         }
         let near = record.trials[3].variant;
-        record.trials[3].ratio = Some(1.04);
+        record.trials[3].ratio = Some(1.04 / near.weight() as f32);
         assert_eq!(untried(&record, &all, Isa::AVX2, 1), None, "not in the same boot");
         assert_eq!(untried(&record, &all, Isa::AVX2, 2), Some(near));
         assert!(untried(&record, &all, Isa::AVX2, ANY_BOOT).is_some(), "the key is not settled before");
         // A better kernel was found since: against that it is not near.
-        let better = record.trials[5].variant;
-        record.trials[5] = Trial { ratio: Some(0.9), outcome: TrialOutcome::Kept, ..record.trials[5] };
-        record.incumbent = code(better);
-        assert_eq!(untried(&record, &all, Isa::AVX2, 2), None);
-        record.incumbent = code(kept);
-        // Twice is enough.
+        let mut found = record.clone();
+        let better = found.trials[5].variant;
+        found.trials[5] = Trial { ratio: Some(0.45), outcome: TrialOutcome::Kept, incumbent: None, ..found.trials[5] };
+        found.incumbent = code(better);
+        assert_eq!(untried(&found, &all, Isa::AVX2, 2), None);
+        // Three times are enough.
         record.trials.push(Trial { boot: 2, ..record.trials[3] });
+        assert_eq!(untried(&record, &all, Isa::AVX2, 3), Some(near));
+        record.trials.push(Trial { boot: 3, ..record.trials[3] });
         assert_eq!(untried(&record, &all, Isa::AVX2, ANY_BOOT), None);
+    }
+
+    #[test]
+    fn a_kernel_in_use_is_confirmed_in_a_later_boot_and_where_it_fails_others_are_asked_again() {
+        let (all, isa) = (Options::default(), Isa::AVX2);
+        let mut record = tried(isa);
+        assert!(is_exhausted(&record, &all, isa));
+        let (kept, beaten) = (record.trials[0].variant, record.trials[1].variant);
+        record.trials[0] = Trial { ratio: Some(0.8), outcome: TrialOutcome::Kept, ..record.trials[0] };
+        record.incumbent = Some(StoredKernel::new(kept, vec![0xc3]));
+        record.changed_at_boot = 1;
+        record.trials[1] = Trial { ratio: Some(1.2), incumbent: Some(kept), ..record.trials[1] };
+        assert_eq!((record.wants_confirmation(1), record.wants_confirmation(2)), (false, true));
+        assert!(!is_exhausted(&record, &all, isa), "the key is not settled before");
+        assert!(is_exhausted(&record, &all, Isa::default()), "a CPU that cannot run it need not confirm it");
+
+        let measured = |ratio, outcome| Trial { ratio: Some(ratio), outcome, boot: 2, ..record.trials[0] };
+        let mut holds = record.clone();
+        holds.trials.push(measured(0.85, TrialOutcome::Confirmed));
+        assert!(!holds.wants_confirmation(3) && is_exhausted(&holds, &all, isa));
+        let mut fails = record.clone();
+        fails.trials.push(measured(1.6, TrialOutcome::Slower));
+        assert!(!fails.wants_confirmation(3), "once is enough");
+        assert_eq!(untried(&fails, &all, isa, 2), Some(beaten), "0.8 * 1.2 of the hand-written op's time is near 1.6");
     }
 }

@@ -23,7 +23,7 @@
 //! a model file of 4096 bytes with a hash of repeated `e`):
 //!
 //! ```text
-//! 00000000  53 4e 41 50 04 00 00 00  07 00 00 00 00 00 00 00  |SNAP............|
+//! 00000000  53 4e 41 50 05 00 00 00  07 00 00 00 00 00 00 00  |SNAP............|
 //! 00000010  44 4f 4e 45 00 00 00 00  24 01 00 00 00 00 00 00  |DONE....$.......|
 //! 00000020  7b 5c 59 b7 9c 28 8c ef  c0 76 5b 17 5b 0a e0 db  |{\Y..(...v[.[...|
 //! 00000030  f3 25 65 15 4c 21 bb 31  3f 4c f3 e8 7b 7b 0b b5  |.%e.L!.1?L..{{..|
@@ -38,8 +38,8 @@
 //! 000000c0  65 65 65 65 65 65 65 65  00 00 00 00 00 00 00 00  |eeeeeeee........|
 //! 000000d0  00 00 00 00 00 00 00 00  00 00 00 00 00 00 00 00  |................|
 //! *
-//! 000001e0  58 4c 99 65 2e 3c dc fa  c4 76 e7 ed 86 97 33 a9  |XL.e.<...v....3.|
-//! 000001f0  e2 4e 01 cf 00 c3 51 a5  15 10 53 04 c7 07 a3 1c  |.N....Q...S.....|
+//! 000001e0  56 20 45 bb 80 32 f0 a3  9b 10 70 fb 55 5c 1e 83  |V E..2....p.U\..|
+//! 000001f0  51 aa 77 ac 2f 89 e1 90  d6 f1 20 b3 e4 13 e5 14  |Q.w./..... .....|
 //! ```
 //!
 //! Write order: the header with `WRIT`, flush; the payload, flush; the header with `DONE`, flush. A slot that says `WRIT` was
@@ -52,7 +52,7 @@ use sha2::{Digest, Sha256};
 /// Bytes of the header: one sector. The payload follows it.
 pub const HEADER_BYTES: usize = 512;
 /// Version this build writes, and the only one it reads.
-pub const FORMAT_VERSION: u32 = 4;
+pub const FORMAT_VERSION: u32 = 5;
 /// Largest payload that is read or written, whatever the size of the slot.
 pub const MAX_PAYLOAD_BYTES: u64 = 16 << 20;
 /// Largest generation; a header with another one is refused, so that the next generation always exists.

@@ -19,7 +19,7 @@ const MAX_TRIALS: usize = 4096;
 const MAX_CODE_BYTES: usize = 256 * 1024;
 
 /// Trials after which a variant gets no other, whatever came of them.
-const TRIALS_OF_A_VARIANT: usize = 2;
+const TRIALS_OF_A_VARIANT: usize = 3;
 /// A variant that takes at most so much of the time of the kernel in use may be faster at another time.
 const NEAR: f64 = 1.05;
 
@@ -84,26 +84,37 @@ impl KeyRecord {
         }
     }
 
-    /// True when `variant` needs no trial in boot `boot`: it is quarantined, was tried [`TRIALS_OF_A_VARIANT`] times, or once with
-    /// a clear outcome. What was nearly as fast as the kernel now in use gets its second trial in a later boot: what a machine's
+    /// True when `variant` needs no trial in boot `boot`: it is quarantined, was tried [`TRIALS_OF_A_VARIANT`] times, or came out
+    /// clearly slower than the kernel now in use. What did not, gets another trial in a later boot: what a machine's
     /// neighbours do lasts longer than a trial, and which variant is best depends on it.
     pub fn knows(&self, variant: &Variant, boot: u32) -> bool {
-        let Some(at) = self.trials.iter().rposition(|trial| trial.variant == *variant) else {
+        let Some(last) = self.trials.iter().rfind(|trial| trial.variant == *variant) else {
             return self.quarantined.contains(variant);
         };
-        let another = match self.trials[at].outcome {
+        let another = match last.outcome {
             TrialOutcome::Undecided => true,
-            TrialOutcome::Slower => self.trials[at].boot < boot && self.is_near(variant),
-            TrialOutcome::Kept | TrialOutcome::Refused | TrialOutcome::Wrong | TrialOutcome::Faulted => false,
+            TrialOutcome::Kept | TrialOutcome::Slower | TrialOutcome::Confirmed => self.is_near(variant),
+            TrialOutcome::Refused | TrialOutcome::Wrong | TrialOutcome::Faulted => false,
         };
-        !another || self.trials_of(variant) >= TRIALS_OF_A_VARIANT || self.quarantined.contains(variant)
+        let done = self.trials_of(variant) >= TRIALS_OF_A_VARIANT || self.quarantined.contains(variant);
+        !another || last.boot >= boot || done
     }
 
-    /// By the trials so far `variant` takes at most [`NEAR`] times as long as the kernel in use.
+    /// The kernel in use has not been measured against the hand-written one since it came into use, and boot `boot` is a later one.
+    /// What it gained may have been the machine of that time.
+    pub fn wants_confirmation(&self, boot: u32) -> bool {
+        let Some(kernel) = &self.incumbent else { return false };
+        let confirms = |trial: &Trial| {
+            trial.variant == kernel.variant && trial.incumbent.is_none() && trial.boot > self.changed_at_boot
+        };
+        boot > self.changed_at_boot && !self.trials.iter().any(confirms)
+    }
+
+    /// By the trials so far `variant` takes at most [`NEAR`] times as long as the kernel in use, each with its weight.
     fn is_near(&self, variant: &Variant) -> bool {
         let in_use = self.incumbent.as_ref().map(|kernel| kernel.variant);
-        let times = self.relative_time(Some(*variant)).zip(self.relative_time(in_use));
-        times.is_some_and(|(time, of_incumbent)| time <= NEAR * of_incumbent)
+        let time = |of: Option<Variant>| Some(self.relative_time(of)? * of.map_or(1.0, |variant| variant.weight()));
+        time(Some(*variant)).zip(time(in_use)).is_some_and(|(time, of_incumbent)| time <= NEAR * of_incumbent)
     }
 
     /// Time of `variant` in that of the hand-written kernel (`None`), over the trials that link the two; `None` where none do.
@@ -198,6 +209,8 @@ pub enum TrialOutcome {
     Faulted,
     /// It looked faster, but that may have been chance.
     Undecided,
+    /// In use already, it was no slower than the hand-written kernel in a later boot.
+    Confirmed,
 }
 
 /// One boot, as the convergence decision and the progress plot need it.

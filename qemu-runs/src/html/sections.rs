@@ -16,8 +16,9 @@ const HEIGHT: f64 = 230.0;
 /// Relative cycles spread further than this are drawn on a logarithmic axis.
 const LOG_FROM_SPREAD: f64 = 4.0;
 
-const OUTCOMES: [(TrialOutcome, &str, &str); 6] = [
+const OUTCOMES: [(TrialOutcome, &str, &str); 7] = [
     (TrialOutcome::Kept, "kept", "kept"),
+    (TrialOutcome::Confirmed, "confirmed", "kept"),
     (TrialOutcome::Slower, "not faster", "slower"),
     (TrialOutcome::Undecided, "not clear, tried again", "slower"),
     (TrialOutcome::Refused, "refused by the compiler", "refused"),
@@ -394,14 +395,15 @@ fn trials(boot: &BootRecord, out: &mut String) {
     let rank = |t: &TrialRow| match t.outcome {
         TrialOutcome::Wrong | TrialOutcome::Faulted => 0,
         TrialOutcome::Kept => 1,
-        TrialOutcome::Slower | TrialOutcome::Undecided => 2,
-        TrialOutcome::Refused => 3,
+        TrialOutcome::Confirmed => 2,
+        TrialOutcome::Slower | TrialOutcome::Undecided => 3,
+        TrialOutcome::Refused => 4,
     };
     rows.sort_by_key(|t| rank(t));
     for t in rows.iter().take(TRIALS_LISTED) {
         let name = OUTCOMES.iter().find(|(o, _, _)| *o == t.outcome).map_or("-", |o| o.1);
         let class = match t.outcome {
-            TrialOutcome::Kept => "good",
+            TrialOutcome::Kept | TrialOutcome::Confirmed => "good",
             TrialOutcome::Wrong | TrialOutcome::Faulted => "bad",
             TrialOutcome::Slower | TrialOutcome::Undecided | TrialOutcome::Refused => "soft",
         };
