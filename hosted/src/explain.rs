@@ -87,7 +87,7 @@ fn print_record(record: &KeyRecord, tried_all: bool) -> Result<()> {
     );
     print_line!("  {} variants tried{}", record.variants_tried(), if tried_all { ": all worth trying" } else { "" });
     print_line!(
-        "\n  {:<4} {:<28} {:<28} {:>6} {:<8} {:>8} {:>6}",
+        "\n  {:<4} {:<28} {:<28} {:>6} {:<9} {:>8} {:>6}",
         "boot",
         "variant",
         "against",
@@ -98,7 +98,7 @@ fn print_record(record: &KeyRecord, tried_all: bool) -> Result<()> {
     );
     for trial in &record.trials {
         print_line!(
-            "  {:<4} {:<28} {:<28} {:>6} {:<8} {:>5} us {:>6}",
+            "  {:<4} {:<28} {:<28} {:>6} {:<9} {:>5} us {:>6}",
             trial.boot,
             trial.variant.to_string(),
             or_dash(trial.incumbent.map(|v| v.to_string()).or(Some("hand-written".into()))),
@@ -122,7 +122,7 @@ fn outcome(outcome: TrialOutcome) -> &'static str {
         TrialOutcome::Wrong => "wrong",
         TrialOutcome::Faulted => "faulted",
         TrialOutcome::Undecided => "unclear",
-        TrialOutcome::Confirmed => "holds",
+        TrialOutcome::Confirmed => "confirmed",
     }
 }
 

@@ -277,7 +277,12 @@ fn cycles(key: &KernelKey, plan: &Plan) -> u64 {
     // Memory: about 4 bytes a cycle. What helps the prefetchers of one core that reads alone hinders two that share a memory:
     // this only says in which order to try.
     let distance = if plan.prefetch_bytes == 0 { 100 } else { 102 };
-    let side_by_side = 98 + [2, 2, 3, 5, 7][streams.min(4) as usize];
+    let side_by_side = match streams {
+        0 | 1 => 100,
+        2 => 101,
+        3 => 103,
+        _ => 105,
+    };
     // A tile narrower than the panel comes back for the rest of each line.
     let split = if plan.m <= 4 { 100 + 10 * (PANEL / plan.columns - 1) as u64 } else { 100 };
     let memory = key.weight_bytes() / 4 * distance * side_by_side * split / 1_000_000;

@@ -118,13 +118,17 @@ impl<'a> Tuner<'a> {
                         return self.finish();
                     }
                     let record = snapshot.record_mut(key);
-                    let unconfirmed = running.variant(slot).is_some() && record.wants_confirmation(self.boot);
+                    let unconfirmed = match engine.table().runs(slot) {
+                        Some(Runs::Compiled(kernel)) if record.wants_confirmation(self.boot) => Some(kernel),
+                        _ => None,
+                    };
                     let untried = untried(record, self.options, self.compiler.isa(), self.boot);
-                    if Settled::of(!unconfirmed && untried.is_none(), limit_fraction(slot)).is_settled() {
+                    let exhausted = unconfirmed.is_none() && untried.is_none();
+                    if Settled::of(exhausted, limit_fraction(slot)).is_settled() {
                         break;
                     }
-                    if unconfirmed {
-                        if !self.confirm(platform, engine, record, slot) {
+                    if let Some(kernel) = unconfirmed {
+                        if !self.confirm(platform, engine, record, slot, kernel) {
                             return self.finish();
                         }
                     } else if let Some(variant) = untried {
@@ -207,14 +211,19 @@ impl<'a> Tuner<'a> {
         self.note(engine, record, trial, Some(compile_us));
     }
 
-    /// Holds the kernel in use against the hand-written one, of which nothing but the record of trials changes: where it is
+    /// Holds `kernel`, which is in use, against the hand-written one. Nothing but the record of trials changes: where it is
     /// slower now, those it beat are no longer far behind it and get another trial. False when the budget ended before there
     /// was a verdict.
-    fn confirm(&mut self, platform: &dyn Platform, engine: &mut Engine, record: &mut KeyRecord, slot: usize) -> bool {
-        let (Some(Runs::Compiled(kernel)), Some(stored)) = (engine.table().runs(slot), &record.incumbent) else {
-            return true;
-        };
-        let (variant, code_bytes) = (stored.variant, stored.code.len() as u32);
+    fn confirm(
+        &mut self,
+        platform: &dyn Platform,
+        engine: &mut Engine,
+        record: &mut KeyRecord,
+        slot: usize,
+        kernel: Kernel,
+    ) -> bool {
+        let Some(StoredKernel { variant, code, .. }) = &record.incumbent else { return false };
+        let (variant, code_bytes) = (*variant, code.len() as u32);
         let contest = Contest { key: record.key, variant, incumbent: None };
         let Some(verdict) = self.measure(platform, engine, slot, kernel, &contest) else { return false };
         let holds = verdict.ratio <= self.config(&contest).most();

@@ -84,9 +84,9 @@ impl KeyRecord {
         }
     }
 
-    /// True when `variant` needs no trial in boot `boot`: it is quarantined, was tried [`TRIALS_OF_A_VARIANT`] times, or came out
-    /// clearly slower than the kernel now in use. What did not, gets another trial in a later boot: what a machine's
-    /// neighbours do lasts longer than a trial, and which variant is best depends on it.
+    /// True when `variant` needs no trial in boot `boot`: it is quarantined, was tried [`TRIALS_OF_A_VARIANT`] times, or is clearly
+    /// slower than the kernel now in use. One that is nearly as fast, or was not clear, gets another trial in a later boot: what
+    /// a machine's neighbours do lasts longer than a trial, and which variant is best depends on it.
     pub fn knows(&self, variant: &Variant, boot: u32) -> bool {
         let Some(last) = self.trials.iter().rfind(|trial| trial.variant == *variant) else {
             return self.quarantined.contains(variant);
