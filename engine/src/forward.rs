@@ -53,12 +53,12 @@ impl Chunk {
         M_BUCKETS[self.bucket] as usize
     }
 
-    /// Its rows from `row` on, as far as a layer can leave the others out, and how many are left out: all, all but the last,
-    /// or none.
-    fn without_rows_before(&self, row: usize) -> (usize, Chunk) {
+    /// Its rows from `row` on, as far as a layer can leave the others out, and how many are left out: all, all but the last
+    /// where `single` rows run in a bucket of their own (the spare rows of another would be rows of the next chunk), or none.
+    fn without_rows_before(&self, row: usize, single: bool) -> (usize, Chunk) {
         match self.rows.saturating_sub(row) {
             0 => (self.rows, Chunk { rows: 0, ..*self }),
-            1 => {
+            1 if single => {
                 let left_out = self.rows - 1;
                 (left_out, Chunk { first: self.first + left_out, rows: 1, bucket: 0, pos: self.pos + left_out })
             }
@@ -542,7 +542,7 @@ impl<'m> Session<'m> {
         while done < tokens.len() {
             let (chunks, count) = next_group(&tokens[done..], self.pos, &buckets);
             let chunks = &chunks[..count];
-            self.group(engine, workers, chunks, &tokens[done..], first.saturating_sub(done));
+            self.group(engine, workers, (chunks, &buckets), &tokens[done..], first.saturating_sub(done));
             for chunk in chunks {
                 for row in first.saturating_sub(done)..chunk.rows {
                     self.head(engine, workers, chunk.first + row);
@@ -585,13 +585,13 @@ impl<'m> Session<'m> {
         }
     }
 
-    /// Runs all layers on `chunks`, which are the first of `tokens`, and advances the position. Of tokens before `first`, only
+    /// Runs all layers on `chunks`, which are the first of `tokens` cut into `buckets`, and advances the position. Of tokens before `first`, only
     /// what later ones see of them is computed: the last layer's keys and values, and no output.
     fn group(
         &mut self,
         engine: &mut Engine<'_>,
         workers: &dyn Workers,
-        chunks: &[Chunk],
+        (chunks, buckets): (&[Chunk], &[bool; M_BUCKETS.len()]),
         tokens: &[u32],
         first: usize,
     ) {
@@ -610,7 +610,7 @@ impl<'m> Session<'m> {
             let mut first = if layer + 1 == layers { first } else { 0 };
             for chunk in chunks {
                 self.store_keys(engine, workers, layer, chunk);
-                let (left_out, wanted) = chunk.without_rows_before(first);
+                let (left_out, wanted) = chunk.without_rows_before(first, buckets[0]);
                 if wanted.rows > 0 {
                     self.attend(engine, workers, layer, left_out, &wanted);
                     self.feed_forward_block(engine, workers, layer, &wanted);
