@@ -238,9 +238,9 @@ fn narrow(level: Level, ty: KvType, x: &[f32], scale: f32, out: &mut [u8]) {
             }
         }
         KvType::F16 => {
-            let done = match level {
-                Level::Portable => 0,
-                Level::Avx2(avx2) => simd::attention::to_f16(avx2, x, out),
+            let done = match level.avx2() {
+                None => 0,
+                Some(avx2) => simd::attention::to_f16(avx2, x, out),
             };
             for (out, &x) in out[2 * done..].chunks_exact_mut(2).zip(&x[done..]) {
                 let clamped = if x.abs() > 65504.0 { f32::copysign(65504.0, x) } else { x };
@@ -249,9 +249,9 @@ fn narrow(level: Level, ty: KvType, x: &[f32], scale: f32, out: &mut [u8]) {
         }
         KvType::Q8_0 => {
             let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
-            let done = match level {
-                Level::Portable => 0,
-                Level::Avx2(avx2) => simd::attention::to_int8(avx2, x, inverse, out),
+            let done = match level.avx2() {
+                None => 0,
+                Some(avx2) => simd::attention::to_int8(avx2, x, inverse, out),
             };
             for (out, &x) in out[done..].iter_mut().zip(&x[done..]) {
                 let q = libm::rintf(x * inverse);
@@ -473,9 +473,9 @@ fn join_blocks(level: Level, shape: &KvShape, blocks: usize, partials: &[f32], o
         for partial in partials[kv_head * blocks * len..].chunks_exact(len).take(blocks) {
             let (sums, rest) = partial.split_at(group * head_dim);
             let (values, max, sum) = (&sums[i * head_dim..][..head_dim], rest[2 * i], rest[2 * i + 1]);
-            match level {
-                Level::Portable => join::<Software>(&mut running, max, sum, values, out),
-                Level::Avx2(avx2) => simd::attention::join(avx2, &mut running, max, sum, values, out),
+            match level.avx2() {
+                None => join::<Software>(&mut running, max, sum, values, out),
+                Some(avx2) => simd::attention::join(avx2, &mut running, max, sum, values, out),
             }
         }
         let inverse = 1.0 / running.sum;
@@ -506,7 +506,7 @@ fn pass(
     running: &mut [Running; MAX_TILE],
     out: &mut [f32],
 ) {
-    if let Level::Avx2(avx2) = level
+    if let Some(avx2) = level.avx2()
         && block.head_dim.is_multiple_of(8)
     {
         return simd::attention::pass(avx2, block, visible, tile, which, running, out);

@@ -38,7 +38,7 @@ pub mod workers;
 
 pub use error::EngineError;
 pub use forward::{Engine, Session, SessionMemory};
-pub use loader::{LoadedModel, Loader};
+pub use loader::{LoadedModel, Loader, ReadAt};
 pub use random::SplitMix64;
 pub use sampler::{Sampler, Sampling};
 pub use simd::cycles;

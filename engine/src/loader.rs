@@ -1,7 +1,8 @@
-//! Streams a model file once, in order and in any chunking, and packs every weight straight into the arena.
+//! Takes in a model file once, from front to back, and packs every weight straight into the arena.
 //!
-//! Input: chunks `(file offset, bytes)`. Output: a filled arena and a [`LoadedModel`] that `Engine::new` joins with it.
-//! Between chunks only the unfinished panel (or row) of one tensor is kept aside; no weight is stored twice.
+//! Input: chunks `(file offset, bytes)` of any size as a device delivers them ([`Loader::feed`]), or the file itself where
+//! several cores can read it at once ([`Loader::pull`]). Output: a filled arena and a [`LoadedModel`] that `Engine::new` joins
+//! with it. Between chunks only the unfinished panel (or row) of one tensor is kept aside; no weight is stored twice.
 
 use crate::error::EngineError;
 use crate::pack::{ColumnMap, RowFormat, pack_rows, scale_groups, zero_padding};
@@ -11,9 +12,15 @@ use crate::workers::{Single, Workers, for_each};
 use alloc::vec;
 use alloc::vec::Vec;
 use model::layout::{PANEL, panel_bytes};
+use spin::Mutex;
 
 /// Rows of a tensor from this length on are worth sharing between cores.
 const SHARED_BYTES: usize = 64 << 10;
+/// Bytes that a core reads at a time before it packs them: they stay in its second-level cache.
+const PIECE_BYTES: usize = 256 << 10;
+
+/// Fills a buffer from an offset of the file on; several cores may call it at once.
+pub type ReadAt<'f, E> = dyn Fn(u64, &mut [u8]) -> Result<(), E> + Sync + 'f;
 
 /// A model whose weights are in an arena.
 #[derive(Clone, Debug)]
@@ -80,23 +87,61 @@ impl<'a> Loader<'a> {
             if skip >= bytes.len() as u64 {
                 break;
             }
-            let tensor_left = self.plan.tensors[self.tensor].tensor.len_bytes - self.have_bytes;
             let from = skip as usize;
-            let len = tensor_left.min((bytes.len() - from) as u64) as usize;
+            let len = self.tensor_left().min((bytes.len() - from) as u64) as usize;
             self.take_in(&bytes[from..from + len], workers);
-            self.have_bytes += len as u64;
-            if len as u64 == tensor_left {
-                self.tensor += 1;
-                self.have_bytes = 0;
-            }
             offset = expected + len as u64;
             bytes = &bytes[from + len..];
         }
         Ok(())
     }
 
-    /// Takes in the next bytes of the current tensor: whole panels directly, the rest through `carry`.
+    /// Takes in everything from [`Loader::next_offset`] up to the first tensor that begins at `until` or behind it. Each of
+    /// `workers` reads a piece and packs it while it is in its caches.
+    ///
+    /// # Errors
+    /// The first of `read`; what was taken in is then unspecified up to the next [`Loader::rewind`].
+    pub fn pull<E: Send>(&mut self, until: u64, workers: &dyn Workers, read: &ReadAt<'_, E>) -> Result<(), E> {
+        // Each core keeps its own: another's would be in that one's caches.
+        let mut buffers = vec![Vec::new(); workers.count()];
+        while let Some(at) = self.next_offset().filter(|&at| at < until) {
+            match &self.plan.tensors[self.tensor].destination {
+                Destination::Packed { matrix, map, format } if self.have_bytes == 0 && map.place(0).1 == 0 => {
+                    let matrix = &self.plan.matrices[*matrix];
+                    let packed = &mut self.arena[matrix.bytes.clone()];
+                    let len_bytes = self.plan.tensors[self.tensor].tensor.len_bytes;
+                    let panels = Panels { level: self.level, format: *format, k: matrix.k, map: *map, at, len_bytes };
+                    panels.pull(packed, workers, &mut buffers, read)?;
+                    self.tensor += 1;
+                }
+                _ => {
+                    let mut piece = vec![0; self.tensor_left().min(PIECE_BYTES as u64) as usize];
+                    read(at, &mut piece)?;
+                    self.take_in(&piece, &Single);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Bytes of the current tensor that are still needed.
+    fn tensor_left(&self) -> u64 {
+        self.plan.tensors[self.tensor].tensor.len_bytes - self.have_bytes
+    }
+
+    /// Takes in the next bytes of the current tensor, and goes on to the next one with its last.
     fn take_in(&mut self, bytes: &[u8], workers: &dyn Workers) {
+        self.store(bytes, workers);
+        let is_end = bytes.len() as u64 == self.tensor_left();
+        self.have_bytes += bytes.len() as u64;
+        if is_end {
+            self.tensor += 1;
+            self.have_bytes = 0;
+        }
+    }
+
+    /// Stores the next bytes of the current tensor: whole panels directly, the rest through `carry`.
+    fn store(&mut self, bytes: &[u8], workers: &dyn Workers) {
         let Loader { plan, level, arena, vectors, tensor, have_bytes, carry } = self;
         let planned = &plan.tensors[*tensor];
         let row_bytes = planned.row_bytes;
@@ -162,6 +207,59 @@ impl<'a> Loader<'a> {
             }
         }
         Ok(LoadedModel { base_address: self.arena.as_ptr().addr(), plan: self.plan, vectors: self.vectors })
+    }
+}
+
+/// A tensor of the file whose first row begins a panel.
+struct Panels {
+    level: Level,
+    format: RowFormat,
+    k: usize,
+    map: ColumnMap,
+    /// Offset of its first byte.
+    at: u64,
+    len_bytes: u64,
+}
+
+impl Panels {
+    /// Reads it and packs it into its places of `packed`, a share on each of `workers` through a buffer of its own. Shares are not
+    /// cut finer and taken in turn: cores that read neighbouring pages of a page cache hinder each other.
+    fn pull<E: Send>(
+        &self,
+        packed: &mut [u8],
+        workers: &dyn Workers,
+        buffers: &mut [Vec<u8>],
+        read: &ReadAt<'_, E>,
+    ) -> Result<(), E> {
+        let Panels { level, format, k, map, at, len_bytes } = *self;
+        let panel_rows_bytes = PANEL * format.row_bytes(k);
+        let panel_step_bytes = map.panel_step * panel_bytes(format.dtype(), k);
+        let panels = (len_bytes as usize).div_ceil(panel_rows_bytes);
+        let share_panels = panels.div_ceil(workers.count());
+        let piece_panels = (PIECE_BYTES / panel_rows_bytes).clamp(1, share_panels);
+        let piece_bytes = piece_panels * panel_rows_bytes;
+        let own = ColumnMap { panel_step: map.panel_step, ..ColumnMap::WHOLE };
+        let packed = &mut packed[map.place(0).0 * panel_bytes(format.dtype(), k)..];
+        let shares = (0..len_bytes).step_by(share_panels * panel_rows_bytes);
+        let shares = shares.zip(packed.chunks_mut(share_panels * panel_step_bytes));
+        let failure = Mutex::new(None);
+        for_each(workers, shares.zip(buffers), |((from, places), buffer)| {
+            let len = buffer.len().max(piece_bytes);
+            buffer.resize(len, 0);
+            let end = len_bytes.min(from + (share_panels * panel_rows_bytes) as u64);
+            let pieces = (from..end).step_by(piece_bytes).zip(places.chunks_mut(piece_panels * panel_step_bytes));
+            for (offset, place) in pieces {
+                let rows = &mut buffer[..piece_bytes.min((end - offset) as usize)];
+                match read(at + offset, rows) {
+                    Ok(()) => pack_rows(level, format, k, own, 0, rows, place),
+                    Err(error) => {
+                        failure.lock().get_or_insert(error);
+                        return;
+                    }
+                }
+            }
+        });
+        failure.into_inner().map_or(Ok(()), Err)
     }
 }
 

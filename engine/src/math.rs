@@ -47,9 +47,9 @@ pub(crate) fn gelu_with<F: ScalarArithmetic>(x: f32) -> f32 {
 /// When the slices differ in length.
 pub fn activate(level: Level, activation: Activation, x: &mut [f32], up: Option<&[f32]>) {
     assert!(up.is_none_or(|up| up.len() == x.len()), "gate and up activations");
-    let done = match level {
-        Level::Portable => 0,
-        Level::Avx2(avx2) => simd::math::activate(avx2, activation, x, up),
+    let done = match level.avx2() {
+        None => 0,
+        Some(avx2) => simd::math::activate(avx2, activation, x, up),
     };
     for (i, x) in x.iter_mut().enumerate().skip(done) {
         let active = match activation {
@@ -95,15 +95,15 @@ pub fn rmsnorm_quantise(level: Level, x: &[f32], weight: &[f32], eps: f32, out: 
     assert!(x.len().is_multiple_of(BLOCK), "{} activations are no whole blocks of {BLOCK}", x.len());
     assert_eq!(out.len(), x.len() / BLOCK * XBLOCK_BYTES, "bytes of {} quantised activations", x.len());
     let scale = 1.0 / libm::sqrtf(sum_of_squares(level, x) / x.len() as f32 + eps);
-    match level {
-        Level::Portable => {
+    match level.avx2() {
+        None => {
             let blocks = x.chunks_exact(BLOCK).zip(weight.chunks_exact(BLOCK));
             for ((x, weight), out) in blocks.zip(out.chunks_exact_mut(XBLOCK_BYTES)) {
                 let y: [f32; BLOCK] = core::array::from_fn(|i| x[i] * scale * weight[i]);
                 quantise_block(&y, out);
             }
         }
-        Level::Avx2(avx2) => simd::math::scale_quantise(avx2, x, scale, weight, out),
+        Some(avx2) => simd::math::scale_quantise(avx2, x, scale, weight, out),
     }
 }
 
@@ -133,8 +133,8 @@ pub fn layernorm(level: Level, x: &[f32], weight: &[f32], bias: &[f32], eps: f32
 
 /// Sum of squares in the order of a contract reduction.
 fn sum_of_squares(level: Level, x: &[f32]) -> f32 {
-    match level {
-        Level::Portable => {
+    match level.avx2() {
+        None => {
             let mut lanes = [0.0; REDUCE_LANES];
             for x in x.chunks(REDUCE_LANES) {
                 for (lane, &x) in lanes.iter_mut().zip(x) {
@@ -143,7 +143,7 @@ fn sum_of_squares(level: Level, x: &[f32]) -> f32 {
             }
             fold_halves(lanes)
         }
-        Level::Avx2(avx2) => simd::math::sum_of_squares(avx2, x),
+        Some(avx2) => simd::math::sum_of_squares(avx2, x),
     }
 }
 
@@ -156,13 +156,13 @@ fn sum_of_squares(level: Level, x: &[f32]) -> f32 {
 pub fn quantise_activations(level: Level, x: &[f32], out: &mut [u8]) {
     assert!(x.len().is_multiple_of(BLOCK), "{} activations are no whole blocks of {BLOCK}", x.len());
     assert_eq!(out.len(), x.len() / BLOCK * XBLOCK_BYTES, "bytes of {} quantised activations", x.len());
-    match level {
-        Level::Portable => {
+    match level.avx2() {
+        None => {
             for (x, out) in x.chunks_exact(BLOCK).zip(out.chunks_exact_mut(XBLOCK_BYTES)) {
                 quantise_block(x, out);
             }
         }
-        Level::Avx2(avx2) => simd::math::quantise(avx2, x, out),
+        Some(avx2) => simd::math::quantise(avx2, x, out),
     }
 }
 
@@ -195,8 +195,8 @@ fn quantise_block(x: &[f32], out: &mut [u8]) {
 /// When `len` is 0 or the padding is missing.
 pub fn softmax_numerators(level: Level, scores: &mut [f32], len: usize) -> f32 {
     assert!(len > 0 && scores.len() >= len.next_multiple_of(REDUCE_LANES), "{len} scores in {}", scores.len());
-    match level {
-        Level::Portable => {
+    match level.avx2() {
+        None => {
             let scores = &mut scores[..len];
             let max = scores.iter().fold(f32::NEG_INFINITY, |max, &s| if s > max { s } else { max });
             let mut lanes = [0.0; REDUCE_LANES];
@@ -208,7 +208,7 @@ pub fn softmax_numerators(level: Level, scores: &mut [f32], len: usize) -> f32 {
             }
             fold_halves(lanes)
         }
-        Level::Avx2(avx2) => simd::math::softmax_numerators(avx2, scores, len),
+        Some(avx2) => simd::math::softmax_numerators(avx2, scores, len),
     }
 }
 
@@ -280,9 +280,9 @@ pub fn rope(level: Level, order: RopeOrder, heads: &mut [f32], head_dim: usize, 
         let head = &mut head[..cos_sin.len()];
         let half = head.len() / 2;
         // Pairs that whole vectors covered.
-        let done = match level {
-            Level::Portable => 0,
-            Level::Avx2(avx2) => simd::math::rope(avx2, order, head, cos_sin),
+        let done = match level.avx2() {
+            None => 0,
+            Some(avx2) => simd::math::rope(avx2, order, head, cos_sin),
         };
         for (i, angle) in cos_sin.chunks_exact(2).enumerate().skip(done) {
             let (a, b) = match order {

@@ -13,9 +13,9 @@ use model::kernel::KernelKey;
 /// When an operand is shorter than the key needs or `w` is not aligned to `WEIGHT_ALIGN`.
 pub fn run_reference(level: Level, key: &KernelKey, x: &[u8], w: &[u8], y: ColumnsMut<'_>) {
     check_operands(key, x, w, &y);
-    match level {
-        Level::Portable => reference::run_portable(key, x, w, y),
-        Level::Avx2(avx2) => simd::fma::run_reference(avx2, key, x, w, y),
+    match level.avx2() {
+        None => reference::run_portable(key, x, w, y),
+        Some(avx2) => simd::fma::run_reference(avx2, key, x, w, y),
     }
 }
 
@@ -28,11 +28,11 @@ pub const HAS_BASELINE: bool = cfg!(feature = "baseline");
 /// As [`run_reference`].
 pub fn run_baseline(level: Level, key: &KernelKey, x: &[u8], w: &[u8], y: ColumnsMut<'_>) {
     check_operands(key, x, w, &y);
-    match level {
-        Level::Portable => reference::run_portable(key, x, w, y),
+    match level.avx2() {
+        None => reference::run_portable(key, x, w, y),
         #[cfg(feature = "baseline")]
-        Level::Avx2(avx2) => simd::avx2::run(avx2, key, x, w, y),
+        Some(avx2) => simd::avx2::run(avx2, key, x, w, y),
         #[cfg(not(feature = "baseline"))]
-        Level::Avx2(avx2) => simd::fma::run_reference(avx2, key, x, w, y),
+        Some(avx2) => simd::fma::run_reference(avx2, key, x, w, y),
     }
 }

@@ -266,7 +266,7 @@ pub fn greedy(logits: &[f32]) -> u32 {
 
 fn greedy_at(level: Level, logits: &[f32]) -> u32 {
     assert!(!logits.is_empty(), "no logits to choose from");
-    if let Level::Avx2(avx2) = level
+    if let Some(avx2) = level.avx2()
         && let Some(token) = simd::math::first_of_largest(avx2, logits)
     {
         return id(token);

@@ -435,6 +435,57 @@ fn cores_that_share_a_load_fill_the_arena_as_one_does() {
 }
 
 #[test]
+fn cores_that_read_the_file_themselves_fill_the_arena_as_a_stream_does() {
+    let wide = |ty| Spec { dim: 256, hidden_dim: 2048, head_dim: 64, matrices: ty, n_layers: 4, ..Spec::default() };
+    let types = [TensorType::F32, TensorType::Q4_1, TensorType::Q6_K];
+    let wide = types.map(|ty| ("several pieces in a share", wide(ty)));
+    for (name, spec) in specs().into_iter().chain(wide) {
+        let (model, file) = gguf(&spec);
+        let plan = Plan::new(&model, 1).unwrap();
+        let packed = |fill: u8, load: &dyn Fn(&mut Loader<'_>)| {
+            let mut arena = AlignedBytes::zeroed(plan.arena_bytes());
+            arena.fill(fill);
+            let mut loader = Loader::new(plan.clone(), Level::detect(), &mut arena).unwrap();
+            load(&mut loader);
+            loader.finish().unwrap();
+            arena
+        };
+        let want = packed(0x77, &|loader| loader.feed(0, &file, &Single).unwrap());
+        let read = |at: u64, buf: &mut [u8]| -> Result<(), ()> {
+            buf.copy_from_slice(&file[at as usize..][..buf.len()]);
+            Ok(())
+        };
+        for (workers, step) in [(1, u64::MAX), (2, 100_000), (3, 1 << 20)] {
+            let got = packed(0x77, &|loader| {
+                let mut until = 0u64;
+                while loader.next_offset().is_some() {
+                    until = until.saturating_add(step);
+                    loader.pull(until, &Threads(workers), &read).unwrap();
+                }
+            });
+            assert!(got[..] == want[..], "{name}: {workers} workers, {step} bytes a time");
+        }
+    }
+}
+
+#[test]
+fn what_cannot_be_read_ends_a_load() {
+    let (model, file) = gguf(&Spec::default());
+    let plan = Plan::new(&model, 1).unwrap();
+    let mut arena = AlignedBytes::zeroed(plan.arena_bytes());
+    for tensor in &model.tensors {
+        let bad = tensor.end() - 1;
+        let read = |at: u64, buf: &mut [u8]| {
+            buf.copy_from_slice(&file[at as usize..][..buf.len()]);
+            if (at..at + buf.len() as u64).contains(&bad) { Err(bad) } else { Ok(()) }
+        };
+        let mut loader = Loader::new(plan.clone(), Level::detect(), &mut arena).unwrap();
+        assert_eq!(loader.pull(u64::MAX, &Threads(2), &read), Err(bad), "{}", tensor.name());
+        assert!(loader.finish().is_err());
+    }
+}
+
+#[test]
 fn nothing_of_the_arena_is_left_as_it_was() {
     for (name, spec) in specs() {
         let (model, file) = gguf(&spec);

@@ -11,7 +11,7 @@ use crate::kernels::Linked;
 use crate::learning::Kernels;
 use crate::load::{self, Companions, Loaded, Location, Round};
 use crate::options::{IsaLimit, Options, Tier};
-use crate::platform::Platform;
+use crate::platform::{Platform, WhichDisk};
 use crate::prompt;
 use crate::reporter::Reporter;
 use crate::rows::kernel_rows;
@@ -108,6 +108,9 @@ fn work(platform: &mut dyn Platform, reporter: &mut Reporter, request: Request<'
     };
     let isa = limited(platform.cpu().isa, options.isa);
     if !isa.avx2 {
+        if !engine::ops::HAS_BASELINE {
+            return Err(RunError::NoAvx2);
+        }
         let text = "no AVX2, FMA and F16C (CPU or isa=): the portable ops run, and no kernels are compiled";
         reporter.note(platform, Level::Warning, text);
     }
@@ -329,7 +332,8 @@ impl Reserved {
         let no_room = RunError::NoRoomForAngles { context, need_bytes };
         let mut angles: Vec<u8> = Vec::new();
         angles.try_reserve_exact(need_bytes).map_err(|_| no_room)?;
-        for_each(platform.workers(), weights.chunks_mut(TOUCHED_TOGETHER_BYTES), |chunk| {
+        let (_, loaders) = platform.disk(WhichDisk::Model);
+        for_each(loaders, weights.chunks_mut(TOUCHED_TOGETHER_BYTES), |chunk| {
             chunk.iter_mut().step_by(PAGE_BYTES).for_each(|byte| *byte = 0);
         });
         Ok(Self { shape, plan, kv, session, weights, angles })
@@ -349,16 +353,8 @@ impl Reserved {
     ) -> Result<(Engine<'static>, Session<'static>, Loaded), RunError> {
         let Shape { isa, context, .. } = self.shape;
         let mut loader = Loader::new(self.plan, engine::simd::Level::new(isa), self.weights)?;
-        let mut fill = |platform: &mut dyn Platform| -> Result<Loaded, RunError> {
-            loader.rewind();
-            let mut failure = None;
-            let loaded = load::stream(platform, location, description, hash_work, &mut |offset, bytes, workers| {
-                if failure.is_none() {
-                    failure = loader.feed(offset, bytes, workers).err();
-                }
-            })?;
-            failure.map_or(Ok(loaded), |error| Err(error.into()))
-        };
+        let mut fill =
+            |platform: &mut dyn Platform| load::weights(platform, location, description, hash_work, &mut loader);
         let mut loaded = fill(platform)?;
         for _ in 0..options.load_rounds {
             let raw_ticks = load::raw_ticks(platform, location, loaded.bytes)?;

@@ -156,6 +156,11 @@ pub enum RunError {
         "this native image holds no kernel for this model; it was exported for another model, thread count or batch: export again or boot the JIT image"
     )]
     NoLinkedKernel,
+    /// An image without a compiler on a CPU that none of its kernels run on.
+    #[error(
+        "a native image needs AVX2, FMA and F16C, as all its kernels do: this CPU lacks them or isa= rules them out; boot the JIT image"
+    )]
+    NoAvx2,
     /// An image without a compiler whose linked kernels are for this model but cannot be used.
     #[error(
         "none of the {matching} kernels this native image holds for the model can be used; the first, {first}; export again from a snapshot that was tuned on this CPU, or boot the JIT image"
@@ -194,7 +199,7 @@ impl RunError {
             | RunError::NoTokenizer => S::Model,
             RunError::Memory(_) | RunError::NoRoomForAngles { .. } => S::Memory,
             RunError::Storage(_) => S::Storage,
-            RunError::NoLinkedKernel | RunError::LinkedKernelsRefused { .. } => S::Kernels,
+            RunError::NoLinkedKernel | RunError::NoAvx2 | RunError::LinkedKernelsRefused { .. } => S::Kernels,
             RunError::Engine(E::Threads { .. } | E::ContextFull { .. } | E::NoTokens | E::Token { .. }) => S::Settings,
             RunError::Engine(E::SessionMemory { .. } | E::ArenaTooSmall { .. }) => S::Memory,
             RunError::Engine(

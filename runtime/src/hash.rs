@@ -4,15 +4,17 @@ use crate::error::RunError;
 use crate::identity::hex;
 use crate::load::Location;
 use crate::options::ModelHash;
+use alloc::vec;
 use alloc::vec::Vec;
 use core::fmt;
+use engine::ReadAt;
 use model::{Format, ModelDescription};
 use sha2::{Digest, Sha256};
 use snapshot_format::ModelFile;
 
 /// One sample of [`SAMPLE_BYTES`] goes into the fingerprint from each stretch of this length.
 const SAMPLE_EVERY_BYTES: u64 = 1 << 20;
-const SAMPLE_BYTES: u64 = 4 << 10;
+const SAMPLE_BYTES: u64 = 512;
 /// Files up to this length go into the fingerprint whole.
 const WHOLE_BYTES: u64 = 4 << 20;
 /// Alignment of GGUF files that state none.
@@ -48,6 +50,24 @@ impl Fingerprint {
             self.at += take as u64;
             bytes = &bytes[take..];
         }
+    }
+
+    /// Takes in the file's bytes up to `end`, of which `read` gives those that count: it fills a buffer from an offset on.
+    ///
+    /// # Errors
+    /// Those of `read`.
+    pub(crate) fn sample<E>(&mut self, end: u64, read: &ReadAt<'_, E>) -> Result<(), E> {
+        let mut buffer = vec![0; self.sample_bytes as usize];
+        while self.at < end {
+            let phase = self.at % SAMPLE_EVERY_BYTES;
+            let sample = &mut buffer[..self.sample_bytes.saturating_sub(phase).min(end - self.at) as usize];
+            if !sample.is_empty() {
+                read(self.at, sample)?;
+                self.hasher.update(sample);
+            }
+            self.at = end.min(self.at - phase + SAMPLE_EVERY_BYTES);
+        }
+        Ok(())
     }
 
     /// The identity.
@@ -178,11 +198,21 @@ pub(crate) fn chosen_hash(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use alloc::vec;
 
     fn fingerprint(bytes: &[u8], chunk: usize) -> [u8; 32] {
         let mut fingerprint = Fingerprint::new(bytes.len() as u64);
         bytes.chunks(chunk).for_each(|chunk| fingerprint.update(chunk));
+        fingerprint.finish()
+    }
+
+    fn sampled(bytes: &[u8], piece: usize) -> [u8; 32] {
+        let mut fingerprint = Fingerprint::new(bytes.len() as u64);
+        let read = |at, buf: &mut [u8]| -> Result<(), ()> {
+            buf.copy_from_slice(&bytes[at as usize..][..buf.len()]);
+            Ok(())
+        };
+        let ends = (0..bytes.len()).step_by(piece).map(|at| bytes.len().min(at + piece));
+        ends.for_each(|end| fingerprint.sample(end as u64, &read).unwrap());
         fingerprint.finish()
     }
 
@@ -191,13 +221,17 @@ mod tests {
         let small: Vec<u8> = (0..100_000u32).map(|i| (i * 31 % 251) as u8).collect();
         let id = fingerprint(&small, 4096);
         assert_eq!(id, fingerprint(&small, 777));
+        assert_eq!(id, sampled(&small, 4096));
         for at in [0, 5000, 99_999] {
             let mut other = small.clone();
             other[at] ^= 1;
             assert_ne!(id, fingerprint(&other, 4096), "byte {at}");
         }
-        let large = vec![7u8; WHOLE_BYTES as usize + 5000];
+        let large: Vec<u8> = (0..WHOLE_BYTES as u32 + 5000).map(|i| (i / 251) as u8).collect();
         let id = fingerprint(&large, 1 << 20);
+        for piece in [1 << 20, 3000, large.len()] {
+            assert_eq!(id, sampled(&large, piece), "pieces of {piece} bytes");
+        }
         assert_eq!(id, fingerprint(&large, 100_001));
         let mut other = large.clone();
         other[3 << 20] ^= 1;

@@ -8,6 +8,7 @@ use crate::signature;
 use alloc::string::{String, ToString};
 use alloc::vec;
 use alloc::vec::Vec;
+use engine::Loader;
 use engine::workers::{Single, Workers};
 use model::formats::{self, FileFormat, HeaderBytes};
 use model::{ModelDescription, ModelError, gguf, llama2c};
@@ -287,36 +288,42 @@ pub struct Round {
     pub ticks: u64,
 }
 
-/// Takes in bytes of the file from an offset on, on the cores given.
-pub type Feed<'f> = dyn FnMut(u64, &[u8], &dyn Workers) + Send + 'f;
-
-/// Streams the file once and hands its bytes up to the end of the last tensor, or all where they are to be hashed, to `feed`
-/// with their offset. The hash is computed on a second core meanwhile, where there is one.
+/// Fills `loader` from the file, from the start. Where several cores can read it at once, each reads what it packs; else, and
+/// where all bytes are to be hashed, it is streamed, and the hash is computed on a second core meanwhile, if there is one.
 ///
 /// # Errors
 /// Storage errors, or [`RunError::WrongModelHash`].
-pub(crate) fn stream(
+pub(crate) fn weights(
     platform: &mut dyn Platform,
     location: &Location,
     description: &ModelDescription,
     hash_work: HashWork,
-    feed: &mut Feed<'_>,
+    loader: &mut Loader<'_>,
 ) -> Result<Loaded, RunError> {
     // Bytes after the last tensor are padding, of a length that depends on where the file lies.
     let data_end = description.tensors.iter().map(|tensor| tensor.end()).max().unwrap_or(0);
     let hashed = !matches!(hash_work, HashWork::None(_));
     let len_bytes = if hashed { description.file_bytes } else { data_end };
     let start = engine::cycles();
-    let fingerprint = Mutex::new((Fingerprint::new(data_end), feed));
+    loader.rewind();
+    let loading = Mutex::new((Fingerprint::new(data_end), loader, Ok(())));
     let hash = Mutex::new(FileHash::new(data_end));
     pieces(platform, "loading model", len_bytes, &mut |platform, offset, piece| {
         let mut at = offset;
         with_source_and_workers(platform, location, |source, workers| {
+            if let Some(file) = source.shared().filter(|_| !hashed) {
+                let (fingerprint, loader, _) = &mut *loading.lock();
+                let read = |at, buf: &mut [u8]| Ok(file.read_at(at, buf)?);
+                fingerprint.sample(offset + piece, &read)?;
+                return loader.pull(offset + piece, workers, &read);
+            }
             source.stream(offset, piece, &mut |bytes| {
                 let take_in = |workers: &dyn Workers| {
-                    let (fingerprint, feed) = &mut *fingerprint.lock();
+                    let (fingerprint, loader, outcome) = &mut *loading.lock();
                     fingerprint.update(&bytes[..bytes.len().min(data_end.saturating_sub(at) as usize)]);
-                    feed(at, bytes, workers);
+                    if outcome.is_ok() {
+                        *outcome = loader.feed(at, bytes, workers);
+                    }
                 };
                 match workers.count() {
                     _ if !hashed => take_in(workers),
@@ -334,6 +341,8 @@ pub(crate) fn stream(
             })
         })
     })?;
+    let (fingerprint, _, outcome) = loading.into_inner();
+    outcome?;
     let ticks = engine::cycles().saturating_sub(start);
     let hashes = hash.into_inner().finish();
     let sha256 = match hash_work {
@@ -341,7 +350,6 @@ pub(crate) fn stream(
         HashWork::Compute => chosen_hash(&hashes, location, description, None)?,
         HashWork::Require(expected) => chosen_hash(&hashes, location, description, Some(expected))?,
     };
-    let (fingerprint, _) = fingerprint.into_inner();
     Ok(Loaded { fingerprint: fingerprint.finish(), sha256, bytes: len_bytes, ticks, rounds: Vec::new() })
 }
 

@@ -75,7 +75,6 @@ mod tests {
     use engine::simd::Level;
     use engine::workers::Workers;
     use engine::{Loader, Plan, Session};
-    use model::Isa;
     use model::{gguf, synthetic};
 
     struct One;
@@ -96,10 +95,11 @@ mod tests {
         let model = gguf::read(&file, file.len() as u64).unwrap();
         let plan = Plan::new(&model, 1).unwrap();
         let arena = Box::leak(Box::new(AlignedBytes::zeroed(plan.arena_bytes())));
-        let mut loader = Loader::new(plan, Level::new(Isa::PORTABLE), arena).unwrap();
+        let isa = engine::isa::detect();
+        let mut loader = Loader::new(plan, Level::new(isa), arena).unwrap();
         loader.feed(0, &file, &One).unwrap();
         let loaded = loader.finish().unwrap();
-        let mut engine = Engine::new(loaded, arena, Isa::PORTABLE, engine::Tier::Reference).unwrap();
+        let mut engine = Engine::new(loaded, arena, isa, engine::Tier::Reference).unwrap();
         let kv = engine::attention::KvType::F32;
         let mut memory = Session::memory_bytes(&model.config, 16, 1, kv).map(|len| vec![0; len]);
         let mut session = Session::new(&engine, 16, kv, memory.lend()).unwrap();

@@ -116,6 +116,11 @@ pub trait BlockDevice {
         Ok(())
     }
 
+    /// The device as one that several cores can read at once, where it is one.
+    fn shared(&self) -> Option<&dyn SharedRead> {
+        None
+    }
+
     /// Reads as [`BlockDevice::stream`] does and drops the bytes: what a load is measured against. To be overridden where
     /// streaming alone reads nothing yet.
     ///
@@ -124,6 +129,15 @@ pub trait BlockDevice {
     fn read_and_drop(&mut self, lba: u64, len_bytes: u64) -> Result<(), DeviceError> {
         self.stream(lba, len_bytes, &mut |_| {})
     }
+}
+
+/// A device that several cores can read at once, each what it works on next.
+pub trait SharedRead: Sync {
+    /// Fills `buf` from byte `offset` on; neither needs to be whole sectors.
+    ///
+    /// # Errors
+    /// [`DeviceError`]; the content of `buf` is then unspecified.
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), DeviceError>;
 }
 
 /// Checks that a transfer is whole sectors and inside a device: what every [`BlockDevice`] does first.

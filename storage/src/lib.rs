@@ -18,7 +18,7 @@ pub mod fault;
 mod memory;
 mod source;
 
-pub use device::{BlockDevice, DeviceError, SECTOR_BYTES, STREAM_CHUNK_BYTES, check_range};
+pub use device::{BlockDevice, DeviceError, SECTOR_BYTES, STREAM_CHUNK_BYTES, SharedRead, check_range};
 pub use error::{FatKind, StorageError};
 pub use fat::{DirEntry, FatFile, FatVolume, MAX_DIRECTORY_ENTRIES};
 pub use memory::MemoryDisk;

@@ -1,6 +1,6 @@
 //! Byte-addressed reading on top of sectors: what the model loader sees. And the one way to write: in place.
 
-use crate::device::{BlockDevice, SECTOR_BYTES};
+use crate::device::{BlockDevice, SECTOR_BYTES, SharedRead};
 use crate::error::StorageError;
 use crate::fat::FatFile;
 use alloc::vec;
@@ -46,6 +46,11 @@ pub trait ByteSource {
     /// # Errors
     /// [`StorageError::BeyondEnd`] before anything is read, or a device error after the chunks that preceded it.
     fn stream(&mut self, offset: u64, len_bytes: u64, sink: &mut dyn FnMut(&[u8])) -> Result<(), StorageError>;
+
+    /// The bytes as ones that several cores can read at once, where they are ([`BlockDevice::shared`]).
+    fn shared(&self) -> Option<&dyn SharedRead> {
+        None
+    }
 
     /// Reads the first `len_bytes` bytes, in whole sectors, and drops them ([`BlockDevice::read_and_drop`]).
     ///
@@ -189,6 +194,10 @@ impl ByteSource for RawDisk<'_> {
 
     fn stream(&mut self, offset: u64, len_bytes: u64, sink: &mut dyn FnMut(&[u8])) -> Result<(), StorageError> {
         self.0.stream(offset, len_bytes, sink)
+    }
+
+    fn shared(&self) -> Option<&dyn SharedRead> {
+        self.0.dev.shared()
     }
 
     fn read_and_drop(&mut self, len_bytes: u64) -> Result<(), StorageError> {

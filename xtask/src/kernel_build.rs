@@ -80,9 +80,9 @@ pub fn native_library(workspace: &Path) -> Result<PathBuf> {
     let mut command = cargo(workspace, "rustc")?;
     command.args(["--profile", NATIVE_PROFILE, "--no-default-features", "--features", "bare-metal"]);
     command.args(["--lib", "--crate-type", "staticlib"]);
-    // What the engine's speed costs in bytes is won back where equal runs of instructions are put into functions, which does
-    // not reach the inner loops (decision 0010).
-    command.args(["--", "-Cllvm-args=-enable-machine-outliner=always"]);
+    // What the engine's speed costs in bytes is won back where equal runs of instructions are put into functions, and those of
+    // what is left, which does not reach the inner loops (decision 0010).
+    command.args(["--", "-Cllvm-args=-enable-machine-outliner=always -machine-outliner-reruns=3"]);
     run(&mut command, "the native kernel library")?;
     Ok(target_dir(workspace).join(TARGET).join(NATIVE_PROFILE).join("libkernel.a"))
 }

@@ -137,10 +137,10 @@ fn read_bandwidth(memory: &[u8], level: Level, workers: &dyn Workers, cores: usi
 }
 
 fn read_once(part: &[u8], streams: bool, level: Level) -> u64 {
-    match level {
+    match level.avx2() {
         // SAFETY: the level proves AVX2.
-        Level::Avx2(_) => unsafe { if streams { avx2::read_four_streams(part) } else { avx2::read_one_stream(part) } },
-        Level::Portable => part.as_chunks::<8>().0.iter().fold(0, |x, chunk| x ^ u64::from_le_bytes(*chunk)),
+        Some(_) => unsafe { if streams { avx2::read_four_streams(part) } else { avx2::read_one_stream(part) } },
+        None => part.as_chunks::<8>().0.iter().fold(0, |x, chunk| x ^ u64::from_le_bytes(*chunk)),
     }
 }
 
@@ -162,10 +162,10 @@ fn best_rate(workers: &dyn Workers, cores: usize, probe: impl Fn() -> u64 + Sync
 
 /// Runs independent f32 multiply-adds and returns their operations.
 fn fma_probe(level: Level, iterations: u64) -> u64 {
-    match level {
+    match level.avx2() {
         // SAFETY: the level proves AVX2 and FMA.
-        Level::Avx2(_) => unsafe { avx2::fma(iterations) },
-        Level::Portable => {
+        Some(_) => unsafe { avx2::fma(iterations) },
+        None => {
             let mut lanes = core::hint::black_box([1.0f32; 16]);
             for _ in 0..iterations {
                 for lane in &mut lanes {
@@ -180,10 +180,10 @@ fn fma_probe(level: Level, iterations: u64) -> u64 {
 
 /// Runs independent int8 dot products and returns their operations.
 fn int8_probe(level: Level, iterations: u64) -> u64 {
-    match level {
+    match level.avx2() {
         // SAFETY: the level proves AVX2.
-        Level::Avx2(_) => unsafe { avx2::int8(iterations) },
-        Level::Portable => {
+        Some(_) => unsafe { avx2::int8(iterations) },
+        None => {
             let mut lanes = core::hint::black_box([1i32; 16]);
             for i in 0..iterations {
                 for lane in &mut lanes {

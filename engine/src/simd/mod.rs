@@ -86,6 +86,17 @@ impl Level {
         }
     }
 
+    /// The proof, where portable code is not to run. A build without the hand-written ops holds none of that: its compiled
+    /// kernels all need AVX2, and who runs it has seen to that first.
+    #[inline(always)]
+    pub(crate) fn avx2(self) -> Option<Avx2> {
+        match self {
+            Level::Avx2(avx2) => Some(avx2),
+            Level::Portable if crate::ops::HAS_BASELINE => None,
+            Level::Portable => unreachable!("this build needs AVX2"),
+        }
+    }
+
     /// The highest level of this CPU.
     pub fn detect() -> Level {
         let (avx2, avx512) = cpu_has();

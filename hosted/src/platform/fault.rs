@@ -1,7 +1,6 @@
 //! CPU faults as Linux signals: a fault inside a guarded kernel call resumes at the engine's recovery point.
 
 use engine::dispatch::guard;
-use report::ExitStatus;
 use std::sync::atomic::{AtomicI32, Ordering};
 
 /// Kernel thread id of the thread that makes guarded calls; faults of any other thread are never recovered.
@@ -37,14 +36,6 @@ extern "C" fn on_fault(signal: libc::c_int, _info: *mut libc::siginfo_t, context
         guard::note_fault(vector, rip);
         registers[libc::REG_RIP as usize] = resume as i64;
         return;
-    }
-    if signal == libc::SIGBUS {
-        let text = b"error: the model file was cut short while it was being loaded, or its disk cannot be read; load it again\n";
-        // SAFETY: both are async-signal-safe; the message is a whole, valid buffer.
-        unsafe {
-            libc::write(libc::STDERR_FILENO, text.as_ptr().cast(), text.len());
-            libc::_exit(ExitStatus::Storage.process_exit_code().into());
-        }
     }
     // Not ours to recover: fall back to the default action, which the retried instruction then triggers.
     // SAFETY: `signal` and SIG_DFL are valid; signal is async-signal-safe.

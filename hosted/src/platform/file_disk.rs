@@ -1,18 +1,17 @@
 //! A file as a disk: the model, or a FAT16 image that holds the snapshot.
 
-use super::{memory, threads};
-use memmap2::Mmap;
+use super::threads;
 use std::fs::File;
-use std::ops::Deref;
+use std::io::ErrorKind;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::mpsc;
-use storage::{BlockDevice, DeviceError, SECTOR_BYTES, check_range};
+use storage::{BlockDevice, DeviceError, SECTOR_BYTES, SharedRead, check_range};
 
-/// Bytes brought into memory by the reader thread at a time.
-const CHUNK_BYTES: u64 = 8 << 20;
-/// Bytes read at a time where they are dropped: a buffer that stays in the caches.
+/// Bytes read at a time: a buffer that stays in the caches.
 const READ_BYTES: u64 = 1 << 20;
+/// Buffers of a stream: one is read into, one waits, one is used.
+const STREAM_BUFFERS: usize = 3;
 
 /// [`BlockDevice`] over a regular file or block special file. A length that is not a whole number of sectors is
 /// rounded up, and the missing bytes read as zero.
@@ -37,48 +36,41 @@ impl FileDisk {
         Ok(Self { file, file_bytes, read_only: !writable })
     }
 
-    /// `len_bytes` bytes from `offset` on, or fewer, but not none: straight from the page cache where the file can be
-    /// mapped, else read.
-    fn chunk(&self, offset: u64, len_bytes: usize) -> std::io::Result<Chunk> {
-        let in_file =
-            self.file_bytes.saturating_sub(offset).min(len_bytes as u64) as usize / SECTOR_BYTES * SECTOR_BYTES;
-        if in_file > 0
-            && let Ok(mapped) = memory::map_file(&self.file, offset, in_file)
-        {
-            return Ok(Chunk::Mapped(mapped));
-        }
-        let mut bytes = vec![0; len_bytes];
-        self.read_padded(offset, &mut bytes)?;
-        Ok(Chunk::Read(bytes))
-    }
-
-    fn read_padded(&self, offset: u64, buf: &mut [u8]) -> std::io::Result<()> {
+    fn read_padded(&self, offset: u64, buf: &mut [u8]) -> Result<(), DeviceError> {
         let have = self.file_bytes.saturating_sub(offset).min(buf.len() as u64) as usize;
-        self.file.read_exact_at(&mut buf[..have], offset)?;
+        self.file.read_exact_at(&mut buf[..have], offset).map_err(|error| match error.kind() {
+            // It was longer when it was opened.
+            ErrorKind::UnexpectedEof => {
+                let device_sectors = self.file.metadata().map_or(0, |metadata| metadata.len()) / SECTOR_BYTES as u64;
+                let (lba, sectors) = sectors(offset, have);
+                DeviceError::OutOfRange { lba, sectors, device_sectors }
+            }
+            _ => failed(&error, offset, have),
+        })?;
         buf[have..].fill(0);
         Ok(())
     }
 }
 
-/// A stretch of a file in memory.
-enum Chunk {
-    Mapped(Mmap),
-    Read(Vec<u8>),
+/// The sectors that `len_bytes` bytes from `offset` on are in: the first, and how many.
+fn sectors(offset: u64, len_bytes: usize) -> (u64, u64) {
+    const SECTOR: u64 = SECTOR_BYTES as u64;
+    let first = offset / SECTOR;
+    (first, (offset + len_bytes as u64).div_ceil(SECTOR) - first)
 }
 
-impl Deref for Chunk {
-    type Target = [u8];
+fn failed(error: &std::io::Error, offset: u64, len_bytes: usize) -> DeviceError {
+    let (lba, sectors) = sectors(offset, len_bytes);
+    DeviceError::Failed { lba, sectors, status: error.raw_os_error().unwrap_or(-1) }
+}
 
-    fn deref(&self) -> &[u8] {
-        match self {
-            Chunk::Mapped(mapped) => mapped,
-            Chunk::Read(bytes) => bytes,
-        }
+impl SharedRead for FileDisk {
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), DeviceError> {
+        let end = offset.saturating_add(buf.len() as u64).next_multiple_of(SECTOR_BYTES as u64);
+        let first = offset / SECTOR_BYTES as u64 * SECTOR_BYTES as u64;
+        check_range(self.len_bytes(), first / SECTOR_BYTES as u64, end - first)?;
+        self.read_padded(offset, buf)
     }
-}
-
-fn failed(error: &std::io::Error, lba: u64, len_bytes: u64) -> DeviceError {
-    DeviceError::Failed { lba, sectors: len_bytes / SECTOR_BYTES as u64, status: error.raw_os_error().unwrap_or(-1) }
 }
 
 impl BlockDevice for FileDisk {
@@ -96,7 +88,7 @@ impl BlockDevice for FileDisk {
 
     fn read(&mut self, lba: u64, buf: &mut [u8]) -> Result<(), DeviceError> {
         check_range(self.len_bytes(), lba, buf.len() as u64)?;
-        self.read_padded(lba * SECTOR_BYTES as u64, buf).map_err(|e| failed(&e, lba, buf.len() as u64))
+        self.read_padded(lba * SECTOR_BYTES as u64, buf)
     }
 
     fn write(&mut self, lba: u64, buf: &[u8]) -> Result<(), DeviceError> {
@@ -104,7 +96,8 @@ impl BlockDevice for FileDisk {
         if self.read_only {
             return Err(DeviceError::ReadOnly { lba });
         }
-        self.file.write_all_at(buf, lba * SECTOR_BYTES as u64).map_err(|e| failed(&e, lba, buf.len() as u64))
+        let offset = lba * SECTOR_BYTES as u64;
+        self.file.write_all_at(buf, offset).map_err(|e| failed(&e, offset, buf.len()))
     }
 
     fn flush(&mut self) -> Result<(), DeviceError> {
@@ -118,36 +111,45 @@ impl BlockDevice for FileDisk {
         check_range(self.len_bytes(), lba, len_bytes)?;
         let disk = &*self;
         std::thread::scope(|scope| {
-            // One chunk is brought into memory while `sink` works on another.
-            let (tx, rx) = mpsc::sync_channel::<Result<Chunk, DeviceError>>(1);
+            // One chunk is read while `sink` works on another.
+            let (used, empty) = mpsc::channel();
+            let (full, chunks) = mpsc::sync_channel(STREAM_BUFFERS);
+            (0..STREAM_BUFFERS).for_each(|_| used.send(Vec::new()).expect("the other end is open"));
             scope.spawn(move || {
                 threads::work_beside_caller();
                 let (mut at, end) = (lba * SECTOR_BYTES as u64, lba * SECTOR_BYTES as u64 + len_bytes);
                 while at < end {
-                    let chunk = disk.chunk(at, (end - at).min(CHUNK_BYTES) as usize);
-                    let len = chunk.as_ref().map_or(end - at, |chunk| chunk.len() as u64);
-                    let chunk = chunk.map_err(|e| failed(&e, at / SECTOR_BYTES as u64, len));
-                    at += len;
-                    if tx.send(chunk).is_err() {
+                    let Ok(mut chunk) = empty.recv() else { return };
+                    chunk.resize((end - at).min(READ_BYTES) as usize, 0);
+                    let outcome = disk.read_padded(at, &mut chunk);
+                    at += chunk.len() as u64;
+                    if full.send(outcome.map(|()| chunk)).is_err() {
                         return;
                     }
                 }
             });
-            for chunk in rx {
-                sink(&chunk?);
+            for chunk in chunks {
+                let chunk = chunk?;
+                sink(&chunk);
+                // A reader that is done waits for no more.
+                let _ = used.send(chunk);
             }
             Ok(())
         })
     }
 
-    /// Mapping a file, as [`FileDisk::stream`] does, reads none of it.
+    fn shared(&self) -> Option<&dyn SharedRead> {
+        Some(self)
+    }
+
+    /// One read after the other, by the calling thread.
     fn read_and_drop(&mut self, lba: u64, len_bytes: u64) -> Result<(), DeviceError> {
         check_range(self.len_bytes(), lba, len_bytes)?;
         let mut buf = vec![0; len_bytes.min(READ_BYTES) as usize];
         let (mut at, end) = (lba * SECTOR_BYTES as u64, lba * SECTOR_BYTES as u64 + len_bytes);
         while at < end {
             let part = &mut buf[..(end - at).min(READ_BYTES) as usize];
-            self.read_padded(at, part).map_err(|e| failed(&e, at / SECTOR_BYTES as u64, part.len() as u64))?;
+            self.read_padded(at, part)?;
             at += part.len() as u64;
         }
         Ok(())
@@ -162,11 +164,11 @@ mod tests {
     #[test]
     fn a_stream_gives_the_file_in_order_and_pads_the_last_sector() {
         let path = std::env::temp_dir().join(format!("bareflow-file-disk-{}", std::process::id()));
-        let content: Vec<u8> = (0..3 * CHUNK_BYTES as usize + 700).map(|i| (i * 7 + i / 251) as u8).collect();
+        let content: Vec<u8> = (0..5 * READ_BYTES as usize + 700).map(|i| (i * 7 + i / 251) as u8).collect();
         File::create(&path).unwrap().write_all(&content).unwrap();
         let mut disk = FileDisk::open(&path, false).unwrap();
         std::fs::remove_file(&path).unwrap();
-        assert_eq!(disk.len_bytes(), 3 * CHUNK_BYTES + 1024);
+        assert_eq!(disk.len_bytes(), 5 * READ_BYTES + 1024);
         let mut got = Vec::new();
         disk.stream(1, disk.len_bytes() - 512, &mut |chunk| got.extend_from_slice(chunk)).unwrap();
         assert_eq!(got[..content.len() - 512], content[512..]);

@@ -1,8 +1,6 @@
 //! Arenas and code pages from the operating system.
 
 use cranelift_jit::{ArenaMemoryProvider, BranchProtection, JITMemoryKind, JITMemoryProvider};
-use memmap2::{Mmap, MmapOptions};
-use std::fs::File;
 use std::ptr::NonNull;
 
 /// Alignment and granule of arenas: one huge page.
@@ -58,17 +56,6 @@ pub fn map_arena(len_bytes: usize) -> Option<&'static mut [u8]> {
     unsafe { libc::madvise(start.cast(), mapped - HUGE_PAGE_BYTES, libc::MADV_HUGEPAGE) };
     // SAFETY: the mapping is zeroed, readable, writable, never unmapped, and handed out only here.
     Some(unsafe { std::slice::from_raw_parts_mut(start, len_bytes) })
-}
-
-/// Maps `len_bytes` bytes of `file` from `offset` on, all of them present. Nothing is copied: loading a model from the page
-/// cache is then one pass over it, not two.
-///
-/// # Errors
-/// The operating system's; some files cannot be mapped.
-pub fn map_file(file: &File, offset: u64, len_bytes: usize) -> std::io::Result<Mmap> {
-    // SAFETY: who changes a model file while it is loaded gets the changed bytes loaded, as with reading; they are only
-    // copied, never trusted. Who cuts it short raises SIGBUS, which ends the process with a message (fault.rs).
-    unsafe { MmapOptions::new().offset(offset).len(len_bytes).populate().map(file) }
 }
 
 /// Makes an arena of [`map_arena`] read-only.

@@ -24,6 +24,9 @@ use storage::BlockDevice;
 /// what holds them to huge pages. Without it the next allocation, which cannot say what it was for, would end the process.
 const OWN_BYTES: u64 = 64 << 20;
 
+/// Threads that load a model where more than that may compute: memory is full with them, on any machine.
+const LOADERS: usize = 8;
+
 /// How long the TSC is timed where CPUID does not say how fast it runs. Somebody waits for an answer meanwhile.
 const CALIBRATION: Duration = Duration::from_millis(2);
 
@@ -36,6 +39,8 @@ pub struct Process {
     code: memory::CodePages,
     arenas: Vec<MemoryUse>,
     threads: threads::Threads,
+    /// The threads that load, where the process may use more CPUs than it computes on.
+    loaders: Option<threads::Threads>,
     quiet: bool,
     /// Of the work that is under way, on a terminal.
     bar: Option<ProgressBar>,
@@ -54,9 +59,9 @@ impl Process {
         quiet: bool,
     ) -> anyhow::Result<Self> {
         fault::install();
+        let cpus = std::thread::available_parallelism().map_or(1, |n| n.get());
         let threads = match threads {
             0 => {
-                let cpus = std::thread::available_parallelism().map_or(1, |n| n.get());
                 if cpus > MAX_PARTS {
                     print_note!("warning: {MAX_PARTS} of {cpus} CPUs are used: a model is cut into no more parts");
                 }
@@ -81,6 +86,10 @@ impl Process {
             threads: threads::Threads::start(threads).map_err(|reason| {
                 anyhow::anyhow!("the system gives no {threads} threads: {reason}; ask for fewer (threads=, --threads)")
             })?,
+            // Only a help, and threads take address space: without them, those that compute load.
+            loaders: (cpus.min(LOADERS) > threads && memory_limit().is_none())
+                .then(|| threads::Threads::unbound(cpus.min(LOADERS)))
+                .and_then(Result::ok),
             quiet,
             bar: None,
         })
@@ -172,7 +181,7 @@ impl Platform for Process {
             WhichDisk::Boot => self.snapshot.as_mut(),
             WhichDisk::Model => self.model.as_mut(),
         };
-        (disk.map(|disk| disk as &mut dyn BlockDevice), &self.threads)
+        (disk.map(|disk| disk as &mut dyn BlockDevice), self.loaders.as_ref().unwrap_or(&self.threads))
     }
 
     fn arena(&mut self, name: &'static str, len_bytes: usize) -> Result<&'static mut [u8], OutOfMemory> {

@@ -94,7 +94,7 @@ pub struct Threads {
     shared: Arc<Shared>,
     handles: Vec<JoinHandle<()>>,
     running_job: Mutex<()>,
-    /// What the caller's thread was allowed before it was bound.
+    /// What the caller's thread was allowed before it was bound; none where it was not.
     cpus: Vec<usize>,
 }
 
@@ -104,6 +104,23 @@ impl Threads {
     /// # Errors
     /// The operating system's, when it gives no thread.
     pub fn start(count: usize) -> std::io::Result<Self> {
+        let cpus = allowed_cpus();
+        // With a thread for each CPU there is nothing to choose; the scheduler would still put two of them on one at times.
+        let is_bound = cpus.len() == count;
+        BESIDE_CALLER.get_or_init(|| if count > 1 && is_bound { cpus[1..].to_vec() } else { cpus.clone() });
+        Self::with_cpus(count, if is_bound { cpus } else { Vec::new() })
+    }
+
+    /// Starts `count - 1` threads that the system may put on any CPU, to help at times.
+    ///
+    /// # Errors
+    /// As [`Threads::start`].
+    pub fn unbound(count: usize) -> std::io::Result<Self> {
+        Self::with_cpus(count, Vec::new())
+    }
+
+    /// A team with a CPU for each of its threads, or with none that is a thread's own.
+    fn with_cpus(count: usize, cpus: Vec<usize>) -> std::io::Result<Self> {
         let shared = Arc::new(Shared {
             job: UnsafeCell::new(None),
             epoch: AtomicU64::new(0),
@@ -114,10 +131,7 @@ impl Threads {
             sleep: Mutex::new(()),
             asleep: Condvar::new(),
         });
-        let cpus = allowed_cpus();
-        // With a thread for each CPU there is nothing to choose; the scheduler would still put two of them on one at times.
-        let own = |index: usize| if cpus.len() == count { vec![cpus[index]] } else { Vec::new() };
-        BESIDE_CALLER.get_or_init(|| if count > 1 && cpus.len() == count { cpus[1..].to_vec() } else { cpus.clone() });
+        let own = |index: usize| cpus.get(index).map_or(Vec::new(), |&cpu| vec![cpu]);
         if !bind_to(&own(0)) {
             print_note!("warning: threads may share a CPU: the system does not let them be bound to one each");
         }
