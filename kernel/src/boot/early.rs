@@ -116,16 +116,24 @@ extern "sysv64" fn early_main(eax: u32, ebx: u32) -> ! {
     unsafe { bareflow_main(machine) }
 }
 
-/// Completes the boot page tables, in which ring 0 mapped the image only: 4 GiB, everything allowed.
+/// Completes the boot page tables, in which ring 0 mapped the image only: 4 GiB, everything allowed. Hypervisors that keep
+/// page tables of their own trap every write to one in use (12 us each here), so directories are filled before they are.
 ///
 /// # Safety
 /// Before the seal, once.
 unsafe fn map_boot_memory() {
-    const PRESENT_WRITABLE_USER_LARGE: u64 = 0x87;
+    const PRESENT_WRITABLE_USER: u64 = 0x07;
+    const LARGE: u64 = 0x80;
     let directories = gates::boot_directories() as *mut u64;
     for page in 0..2048 {
-        // SAFETY: the four directories are one array, writable until the seal; entries in use keep their value.
-        unsafe { directories.add(page).write_volatile((page as u64) << 21 | PRESENT_WRITABLE_USER_LARGE) };
+        // SAFETY: the four directories are one array, writable until the seal, and not part of the tables yet.
+        unsafe { directories.add(page).write_volatile((page as u64) << 21 | LARGE | PRESENT_WRITABLE_USER) };
+    }
+    let pointers = gates::boot_pointers() as *mut u64;
+    for gib in 0..4 {
+        let directory = gates::boot_directories() + gib as u64 * PAGE_BYTES;
+        // SAFETY: as above; what is in use, the image, is mapped by the new directory as it was by the old one.
+        unsafe { pointers.add(gib).write_volatile(directory | PRESENT_WRITABLE_USER) };
     }
 }
 

@@ -55,9 +55,9 @@ boot_start32:
 7:  mov dword ptr [ring0_efer], edi
 
     # The boot page tables, which take no room in the file. Ring 0 may be emulated instruction by instruction: it maps
-    # the image, and the first lines of ring 3 map the rest.
+    # the image, and the first lines of ring 3 make directories of the rest.
     mov eax, 0x87                       # 2 MiB page 0: present, writable, user
-    mov ecx, offset boot_pd
+    mov ecx, offset boot_pd_image
 8:  mov dword ptr [ecx], eax
     add ecx, 8
     add eax, 0x200000
@@ -66,14 +66,8 @@ boot_start32:
     mov eax, offset boot_pml4
     mov ecx, offset boot_pdpt + 7
     mov dword ptr [eax], ecx
-    mov ecx, offset boot_pd + 7
+    mov ecx, offset boot_pd_image + 7
     mov dword ptr [boot_pdpt], ecx
-    add ecx, 0x1000
-    mov dword ptr [boot_pdpt + 8], ecx
-    add ecx, 0x1000
-    mov dword ptr [boot_pdpt + 16], ecx
-    add ecx, 0x1000
-    mov dword ptr [boot_pdpt + 24], ecx
     mov cr3, eax
     mov eax, cr4
     or eax, 0x620                       # PAE, OSFXSR, OSXMMEXCPT
@@ -449,9 +443,11 @@ gate_refuse:
     .section .ring0.bss,"aw",@nobits    # starts at a page: link.ld
 # 4 GiB of identity mapping, readable, writable and executable from ring 3: in force until the seal.
 boot_pml4: .skip 4096
+    .globl boot_pdpt
 boot_pdpt: .skip 4096
+boot_pd_image: .skip 4096               # the image only, until boot/early.rs
     .globl boot_pd
-boot_pd: .skip 4 * 4096                 # all but the image's entries: boot/early.rs
+boot_pd: .skip 4 * 4096                 # filled and put in its place by boot/early.rs
     .globl ring0_idt
 ring0_idt: .skip 4096                   # filled by boot/early.rs
 

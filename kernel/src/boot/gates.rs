@@ -87,7 +87,8 @@ image_symbols! {
     ring0_data_start __ring0_data_start "First byte of descriptor tables.";
     ring0_data_end __ring0_data_end "End of descriptor tables.";
     data_end __data_end "End of data and bss.";
-    boot_directories boot_pd "Page directories of the boot page tables: 2048 entries.";
+    boot_pointers boot_pdpt "The table of page directories of the boot page tables: 512 entries.";
+    boot_directories boot_pd "Four page directories for the boot page tables, in no use yet: 2048 entries.";
     cpu0_area __cpu0_area "The boot CPU's area.";
 }
 
