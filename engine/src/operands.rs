@@ -106,7 +106,7 @@ pub fn random_activations(key: &KernelKey, rng: &mut SplitMix64) -> AlignedBytes
     for (r, row) in x.chunks_exact_mut(x_row_bytes(key.dtype, k)).enumerate() {
         let values: Vec<f32> = (0..k).map(|_| rng.next_bell() * 4.0).collect();
         if key.dtype.is_quantised() {
-            quantise_activations(Level::Portable, &values, row);
+            quantise_activations(Level::detect(), &values, row);
             extreme_blocks(row, r, rng);
         } else {
             for (out, value) in row.chunks_exact_mut(4).zip(values) {
