@@ -25,6 +25,7 @@ mod math;
 pub mod operands;
 pub mod ops;
 pub mod pack;
+mod pieces;
 mod random;
 mod reference;
 mod replay;
@@ -38,7 +39,8 @@ pub mod workers;
 
 pub use error::EngineError;
 pub use forward::{Engine, Session, SessionMemory};
-pub use loader::{LoadedModel, Loader, ReadAt};
+pub use loader::{LoadedModel, Loader};
+pub use pieces::ReadAt;
 pub use random::SplitMix64;
 pub use sampler::{Sampler, Sampling};
 pub use simd::cycles;

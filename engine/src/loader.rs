@@ -6,22 +6,16 @@
 
 use crate::error::EngineError;
 use crate::pack::{ColumnMap, RowFormat, pack_rows, scale_groups, zero_padding};
+use crate::pieces::{PIECE_BYTES, ReadAt, pull_panels};
 use crate::simd::Level;
 use crate::weights::{Destination, Plan, PlannedTensor};
 use crate::workers::{Single, Workers, for_each};
 use alloc::vec;
 use alloc::vec::Vec;
 use model::layout::{PANEL, panel_bytes};
-use spin::Mutex;
 
 /// Rows of a tensor from this length on are worth sharing between cores.
 const SHARED_BYTES: usize = 64 << 10;
-/// Bytes that a core reads at a time before it packs them: they stay in its second-level cache.
-const PIECE_BYTES: usize = 256 << 10;
-
-/// Fills a buffer from an offset of the file on; several cores may call it at once.
-pub type ReadAt<'f, E> = dyn Fn(u64, &mut [u8]) -> Result<(), E> + Sync + 'f;
-
 /// A model whose weights are in an arena.
 #[derive(Clone, Debug)]
 pub struct LoadedModel {
@@ -102,24 +96,19 @@ impl<'a> Loader<'a> {
     /// # Errors
     /// The first of `read`; what was taken in is then unspecified up to the next [`Loader::rewind`].
     pub fn pull<E: Send>(&mut self, until: u64, workers: &dyn Workers, read: &ReadAt<'_, E>) -> Result<(), E> {
-        // Each core keeps its own: another's would be in that one's caches.
-        let mut buffers = vec![Vec::new(); workers.count()];
-        while let Some(at) = self.next_offset().filter(|&at| at < until) {
-            match &self.plan.tensors[self.tensor].destination {
-                Destination::Packed { matrix, map, format } if self.have_bytes == 0 && map.place(0).1 == 0 => {
-                    let matrix = &self.plan.matrices[*matrix];
-                    let packed = &mut self.arena[matrix.bytes.clone()];
-                    let len_bytes = self.plan.tensors[self.tensor].tensor.len_bytes;
-                    let panels = Panels { level: self.level, format: *format, k: matrix.k, map: *map, at, len_bytes };
-                    panels.pull(packed, workers, &mut buffers, read)?;
-                    self.tensor += 1;
-                }
-                _ => {
-                    let mut piece = vec![0; self.tensor_left().min(PIECE_BYTES as u64) as usize];
-                    read(at, &mut piece)?;
-                    self.take_in(&piece, &Single);
-                }
+        let begun = usize::from(self.have_bytes > 0);
+        let end = self.plan.tensors.partition_point(|planned| planned.tensor.offset < until).max(self.tensor);
+        let panels = (self.tensor + begun).min(end)..end;
+        pull_panels(&self.plan, panels.clone(), self.level, self.arena, workers, read)?;
+        while self.tensor < end {
+            let planned = &self.plan.tensors[self.tensor];
+            if panels.contains(&self.tensor) && planned.begins_panel().is_some() {
+                self.tensor += 1;
+                continue;
             }
+            let mut piece = vec![0; self.tensor_left().min(PIECE_BYTES as u64) as usize];
+            read(planned.tensor.offset + self.have_bytes, &mut piece)?;
+            self.take_in(&piece, &Single);
         }
         Ok(())
     }
@@ -207,59 +196,6 @@ impl<'a> Loader<'a> {
             }
         }
         Ok(LoadedModel { base_address: self.arena.as_ptr().addr(), plan: self.plan, vectors: self.vectors })
-    }
-}
-
-/// A tensor of the file whose first row begins a panel.
-struct Panels {
-    level: Level,
-    format: RowFormat,
-    k: usize,
-    map: ColumnMap,
-    /// Offset of its first byte.
-    at: u64,
-    len_bytes: u64,
-}
-
-impl Panels {
-    /// Reads it and packs it into its places of `packed`, a share on each of `workers` through a buffer of its own. Shares are not
-    /// cut finer and taken in turn: cores that read neighbouring pages of a page cache hinder each other.
-    fn pull<E: Send>(
-        &self,
-        packed: &mut [u8],
-        workers: &dyn Workers,
-        buffers: &mut [Vec<u8>],
-        read: &ReadAt<'_, E>,
-    ) -> Result<(), E> {
-        let Panels { level, format, k, map, at, len_bytes } = *self;
-        let panel_rows_bytes = PANEL * format.row_bytes(k);
-        let panel_step_bytes = map.panel_step * panel_bytes(format.dtype(), k);
-        let panels = (len_bytes as usize).div_ceil(panel_rows_bytes);
-        let share_panels = panels.div_ceil(workers.count());
-        let piece_panels = (PIECE_BYTES / panel_rows_bytes).clamp(1, share_panels);
-        let piece_bytes = piece_panels * panel_rows_bytes;
-        let own = ColumnMap { panel_step: map.panel_step, ..ColumnMap::WHOLE };
-        let packed = &mut packed[map.place(0).0 * panel_bytes(format.dtype(), k)..];
-        let shares = (0..len_bytes).step_by(share_panels * panel_rows_bytes);
-        let shares = shares.zip(packed.chunks_mut(share_panels * panel_step_bytes));
-        let failure = Mutex::new(None);
-        for_each(workers, shares.zip(buffers), |((from, places), buffer)| {
-            let len = buffer.len().max(piece_bytes);
-            buffer.resize(len, 0);
-            let end = len_bytes.min(from + (share_panels * panel_rows_bytes) as u64);
-            let pieces = (from..end).step_by(piece_bytes).zip(places.chunks_mut(piece_panels * panel_step_bytes));
-            for (offset, place) in pieces {
-                let rows = &mut buffer[..piece_bytes.min((end - offset) as usize)];
-                match read(at + offset, rows) {
-                    Ok(()) => pack_rows(level, format, k, own, 0, rows, place),
-                    Err(error) => {
-                        failure.lock().get_or_insert(error);
-                        return;
-                    }
-                }
-            }
-        });
-        failure.into_inner().map_or(Ok(()), Err)
     }
 }
 

@@ -183,22 +183,14 @@ pub fn pack_rows(
     let mut rows = rows;
     while !rows.is_empty() {
         let (panel, lane) = map.place(column);
-        let packed = &mut packed[panel * panel_bytes..];
-        let fast = match level {
-            Level::Avx2(avx2) if has_panel_code(format) && lane == 0 => Some(avx2),
-            _ => None,
-        };
-        let panels = rows.len() / (PANEL * row_bytes);
-        let count = match fast {
-            Some(_) if panels > 0 => panels * PANEL,
-            _ => (rows.len() / row_bytes).min(PANEL - lane),
-        };
+        let panel = &mut packed[panel * panel_bytes..][..panel_bytes];
+        let count = (rows.len() / row_bytes).min(PANEL - lane);
         let (now, later) = rows.split_at(count * row_bytes);
-        match fast {
-            Some(avx2) if panels > 0 => {
-                crate::simd::pack::pack_panels(avx2, format, now, row_bytes, map.panel_step, packed);
+        match level {
+            Level::Avx2(avx2) if has_panel_code(format) && count == PANEL => {
+                crate::simd::pack::pack_panel(avx2, format, now, !later.is_empty(), panel);
             }
-            _ => pack_lanes(format, now, row_bytes, lane, &mut packed[..panel_bytes]),
+            _ => pack_lanes(format, now, row_bytes, lane, panel),
         }
         column += count;
         rows = later;

@@ -199,6 +199,16 @@ pub(crate) struct PlannedTensor {
     pub destination: Destination,
 }
 
+impl PlannedTensor {
+    /// Matrix, columns and format of a tensor that is packed and whose first column begins a panel.
+    pub(crate) fn begins_panel(&self) -> Option<(usize, ColumnMap, RowFormat)> {
+        match self.destination {
+            Destination::Packed { matrix, map, format } if map.place(0).1 == 0 => Some((matrix, map, format)),
+            _ => None,
+        }
+    }
+}
+
 /// How a model will lie in memory.
 #[derive(Clone, Debug)]
 pub struct Plan {

@@ -13,6 +13,7 @@ use model::architecture::{Activation, Norm, Positions, RopeOrder};
 use model::quant::{dequantise, quantise};
 use model::synthetic::{self, Spec, TokenizerKind};
 use model::{Architecture, ModelDescription, Role, TensorType};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use support::{Threads, forced_logits, generate, load, session_memory};
 
 fn gguf(spec: &Spec) -> (ModelDescription, Vec<u8>) {
@@ -466,6 +467,44 @@ fn cores_that_read_the_file_themselves_fill_the_arena_as_a_stream_does() {
             assert!(got[..] == want[..], "{name}: {workers} workers, {step} bytes a time");
         }
     }
+}
+
+/// Workers each of which begins when the one before has nothing left to do.
+struct InTurn {
+    count: usize,
+    running: AtomicUsize,
+}
+
+impl Workers for InTurn {
+    fn count(&self) -> usize {
+        self.count
+    }
+
+    fn run(&self, job: &(dyn Fn(usize) + Sync)) {
+        for worker in 0..self.count {
+            self.running.store(worker, Ordering::Relaxed);
+            job(worker);
+        }
+        self.running.store(0, Ordering::Relaxed);
+    }
+}
+
+#[test]
+fn a_core_that_does_not_come_leaves_its_share_of_a_load_to_the_others() {
+    let (model, file) = gguf(&Spec { dim: 256, hidden_dim: 2048, n_layers: 4, ..Spec::default() });
+    let plan = Plan::new(&model, 1).unwrap();
+    let workers = InTurn { count: 3, running: AtomicUsize::new(0) };
+    let read = |at: u64, buf: &mut [u8]| -> Result<(), usize> {
+        buf.copy_from_slice(&file[at as usize..][..buf.len()]);
+        match workers.running.load(Ordering::Relaxed) {
+            0 => Ok(()),
+            late => Err(late),
+        }
+    };
+    let mut arena = AlignedBytes::zeroed(plan.arena_bytes());
+    let mut loader = Loader::new(plan, Level::detect(), &mut arena).unwrap();
+    assert_eq!(loader.pull(u64::MAX, &workers, &read), Ok(()));
+    loader.finish().unwrap();
 }
 
 #[test]

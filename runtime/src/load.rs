@@ -311,7 +311,8 @@ pub(crate) fn weights(
     pieces(platform, "loading model", len_bytes, &mut |platform, offset, piece| {
         let mut at = offset;
         with_source_and_workers(platform, location, |source, workers| {
-            if let Some(file) = source.shared().filter(|_| !hashed) {
+            let file = if cfg!(feature = "shared-read") { source.shared() } else { None };
+            if let Some(file) = file.filter(|_| !hashed) {
                 let (fingerprint, loader, _) = &mut *loading.lock();
                 let read = |at, buf: &mut [u8]| Ok(file.read_at(at, buf)?);
                 fingerprint.sample(offset + piece, &read)?;

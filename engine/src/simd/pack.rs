@@ -2,7 +2,8 @@
 //!
 //! Packed weights are read next when the model runs, long after they have left the caches. So they are written past these,
 //! each cache line as a whole by consecutive stores, which saves reading it first. And because 32 short rows at a time are too
-//! little for the hardware's prefetchers, a panel fetches the rows of the one behind it while it is packed.
+//! little for the hardware's prefetchers, the rows of the panel behind can be fetched while one is packed; where they are in
+//! the second-level cache already, that only costs time.
 
 use super::Avx2;
 use crate::pack::RowFormat;
@@ -13,57 +14,65 @@ use model::layout::{PANEL, WEIGHT_ALIGN, panel_bytes, scales_offset, step_bytes}
 const LINE: usize = 64;
 const _: () = assert!(WEIGHT_ALIGN.is_multiple_of(LINE));
 
-/// Packs panels of 32 rows of `row_bytes` bytes each: panel `i` of `rows` into panel `i * panel_step` of `packed`.
+/// Packs the 32 `rows` of one panel. With `fetch_behind`, as many bytes behind them are fetched meanwhile.
 ///
 /// # Panics
-/// When `rows` is not whole panels, or `packed` does not begin at a cache line or is too short for them.
-pub(crate) fn pack_panels(
-    _: Avx2,
-    format: RowFormat,
-    rows: &[u8],
-    row_bytes: usize,
-    panel_step: usize,
-    packed: &mut [u8],
-) {
+/// When `rows` is not 32 whole rows, or `panel` does not begin at a cache line or is not their panel.
+pub(crate) fn pack_panel(_: Avx2, format: RowFormat, rows: &[u8], fetch_behind: bool, panel: &mut [u8]) {
+    let row_bytes = rows.len() / PANEL;
     let k = row_bytes / format.row_bytes(format.block_elements()) * format.block_elements();
-    let panel_bytes = panel_bytes(format.dtype(), k);
-    assert!(rows.len().is_multiple_of(PANEL * row_bytes));
-    assert_eq!(format.row_bytes(k), row_bytes);
-    assert!(packed.as_ptr().addr().is_multiple_of(LINE), "packed weights begin at a cache line");
-    let sources = rows.chunks_exact(PANEL * row_bytes);
-    let count = sources.len();
-    let panels = packed.chunks_mut(panel_step * panel_bytes).take(count);
-    assert_eq!(panels.len(), count, "{count} panels do not fit");
-    for (rows, panel) in sources.zip(panels) {
-        let panel = &mut panel[..panel_bytes];
-        let (rows, panel) = (rows.as_ptr(), panel.as_mut_ptr());
-        // SAFETY: `Avx2` proves the features. The functions read `row_bytes` bytes of each of the 32 rows and write
-        // `panel_bytes` bytes of the panel, which is as long as that and begins at a cache line, as `packed` does and a
-        // panel's length is whole lines.
-        unsafe {
-            match format {
-                RowFormat::F32 => pack_f32(rows, row_bytes, k, panel),
-                RowFormat::F16 => pack_u16::<false>(rows, row_bytes, k, panel),
-                RowFormat::Bf16 => pack_u16::<true>(rows, row_bytes, k, panel),
-                RowFormat::Q8_0 => pack_blocks::<34, 2, 2>(rows, row_bytes, panel, format),
-                RowFormat::Q4_0 => pack_blocks::<18, 2, 1>(rows, row_bytes, panel, format),
-                RowFormat::Q4_1 => pack_blocks::<20, 4, 1>(rows, row_bytes, panel, format),
-                _ => unreachable!("{format:?} is packed lane by lane"),
-            }
+    assert_eq!(rows.len(), PANEL * format.row_bytes(k), "rows of one panel");
+    assert_eq!(panel.len(), panel_bytes(format.dtype(), k), "a panel of {k} steps");
+    assert!(panel.as_ptr().addr().is_multiple_of(LINE), "packed weights begin at a cache line");
+    let rows = Rows { first: rows.as_ptr(), row_bytes, fetch_behind };
+    let panel = panel.as_mut_ptr();
+    // SAFETY: `Avx2` proves the features. The functions read `row_bytes` bytes of each of the 32 rows and write the panel,
+    // which is as long as they say and begins at a cache line.
+    unsafe {
+        match format {
+            RowFormat::F32 => pack_f32(rows, k, panel),
+            RowFormat::F16 => pack_u16::<false>(rows, k, panel),
+            RowFormat::Bf16 => pack_u16::<true>(rows, k, panel),
+            RowFormat::Q8_0 => pack_blocks::<34, 2, 2>(rows, panel, format),
+            RowFormat::Q4_0 => pack_blocks::<18, 2, 1>(rows, panel, format),
+            RowFormat::Q4_1 => pack_blocks::<20, 4, 1>(rows, panel, format),
+            _ => unreachable!("{format:?} is packed lane by lane"),
         }
     }
-    // Other cores may read the panels next; stores past the caches are ordered by this only.
+    // Other cores may read the panel next; stores past the caches are ordered by this only.
     // SAFETY: part of SSE, which every x86-64 CPU has.
     unsafe { _mm_sfence() };
 }
 
-/// Fetches the lines of `from..to` (offsets in bytes) of the 32 rows behind those at `rows`, which may not exist.
-#[inline]
-#[target_feature(enable = "avx2")]
-fn fetch_behind(rows: *const u8, row_bytes: usize, from: usize, to: usize) {
-    let behind = rows.wrapping_add(PANEL * row_bytes);
-    for line in (from.next_multiple_of(LINE)..to).step_by(LINE) {
-        _mm_prefetch::<_MM_HINT_T1>(behind.wrapping_add(line).cast());
+/// The rows of a panel.
+#[derive(Clone, Copy)]
+struct Rows {
+    first: *const u8,
+    row_bytes: usize,
+    fetch_behind: bool,
+}
+
+impl Rows {
+    /// Address of byte `at` of row `row`.
+    ///
+    /// # Safety
+    /// It is in the rows.
+    #[inline(always)]
+    unsafe fn at(self, row: usize, at: usize) -> *const u8 {
+        // SAFETY: the caller's.
+        unsafe { self.first.add(row * self.row_bytes + at) }
+    }
+
+    /// Fetches the lines of `from..to` (offsets in bytes) behind the rows, which may not exist.
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    fn fetch_behind(self, from: usize, to: usize) {
+        if self.fetch_behind {
+            let behind = self.first.wrapping_add(PANEL * self.row_bytes);
+            for line in (from.next_multiple_of(LINE)..to).step_by(LINE) {
+                _mm_prefetch::<_MM_HINT_T1>(behind.wrapping_add(line).cast());
+            }
+        }
     }
 }
 
@@ -82,11 +91,11 @@ unsafe fn stream_line(at: *mut u8, [low, high]: [__m256i; 2]) {
 }
 
 #[target_feature(enable = "avx2")]
-unsafe fn pack_f32(rows: *const u8, row_bytes: usize, k: usize, panel: *mut u8) {
+unsafe fn pack_f32(rows: Rows, k: usize, panel: *mut u8) {
     let whole = k / 8 * 8;
     for k0 in (0..whole).step_by(16) {
         let k_end = (k0 + 16).min(whole);
-        fetch_behind(rows, row_bytes, PANEL * 4 * k0, PANEL * 4 * k_end);
+        rows.fetch_behind(PANEL * 4 * k0, PANEL * 4 * k_end);
         for lane in (0..PANEL).step_by(16) {
             // Eight and eight elements of a row's cache line in turn: the rows of many shapes share few sets of the cache.
             for k0 in (k0..k_end).step_by(8) {
@@ -94,8 +103,7 @@ unsafe fn pack_f32(rows: *const u8, row_bytes: usize, k: usize, panel: *mut u8) 
                 // bytes, of which these lanes are one line.
                 unsafe {
                     let eight = |lane: usize| {
-                        let source = rows.add(lane * row_bytes + 4 * k0);
-                        transpose8(core::array::from_fn(|i| _mm256_loadu_ps(source.add(i * row_bytes).cast())))
+                        transpose8(core::array::from_fn(|i| _mm256_loadu_ps(rows.at(lane + i, 4 * k0).cast())))
                     };
                     for (i, (low, high)) in eight(lane).into_iter().zip(eight(lane + 8)).enumerate() {
                         let at = panel.add((k0 + i) * 4 * PANEL + 4 * lane);
@@ -109,7 +117,7 @@ unsafe fn pack_f32(rows: *const u8, row_bytes: usize, k: usize, panel: *mut u8) 
         for lane in 0..PANEL {
             // SAFETY: as above, element by element.
             unsafe {
-                let element = rows.add(lane * row_bytes + 4 * k).cast::<u32>().read_unaligned();
+                let element = rows.at(lane, 4 * k).cast::<u32>().read_unaligned();
                 panel.add((k * PANEL + lane) * 4).cast::<u32>().write_unaligned(element);
             }
         }
@@ -145,16 +153,15 @@ fn transpose8(r: [__m256; 8]) -> [__m256; 8] {
 
 /// F16 (copied) and BF16 (widened to f32 by 16 zero bits).
 #[target_feature(enable = "avx2")]
-unsafe fn pack_u16<const WIDEN: bool>(rows: *const u8, row_bytes: usize, k: usize, panel: *mut u8) {
+unsafe fn pack_u16<const WIDEN: bool>(rows: Rows, k: usize, panel: *mut u8) {
     let element_bytes = if WIDEN { 4 } else { 2 };
     let whole = k / 8 * 8;
     for k0 in (0..whole).step_by(8) {
-        fetch_behind(rows, row_bytes, PANEL * 2 * k0, PANEL * 2 * (k0 + 8));
+        rows.fetch_behind(PANEL * 2 * k0, PANEL * 2 * (k0 + 8));
         // SAFETY: all 32 rows have `2 k` bytes and `k0 + 8 <= k`; a step is 32 elements, one line or two.
         unsafe {
             let eight = |lane: usize| {
-                let source = rows.add(lane * row_bytes + 2 * k0);
-                transpose8_u16(core::array::from_fn(|i| _mm_loadu_si128(source.add(i * row_bytes).cast())))
+                transpose8_u16(core::array::from_fn(|i| _mm_loadu_si128(rows.at(lane + i, 2 * k0).cast())))
             };
             let (a, b, c, d) = (eight(0), eight(8), eight(16), eight(24));
             for i in 0..8 {
@@ -173,7 +180,7 @@ unsafe fn pack_u16<const WIDEN: bool>(rows: *const u8, row_bytes: usize, k: usiz
         for lane in 0..PANEL {
             // SAFETY: as above, element by element.
             unsafe {
-                let element = rows.add(lane * row_bytes + 2 * k).cast::<u16>().read_unaligned();
+                let element = rows.at(lane, 2 * k).cast::<u16>().read_unaligned();
                 let at = panel.add((k * PANEL + lane) * element_bytes);
                 if WIDEN {
                     at.cast::<u32>().write_unaligned(u32::from(element) << 16);
@@ -212,28 +219,26 @@ fn transpose8_u16(r: [__m128i; 8]) -> [__m128i; 8] {
 /// Quantised blocks of `BLOCK_BYTES`, whose quants are `SIXTEENS` times 16 bytes from offset `QUANTS` on.
 #[target_feature(enable = "avx2")]
 unsafe fn pack_blocks<const BLOCK_BYTES: usize, const QUANTS: usize, const SIXTEENS: usize>(
-    rows: *const u8,
-    row_bytes: usize,
+    rows: Rows,
     panel: *mut u8,
     format: RowFormat,
 ) {
     let step_bytes = step_bytes(format.dtype());
     let scales = scales_offset(format.dtype());
-    for block in 0..row_bytes / BLOCK_BYTES {
-        fetch_behind(rows, row_bytes, PANEL * BLOCK_BYTES * block, PANEL * BLOCK_BYTES * (block + 1));
+    for block in 0..rows.row_bytes / BLOCK_BYTES {
+        rows.fetch_behind(PANEL * BLOCK_BYTES * block, PANEL * BLOCK_BYTES * (block + 1));
         // SAFETY: every row has `row_bytes / BLOCK_BYTES` blocks and the panel as many steps; all offsets below stay
         // inside the block and the step, which is whole lines.
         unsafe {
-            let source = rows.add(block * BLOCK_BYTES);
+            let source = |lane: usize, at: usize| rows.at(lane, block * BLOCK_BYTES + at);
             let step = panel.add(block * step_bytes);
             for lane in (0..PANEL).step_by(16) {
                 for sixteen in 0..SIXTEENS {
                     // Rows i and i + 4 share a register, so that a 4x4 transpose within each half yields 8 lanes in order.
                     let eight = |lane: usize| {
-                        let source = source.add(lane * row_bytes + QUANTS + 16 * sixteen);
                         transpose4_halves(core::array::from_fn(|i| {
-                            let low = source.add(i * row_bytes).cast();
-                            let high = source.add((i + 4) * row_bytes).cast();
+                            let low = source(lane + i, QUANTS + 16 * sixteen).cast();
+                            let high = source(lane + i + 4, QUANTS + 16 * sixteen).cast();
                             _mm256_castsi256_ps(_mm256_loadu2_m128i(high, low))
                         }))
                     };
@@ -245,7 +250,7 @@ unsafe fn pack_blocks<const BLOCK_BYTES: usize, const QUANTS: usize, const SIXTE
             }
             // The block's first four bytes: d, and m or quants.
             let eight = |lane: usize| {
-                let word = |i: usize| source.add((lane + i) * row_bytes).cast::<i32>().read_unaligned();
+                let word = |i: usize| source(lane + i, 0).cast::<i32>().read_unaligned();
                 let half = |i: usize| _mm_set_epi32(word(i + 3), word(i + 2), word(i + 1), word(i));
                 _mm256_set_m128i(half(4), half(0))
             };
