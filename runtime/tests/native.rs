@@ -10,9 +10,9 @@ use engine::dispatch::Kernel;
 use engine::{Engine, Loader, Plan, Tier};
 use jit::{Compiler, space};
 use memmap2::MmapMut;
-use model::Isa;
 use model::kernel::{KernelKey, M_BUCKETS, Op};
 use model::synthetic::{self, Spec};
+use model::{Isa, TensorType};
 use report::ExitStatus;
 use runtime::RunError;
 use runtime::kernels::{Linked, LinkedKernel};
@@ -108,6 +108,10 @@ struct Frozen {
 impl Frozen {
     /// `None` on a machine that runs no compiled kernel at all.
     fn new() -> Option<Self> {
+        Self::of(&Spec::default())
+    }
+
+    fn of(spec: &Spec) -> Option<Self> {
         if !engine::isa::detect().avx2 {
             eprintln!("skipped: no AVX2, FMA and F16C here, so no compiled kernel can run");
             return None;
@@ -119,7 +123,7 @@ impl Frozen {
                 "this is not the engine of a native image: run `cargo test -p runtime`"
             );
         }
-        let file = synthetic::gguf(&Spec::default()).unwrap();
+        let file = synthetic::gguf(spec).unwrap();
         let tokens = reference_tokens(&file);
         let image = image_for(&file);
         assert!(M_BUCKETS.iter().all(|&m| image.iter().any(|kernel| kernel.kernel.key().m == m)), "{image:?}");
@@ -228,6 +232,24 @@ fn an_image_with_every_kernel_warns_of_nothing() {
         let booted = boots(frozen.machine(), &doubted, tokens, image.len());
         assert_eq!(booted.warnings, [""; 0]);
         assert!(booted.guarded_calls > image.len(), "the reference itself was not asked");
+    }
+}
+
+#[test]
+fn weights_of_every_kind_run_and_are_checked_without_the_hand_written_products() {
+    // Floats, blocks of signed codes, blocks with minima, super-blocks.
+    for matrices in [TensorType::F16, TensorType::Q8_0, TensorType::Q4_1, TensorType::Q4_K] {
+        // Rows of whole super-blocks, for K types.
+        let spec =
+            Spec { dim: 256, hidden_dim: 256, n_heads: 8, head_dim: 32, n_layers: 1, matrices, ..Spec::default() };
+        let Some(frozen) = Frozen::of(&spec) else { return };
+        let booted = boots(frozen.machine(), &frozen.image, &frozen.tokens, frozen.image.len());
+        assert_eq!((&booted.warnings[..], &booted.by_reference()[..]), (&[][..], &[][..]), "{matrices:?}");
+        // Without an answer to compare with, the reference computes one.
+        let unknown: Vec<_> =
+            frozen.image.iter().map(|kernel| LinkedKernel { answer_sha256: None, ..*kernel }).collect();
+        let booted = boots(frozen.machine(), &unknown, &frozen.tokens, unknown.len());
+        assert_eq!(booted.warnings, [""; 0], "{matrices:?}");
     }
 }
 
