@@ -92,17 +92,37 @@ pub fn rates(rows: &[Row], phase: Phase) -> String {
     table(&header, &lines)
 }
 
-/// One line for each engine, type and thread count: share of bandwidth, time to first token, memory.
+/// One line for each engine, type and thread count: shares of the machine's limits, time to first token, memory.
 pub fn resources(rows: &[Row]) -> String {
-    let header =
-        ["type", "threads", "engine", "decode, share of read bandwidth", "first token after, ms", "peak RSS, MiB"];
+    const REFERENCE: &str = "llama_cpp_avx2";
+    let header = [
+        "type",
+        "threads",
+        "engine",
+        "decode, share of read bandwidth",
+        "prefill, share of multiply-add peak",
+        "first token after, ms",
+        "of llama_cpp_avx2's",
+        "peak RSS, MiB",
+    ];
+    let prefill = |row: &Row| {
+        let same = |r: &&Row| (r.engine, &r.dtype, r.threads) == (row.engine, &row.dtype, row.threads);
+        rows.iter().filter(same).find_map(|r| r.fraction_of_arithmetic.as_ref())
+    };
     let lines: Vec<Vec<String>> = rows
         .iter()
         .filter(|r| r.phase == Phase::Decode)
         .map(|r| {
-            let fraction = or_dash(r.fraction_of_bandwidth.as_ref());
-            let cells = [r.dtype.clone(), r.threads.to_string(), r.engine.to_owned(), fraction];
-            [cells.to_vec(), vec![spread(&r.ttft_ms), number(r.peak_rss_mib.median)]].concat()
+            vec![
+                r.dtype.clone(),
+                r.threads.to_string(),
+                r.engine.to_owned(),
+                or_dash(r.fraction_of_bandwidth.as_ref()),
+                or_dash(prefill(r)),
+                spread(&r.ttft_ms),
+                or_dash(r.ttft_ratio_to.get(REFERENCE)),
+                number(r.peak_rss_mib.median),
+            ]
         })
         .collect();
     table(&header.map(str::to_owned), &lines)

@@ -66,7 +66,7 @@ impl Guest {
         for round in 1..=plan.rounds {
             let mut hosted_first = round % 2 == 0;
             for _ in 0..2 {
-                let read_gb_s = job.read_gb_s()?;
+                let limits = job.limits(form == Form::Avx2)?;
                 let (engine, report) = if hosted_first {
                     ("hosted", job.run(form, Some(snapshot), 0)?)
                 } else {
@@ -82,7 +82,7 @@ impl Guest {
                         engine,
                         dtype: plan.dtype.to_owned(),
                         threads: job.threads,
-                        read_gb_s,
+                        limits,
                         prefill_tok_s: report.prefill_tok_s,
                         decode_tok_s: report.decode_tok_s,
                         ttft_ms: report.ttft_ms,

@@ -26,9 +26,9 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use machine::MachineFacts;
 use models::ModelFile;
 use ours::{Form, Job, TuneLimits, Tuning};
-use peers::{Peer, PeerJob, PeerStatus};
+use peers::{Flavour, Peer, PeerJob, PeerStatus};
 use qemu_runs::Spread;
-use rows::{EngineFacts, Phase, Row, Run};
+use rows::{EngineFacts, Phase, Row, Run, Work};
 use serde::Serialize;
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -185,10 +185,13 @@ pub fn run(workspace: &Path, args: &BenchArgs) -> Result<()> {
     let micro = if args.micro { Some(bench.micro(workspace, &models, &args.threads)?) } else { None };
 
     let references = ["llama_cpp_avx2", "llama_cpp_avx512", "ours_baseline"];
-    let token_bytes = |dtype: &str| models.iter().find(|m| m.dtype == dtype).map(|m| m.token_bytes);
-    let rows = rows::rows("generate", &runs, &bench.engine_facts(&peer_status), &references, &token_bytes);
+    let work = |dtype: &str| {
+        let model = models.iter().find(|m| m.dtype == dtype)?;
+        Some(Work { token_bytes: model.token_bytes, layer_ops: model.layer_ops })
+    };
+    let rows = rows::rows("generate", &runs, &bench.engine_facts(&peer_status), &references, &work);
     let bandwidth = args.threads.iter().filter_map(|&threads| {
-        let of = runs.iter().filter(|run| run.threads == threads).map(|run| run.read_gb_s);
+        let of = runs.iter().filter(|run| run.threads == threads).map(|run| run.limits.read_gb_s);
         Some((threads, Spread::of(of)?))
     });
     let words = std::iter::once("cargo xtask".to_owned()).chain(std::env::args().skip(1));
@@ -270,6 +273,16 @@ struct Bench {
 enum Engine<'a> {
     Ours(Form),
     Peer(&'a Peer),
+}
+
+impl Engine<'_> {
+    /// Leaves AVX-512 and VNNI unused.
+    fn is_avx2_only(&self) -> bool {
+        match self {
+            Engine::Ours(form) => *form != Form::Unrestricted,
+            Engine::Peer(peer) => peer.flavour == Flavour::Avx2,
+        }
+    }
 }
 
 impl Bench {
@@ -417,7 +430,7 @@ impl Bench {
                         let run = self.measure_one(&engines[index], model, threads, round)?;
                         bar.say(&format!(
                             "round {round} {} {threads} threads {}: {:.1} tok/s at {:.1} GB/s",
-                            run.dtype, run.engine, run.decode_tok_s, run.read_gb_s
+                            run.dtype, run.engine, run.decode_tok_s, run.limits.read_gb_s
                         ));
                         bar.step();
                         writeln!(lines, "{}", serde_json::to_string(&run)?)?;
@@ -509,7 +522,7 @@ impl Bench {
 
     fn measure_one(&self, engine: &Engine<'_>, model: &ModelFile, threads: u32, round: u32) -> Result<Run> {
         let job = self.job(model, threads);
-        let read_gb_s = job.read_gb_s()?;
+        let limits = job.limits(engine.is_avx2_only())?;
         let dtype = model.dtype.clone();
         Ok(match engine {
             Engine::Ours(form) => {
@@ -529,7 +542,7 @@ impl Bench {
                     engine: form.engine(),
                     dtype,
                     threads,
-                    read_gb_s,
+                    limits,
                     prefill_tok_s: report.prefill_tok_s,
                     decode_tok_s: report.decode_tok_s,
                     ttft_ms: report.ttft_ms,
@@ -543,7 +556,7 @@ impl Bench {
                     engine: peer.flavour.engine(),
                     dtype,
                     threads,
-                    read_gb_s,
+                    limits,
                     prefill_tok_s: run.prefill_tok_s,
                     decode_tok_s: run.decode_tok_s,
                     ttft_ms: run.ttft_ms,

@@ -3,7 +3,7 @@
 use crate::demo_model;
 use anyhow::{Context, Result, bail};
 use model::formats::header_bytes;
-use model::{ModelDescription, Role, gguf};
+use model::{ModelDescription, Role, Tensor, gguf};
 use serde::Serialize;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -27,6 +27,9 @@ pub struct ModelFile {
     pub file_bytes: u64,
     /// Bytes of weights that one decoded token has to read: every matrix once, the embedding only where it is the head too.
     pub token_bytes: u64,
+    /// Operations of the layers' products for one token, a multiply-add counted as two: those of attention and of the head,
+    /// which a prompt runs for its last token only, are left out.
+    pub layer_ops: u64,
     /// Name in the file.
     pub name: String,
 }
@@ -55,11 +58,13 @@ pub fn obtain(cache: &Path, bareflow: &Path, dtype: &str) -> Result<ModelFile> {
     let description = describe(&path)?;
     let head = description.head().map_or(Role::Output, |tensor| tensor.role);
     let read = |role: Role| role == head || !(role.is_vector() || role == Role::TokenEmbedding);
+    let in_layers = |t: &&Tensor| t.role != head && read(t.role);
     Ok(ModelFile {
         dtype: dtype.to_owned(),
         stored: description.dtypes(),
         file_bytes: description.file_bytes,
         token_bytes: description.tensors.iter().filter(|t| read(t.role)).map(|t| t.len_bytes).sum(),
+        layer_ops: description.tensors.iter().filter(in_layers).map(|t| 2 * t.elements()).sum(),
         name: description.name,
         path,
     })

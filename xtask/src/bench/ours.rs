@@ -101,19 +101,29 @@ impl Job<'_> {
         Ok(json::<Printed>(command)?.report)
     }
 
-    /// Read bandwidth of the job's cores at this moment, GB/s.
+    /// What the job's cores can do at this moment, with AVX2 at most or with all they have.
     ///
     /// # Errors
     /// When the program fails, with what it wrote.
-    pub fn read_gb_s(&self) -> Result<f64> {
-        #[derive(Deserialize)]
-        struct Printed {
-            read_gb_s: f64,
-        }
+    pub fn limits(&self, avx2_only: bool) -> Result<Limits> {
         let mut command = pinned(self.cores, self.threads, self.bareflow);
         command.args(["limits", "--json", "--threads"]).arg(self.threads.to_string());
-        Ok(json::<Printed>(command)?.read_gb_s)
+        if avx2_only {
+            command.arg("--avx2");
+        }
+        json(command)
     }
+}
+
+/// What some cores can do together, measured in a moment.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct Limits {
+    /// Read bandwidth, GB/s.
+    pub read_gb_s: f64,
+    /// f32 multiply-adds, counted as two operations each, Gop/s.
+    pub f32_gflop_s: f64,
+    /// Exact int8 multiply-adds, likewise.
+    pub int8_gop_s: f64,
 }
 
 /// Runs `command` and reads the JSON it prints.

@@ -1,5 +1,6 @@
 //! From single runs to rows: medians with spread, and ratios that were taken inside one round.
 
+use crate::bench::ours::Limits;
 use qemu_runs::Spread;
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -15,8 +16,9 @@ pub struct Run {
     pub dtype: String,
     /// Threads.
     pub threads: u32,
-    /// Read bandwidth just before, GB/s.
-    pub read_gb_s: f64,
+    /// What its cores could do just before, with the instructions it was allowed.
+    #[serde(flatten)]
+    pub limits: Limits,
     /// Prompt tokens per second.
     pub prefill_tok_s: f64,
     /// Generated tokens per second.
@@ -80,10 +82,24 @@ pub struct Row {
     pub ratio_to: BTreeMap<&'static str, Spread>,
     /// Decode: bytes of weights per second over the read bandwidth measured just before; absent for prefill.
     pub fraction_of_bandwidth: Option<Spread>,
+    /// Prefill: operations of the layers' products per second over the multiply-add peak measured just before, of f32 for
+    /// float types and of exact int8 for quantised ones; absent for decode.
+    pub fraction_of_arithmetic: Option<Spread>,
     /// Program start (peer: library load) to first token, ms.
     pub ttft_ms: Spread,
+    /// That over the other engine's of the same round, by the other's name.
+    pub ttft_ratio_to: BTreeMap<&'static str, Spread>,
     /// Peak memory, MiB.
     pub peak_rss_mib: Spread,
+}
+
+/// What a model of some weight type takes of a machine.
+#[derive(Clone, Copy, Debug)]
+pub struct Work {
+    /// Bytes that a decoded token reads.
+    pub token_bytes: u64,
+    /// Operations of the layers' products for a token of a prompt.
+    pub layer_ops: u64,
 }
 
 /// What is known about an engine besides its runs.
@@ -98,13 +114,13 @@ pub struct EngineFacts {
 }
 
 /// Rows of `runs`: every engine, type, thread count and phase that was measured, in the order of `engines`.
-/// `references` are the engines that ratios are taken to; `token_bytes` gives what a decoded token reads of a type.
+/// `references` are the engines that ratios are taken to; `work` gives what a model of a type takes.
 pub fn rows(
     what: &'static str,
     runs: &[Run],
     engines: &[EngineFacts],
     references: &[&'static str],
-    token_bytes: &dyn Fn(&str) -> Option<u64>,
+    work: &dyn Fn(&str) -> Option<Work>,
 ) -> Vec<Row> {
     let mut cases: Vec<(&str, u32)> = Vec::new();
     for run in runs {
@@ -121,17 +137,25 @@ pub fn rows(
                     runs.iter().filter(same).collect()
                 };
                 let own = of(facts.engine);
-                let ratio = |other: &'static str| {
-                    let others = of(other);
-                    let pairs = own.iter().filter_map(|run| {
-                        let other = others.iter().find(|o| o.round == run.round)?;
-                        Some(phase.rate(run) / phase.rate(other))
-                    });
-                    Some((other, Spread::of(pairs)?))
+                let ratios = |value: &dyn Fn(&Run) -> f64| -> BTreeMap<&'static str, Spread> {
+                    let ratio = |other: &'static str| {
+                        let others = of(other);
+                        let pairs = own.iter().filter_map(|run| {
+                            let other = others.iter().find(|o| o.round == run.round)?;
+                            Some(value(run) / value(other))
+                        });
+                        Some((other, Spread::of(pairs)?))
+                    };
+                    references.iter().filter(|r| **r != facts.engine).filter_map(|r| ratio(r)).collect()
                 };
-                let fraction = |run: &&Run| {
-                    let bytes = token_bytes(dtype).filter(|_| phase == Phase::Decode)?;
-                    Some(run.decode_tok_s * bytes as f64 / (run.read_gb_s * 1e9))
+                let of_bandwidth = |run: &&Run| {
+                    let bytes = work(dtype).filter(|_| phase == Phase::Decode)?.token_bytes;
+                    Some(run.decode_tok_s * bytes as f64 / (run.limits.read_gb_s * 1e9))
+                };
+                let of_arithmetic = |run: &&Run| {
+                    let ops = work(dtype).filter(|_| phase == Phase::Prefill)?.layer_ops;
+                    let peak = if dtype.starts_with('Q') { run.limits.int8_gop_s } else { run.limits.f32_gflop_s };
+                    Some(run.prefill_tok_s * ops as f64 / (peak * 1e9))
                 };
                 let spread = |value: fn(&Run) -> f64| Spread::of(own.iter().map(|run| value(run)));
                 let (Some(tok_s), Some(ttft_ms), Some(peak_rss_mib)) = (
@@ -150,9 +174,11 @@ pub fn rows(
                     threads,
                     phase,
                     tok_s,
-                    ratio_to: references.iter().filter(|r| **r != facts.engine).filter_map(|r| ratio(r)).collect(),
-                    fraction_of_bandwidth: Spread::of(own.iter().filter_map(fraction)),
+                    ratio_to: ratios(&|run| phase.rate(run)),
+                    fraction_of_bandwidth: Spread::of(own.iter().filter_map(of_bandwidth)),
+                    fraction_of_arithmetic: Spread::of(own.iter().filter_map(of_arithmetic)),
                     ttft_ms,
+                    ttft_ratio_to: ratios(&|run| run.ttft_ms),
                     peak_rss_mib,
                 });
             }
@@ -171,7 +197,7 @@ mod tests {
             engine,
             dtype: "F32".into(),
             threads: 1,
-            read_gb_s: 10.0,
+            limits: Limits { read_gb_s: 10.0, f32_gflop_s: 50.0, int8_gop_s: 200.0 },
             prefill_tok_s: 100.0,
             decode_tok_s,
             ttft_ms: 5.0,
@@ -184,14 +210,19 @@ mod tests {
         // The machine gets three times slower from round to round; the ratio stays 2, and a missing run is left out.
         let runs = [run(1, "a", 90.0), run(1, "b", 45.0), run(2, "b", 15.0), run(2, "a", 30.0), run(3, "a", 10.0)];
         let facts = |engine| EngineFacts { engine, version: "v".into(), isa: "avx2".into() };
-        let rows = rows("generate", &runs, &[facts("a"), facts("b"), facts("absent")], &["b"], &|_| Some(1_000_000));
+        let work = Work { token_bytes: 1_000_000, layer_ops: 200_000_000 };
+        let rows = rows("generate", &runs, &[facts("a"), facts("b"), facts("absent")], &["b"], &|_| Some(work));
         assert_eq!(rows.len(), 4, "two engines, two phases");
         let a = rows.iter().find(|r| r.engine == "a" && r.phase == Phase::Decode).unwrap();
         assert_eq!(a.ratio_to["b"], Spread { median: 2.0, min: 2.0, max: 2.0, n: 2 });
         assert_eq!(a.tok_s.n, 3);
         // 30 tokens of 1 MB each of 10 GB/s.
         assert!((a.fraction_of_bandwidth.unwrap().median - 0.003).abs() < 1e-12);
+        assert!(a.fraction_of_arithmetic.is_none());
+        assert_eq!(a.ttft_ratio_to["b"], Spread { median: 1.0, min: 1.0, max: 1.0, n: 2 });
         let b = rows.iter().find(|r| r.engine == "b" && r.phase == Phase::Prefill).unwrap();
         assert!(b.ratio_to.is_empty() && b.fraction_of_bandwidth.is_none());
+        // 100 tokens of 200 Mop each of 50 Gop/s.
+        assert!((b.fraction_of_arithmetic.unwrap().median - 0.4).abs() < 1e-12);
     }
 }
