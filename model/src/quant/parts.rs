@@ -119,13 +119,21 @@ pub(super) fn pack_nibbles(codes: &[u8; 32]) -> [u8; 16] {
     core::array::from_fn(|i| codes[i] & 0x0f | codes[i + 16] << 4)
 }
 
-/// Splits the high bits of 32 codes, element `i` at bit `i`, into bytes of 0 or 16.
-pub(super) fn fifth_bits(qh: [u8; 4]) -> [u8; 32] {
-    let bits = u32::from_le_bytes(qh);
-    core::array::from_fn(|i| (bits >> i & 1) as u8 * 16)
+/// 32 codes of five bits: [`nibbles`], and bit `i` of `fifth` above those of element `i`.
+pub(super) fn five_bits(qs: &[u8; 16], fifth: [u8; 4]) -> [u8; 32] {
+    const EACH: u64 = 0x0101_0101_0101_0101;
+    let mut codes = [0; 32];
+    for (i, (codes, bits)) in codes.as_chunks_mut().0.iter_mut().zip(fifth).enumerate() {
+        let nibbles = (u64::from_le_bytes(qs.as_chunks().0[i % 2]) >> (i / 2 * 4)) & (0x0f * EACH);
+        // Bit j of byte j, and then in the top bit whether it is set.
+        let own = (u64::from(bits) * EACH) & 0x8040_2010_0804_0201;
+        let upper = ((own + 0x7f * EACH) >> 3) & (0x10 * EACH);
+        *codes = (nibbles | upper).to_le_bytes();
+    }
+    codes
 }
 
-/// The inverse of [`fifth_bits`]; only bit 4 of a code counts.
+/// The fifth bits for [`five_bits`]; only bit 4 of a code counts.
 pub(super) fn pack_fifth_bits(codes: &[u8; 32]) -> [u8; 4] {
     let bit = |bits, (i, &code)| bits | (u32::from(code) >> 4 & 1) << i;
     codes.iter().enumerate().fold(0u32, bit).to_le_bytes()

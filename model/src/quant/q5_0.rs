@@ -1,7 +1,7 @@
 //! Q5_0: blocks of 32 5-bit codes with one f16 scale, `w = d * (q - 16)`.
 //! Bytes: `d: f16, fifth bits: u32, nibbles: [u8; 16]`.
 
-use super::parts::{fifth_bits, nibbles, pack_fifth_bits, pack_nibbles};
+use super::parts::{five_bits, pack_fifth_bits, pack_nibbles};
 use super::q4_0::from_extreme;
 use super::{BlockFormat, Parts, f32_to_f16};
 use crate::kernel::DType;
@@ -14,8 +14,7 @@ impl BlockFormat<32, 22> for Q5_0 {
 
     fn take_apart(block: &[u8; 22]) -> Parts<32> {
         let [d0, d1, h0, h1, h2, h3, qs @ ..] = block;
-        let (low, high) = (nibbles(qs), fifth_bits([*h0, *h1, *h2, *h3]));
-        let codes = core::array::from_fn(|i| low[i] | high[i]);
+        let codes = five_bits(qs, [*h0, *h1, *h2, *h3]);
         Parts { d: u16::from_le_bytes([*d0, *d1]), codes, ..Parts::ZERO }
     }
 
