@@ -6,8 +6,10 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 const TARGET: &str = "x86_64-unknown-linux-gnu";
-const JIT_PROFILE: &str = "image";
-const NATIVE_PROFILE: &str = "native";
+/// Cargo profile of the JIT image.
+pub const JIT_PROFILE: &str = "image";
+/// Cargo profile of the native image.
+pub const NATIVE_PROFILE: &str = "native";
 
 /// Compiler flags of the guest; the linker script's path is filled in, and where crates lie on this machine is left out of
 /// messages, so that an image does not depend on who built it.

@@ -1,6 +1,7 @@
 //! `cargo xtask test`: everything, in the order that fails fastest.
 
-use crate::{kernel_build, packages, real_model, scenarios};
+use crate::kernel_build::{self, JIT_PROFILE, NATIVE_PROFILE};
+use crate::{packages, real_model, scenarios};
 use anyhow::{Context, Result, bail};
 use std::io::{BufRead, BufReader};
 use std::path::Path;
@@ -20,9 +21,12 @@ pub fn run(workspace: &Path) -> Result<()> {
     // By itself it has no compiler and no check of signatures, as the native image.
     let native = lint(cargo(workspace, &["clippy", "--package", "runtime", "--all-targets"]));
     steps.command("lints, runtime of the native image", native)?;
-    for (name, features) in [("lints, JIT image", "bare-metal,jit,signature"), ("lints, native image", "bare-metal")] {
+    for (name, profile, features) in [
+        ("lints, JIT image", JIT_PROFILE, "bare-metal,jit,signature"),
+        ("lints, native image", NATIVE_PROFILE, "bare-metal"),
+    ] {
         let mut clippy = kernel_build::cargo(workspace, "clippy")?;
-        clippy.args(["--no-default-features", "--features", features]);
+        clippy.args(["--profile", profile, "--no-default-features", "--features", features]);
         steps.command(name, lint(clippy))?;
     }
     let host_tests = steps.tests(
