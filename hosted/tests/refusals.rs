@@ -264,7 +264,7 @@ fn a_model_larger_than_the_memory_of_the_process_is_refused_with_the_numbers() {
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let mut refused_for_weights = 0;
     // From hardly enough to start to nearly enough to run: never a crash.
-    for mib in (80..=400).step_by(20) {
+    for mib in (60..=120).step_by(2).chain((140..=400).step_by(20)) {
         let output = folder.in_shell(&format!("ulimit -v {};", mib << 10), &args);
         let stderr = String::from_utf8_lossy(&output.stderr);
         if output.status.success() {

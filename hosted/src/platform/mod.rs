@@ -78,10 +78,7 @@ impl Process {
             cpu: cpu_facts(),
             snapshot,
             model,
-            code: memory::CodePages::reserve().map_err(|_| {
-                let need_bytes = memory::CODE_ARENA_BYTES as u64;
-                RunError::Memory(OutOfMemory { name: "code", need_bytes, have_bytes: available_bytes() })
-            })?,
+            code: code_pages().map_err(RunError::Memory)?,
             arenas: Vec::new(),
             threads: threads::Threads::start(threads).map_err(|reason| {
                 anyhow::anyhow!("the system gives no {threads} threads: {reason}; ask for fewer (threads=, --threads)")
@@ -94,6 +91,13 @@ impl Process {
             bar: None,
         })
     }
+}
+
+/// Address space for compiled code, where that leaves what the process needs besides. It is no memory before code is in it.
+fn code_pages() -> Result<memory::CodePages, OutOfMemory> {
+    let (need_bytes, have_bytes) = (memory::CODE_ARENA_BYTES as u64, left_of(memory::Limit::AddressSpace));
+    let error = OutOfMemory { name: "code", need_bytes, have_bytes };
+    if need_bytes > have_bytes { Err(error) } else { memory::CodePages::reserve().map_err(|_| error) }
 }
 
 /// TSC frequency: CPUID where it says, else timed against the monotonic clock.
@@ -243,13 +247,18 @@ fn progress_bar(total: u64) -> ProgressBar {
 /// that. Unlimited when neither says.
 fn available_bytes() -> u64 {
     let system = proc_field("/proc/meminfo", "MemAvailable:").unwrap_or(u64::MAX);
-    let limits = [(memory::Limit::AddressSpace, "VmSize:"), (memory::Limit::Data, "VmData:")];
-    limits.into_iter().fold(system, |free, (limit, used)| match memory::limit_bytes(limit) {
-        None => free,
-        Some(limit) => {
-            let used = proc_field("/proc/self/status", used).unwrap_or(0).saturating_add(OWN_BYTES);
-            free.min(limit.saturating_sub(used))
-        }
+    system.min(left_of(memory::Limit::AddressSpace)).min(left_of(memory::Limit::Data))
+}
+
+/// What a limit on the process leaves.
+fn left_of(limit: memory::Limit) -> u64 {
+    let used = match limit {
+        memory::Limit::AddressSpace => "VmSize:",
+        memory::Limit::Data => "VmData:",
+    };
+    memory::limit_bytes(limit).map_or(u64::MAX, |limit| {
+        let used = proc_field("/proc/self/status", used).unwrap_or(0).saturating_add(OWN_BYTES);
+        limit.saturating_sub(used)
     })
 }
 
