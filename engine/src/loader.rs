@@ -16,6 +16,7 @@ use model::layout::{PANEL, panel_bytes};
 
 /// Rows of a tensor from this length on are worth sharing between cores.
 const SHARED_BYTES: usize = 64 << 10;
+
 /// A model whose weights are in an arena.
 #[derive(Clone, Debug)]
 pub struct LoadedModel {
