@@ -10,8 +10,7 @@ use half::f16;
 use model::TensorType;
 use model::kernel::DType;
 use model::layout::{
-    BLOCK, BlockLayout, PANEL, QUADS, SUPER, WEIGHT_ALIGN, WORD_BYTES, group_bytes, panel_bytes, scales_offset,
-    step_bytes,
+    BLOCK, BlockLayout, PANEL, QUADS, SUPER, WEIGHT_ALIGN, WORD_BYTES, group_bytes, panel_bytes, step_bytes,
 };
 use model::quant::{BlockFormat, Parts, Q2K, Q3K, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0};
 
@@ -257,37 +256,21 @@ fn for_each_field(dtype: DType, lane: usize, mut field: impl FnMut(usize, usize)
     }
 }
 
-/// Offsets of d, m (Q4_1) and the quants in a file block.
-const fn quants_offset(format: RowFormat) -> usize {
-    if matches!(format, RowFormat::Q4_1) { 4 } else { 2 }
-}
-
-/// Packs one file block into one lane of one step.
+/// Packs one element of a format without blocks into one lane of one step.
 #[inline(always)]
-fn pack_block(format: RowFormat, block: &[u8], lane: usize, step: &mut [u8]) {
+fn pack_element(format: RowFormat, element: &[u8], lane: usize, step: &mut [u8]) {
     match format {
-        RowFormat::F32 => step[4 * lane..4 * lane + 4].copy_from_slice(&block[..4]),
-        RowFormat::F16 => step[2 * lane..2 * lane + 2].copy_from_slice(&block[..2]),
+        RowFormat::F32 => step[4 * lane..4 * lane + 4].copy_from_slice(&element[..4]),
+        RowFormat::F16 => step[2 * lane..2 * lane + 2].copy_from_slice(&element[..2]),
         RowFormat::Bf16 => {
             step[4 * lane..4 * lane + 2].fill(0);
-            step[4 * lane + 2..4 * lane + 4].copy_from_slice(&block[..2]);
+            step[4 * lane + 2..4 * lane + 4].copy_from_slice(&element[..2]);
         }
         RowFormat::Int8 => {
-            let code = f32::from(block[0].cast_signed());
+            let code = f32::from(element[0].cast_signed());
             step[4 * lane..4 * lane + 4].copy_from_slice(&code.to_le_bytes());
         }
-        RowFormat::Q8_0 | RowFormat::Q4_0 | RowFormat::Q4_1 => {
-            let (quants, tail) = step.split_at_mut(scales_offset(format.dtype()));
-            let file_quants = &block[quants_offset(format)..];
-            for (group, four) in quants.chunks_exact_mut(4 * PANEL).zip(file_quants.chunks_exact(4)) {
-                group[4 * lane..4 * lane + 4].copy_from_slice(four);
-            }
-            tail[2 * lane..2 * lane + 2].copy_from_slice(&block[..2]);
-            if format == RowFormat::Q4_1 {
-                tail[2 * PANEL + 2 * lane..2 * PANEL + 2 * lane + 2].copy_from_slice(&block[2..4]);
-            }
-        }
-        _ => unreachable!("{format:?} is packed by pack_lanes"),
+        _ => unreachable!("{format:?} has blocks"),
     }
 }
 
@@ -312,21 +295,20 @@ macro_rules! with_block_format {
 
 /// Whether `simd::pack` has code for panels of the format.
 fn has_panel_code(format: RowFormat) -> bool {
-    use RowFormat::{Bf16, F16, F32, Q4_0, Q4_1, Q8_0};
-    matches!(format, F32 | F16 | Bf16 | Q8_0 | Q4_0 | Q4_1)
+    format != RowFormat::Int8
 }
 
 /// Packs `rows` into the lanes of `panel` from `lane` on, block by block through all rows, so that the panel is written
 /// front to back.
 fn pack_lanes(format: RowFormat, rows: &[u8], row_bytes: usize, lane: usize, panel: &mut [u8]) {
-    if !has_panel_code(format) && format != RowFormat::Int8 {
+    if format.dtype().is_quantised() {
         return with_block_format!(format.dtype(), pack_lanes_of(rows, row_bytes, lane, panel));
     }
-    let (block_bytes, _) = format.block();
+    let (element_bytes, _) = format.block();
     let steps = panel.chunks_exact_mut(step_bytes(format.dtype()));
-    for (step, at) in steps.zip((0..row_bytes).step_by(block_bytes)) {
+    for (step, at) in steps.zip((0..row_bytes).step_by(element_bytes)) {
         for (j, row) in rows.chunks_exact(row_bytes).enumerate() {
-            pack_block(format, &row[at..at + block_bytes], lane + j, step);
+            pack_element(format, &row[at..at + element_bytes], lane + j, step);
         }
     }
 }
@@ -337,24 +319,20 @@ fn pack_lanes_of<F: BlockFormat<LEN, BYTES>, const LEN: usize, const BYTES: usiz
     lane: usize,
     panel: &mut [u8],
 ) {
-    // Block by block through all rows, so that a panel is written front to back.
-    for (i, group) in panel.chunks_exact_mut(const { group_bytes(F::DTYPE) }).enumerate() {
+    let layout = const { BlockLayout::of(F::DTYPE).unwrap() };
+    for (i, group) in panel.chunks_exact_mut(group_bytes(F::DTYPE)).enumerate() {
         for (j, row) in rows.chunks_exact(row_bytes).enumerate() {
             if let Some(block) = row[i * BYTES..].first_chunk() {
-                write_parts::<F, LEN, BYTES>(&F::take_apart(block), lane + j, group);
+                write_parts(&layout, &F::take_apart(block), lane + j, group);
             }
         }
     }
 }
 
-/// Puts one block into one lane of a step, or one super-block into one lane of its header and steps.
-#[inline(always)]
-fn write_parts<F: BlockFormat<LEN, BYTES>, const LEN: usize, const BYTES: usize>(
-    parts: &Parts<LEN>,
-    lane: usize,
-    group: &mut [u8],
-) {
-    let layout = const { BlockLayout::of(F::DTYPE).unwrap() };
+/// Puts one block into one lane of a step, or one super-block into one lane of its header and steps. A function of its own
+/// for all formats: only panels that are not whole are packed this way, and a native image is to be small.
+#[inline(never)]
+fn write_parts<const LEN: usize>(layout: &BlockLayout, parts: &Parts<LEN>, lane: usize, group: &mut [u8]) {
     let (header, steps) = group.split_at_mut(layout.header_bytes());
     if layout.super_blocks {
         header[2 * lane..2 * lane + 2].copy_from_slice(&parts.d.to_le_bytes());
