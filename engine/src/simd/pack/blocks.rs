@@ -6,9 +6,11 @@ use core::arch::x86_64::*;
 use model::layout::{BLOCK, BlockLayout, PANEL, WORD_BYTES};
 
 /// Packs rows of blocks of one of these formats: d (f16), in some m (f16), in some a word of fifth bits, then the quants.
+///
+/// # Safety
+/// The rows are whole blocks of `format`, whose layout is `layout`, and `panel` is their panel.
 #[target_feature(enable = "avx2")]
-pub(super) unsafe fn pack_blocks(rows: Rows, panel: *mut u8, format: RowFormat) {
-    let Some(layout) = BlockLayout::of(format.dtype()) else { return };
+pub(super) unsafe fn pack_blocks(rows: Rows, panel: *mut u8, format: RowFormat, layout: &BlockLayout) {
     let block_bytes = format.row_bytes(BLOCK);
     let factors_bytes = if layout.minima { 4 } else { 2 };
     let (low_words, scales) = (layout.low_words(), layout.scales_offset(0));

@@ -14,7 +14,7 @@ mod super_blocks;
 use super::Avx2;
 use crate::pack::RowFormat;
 use core::arch::x86_64::*;
-use model::layout::{PANEL, WEIGHT_ALIGN, panel_bytes};
+use model::layout::{BlockLayout, PANEL, WEIGHT_ALIGN, panel_bytes};
 
 /// Bytes of a cache line.
 const LINE: usize = 64;
@@ -35,17 +35,13 @@ pub(crate) fn pack_panel(_: Avx2, format: RowFormat, rows: &[u8], fetch_behind: 
     // SAFETY: `Avx2` proves the features. The functions read `row_bytes` bytes of each of the 32 rows and write the panel,
     // which is as long as they say and begins at a cache line.
     unsafe {
-        match format {
-            RowFormat::F32 => elements::pack_f32(rows, k, panel),
-            RowFormat::F16 => elements::pack_u16::<false>(rows, k, panel),
-            RowFormat::Bf16 => elements::pack_u16::<true>(rows, k, panel),
-            RowFormat::Q8_0 | RowFormat::Q4_0 | RowFormat::Q4_1 | RowFormat::Q5_0 | RowFormat::Q5_1 => {
-                blocks::pack_blocks(rows, panel, format);
-            }
-            RowFormat::Q2K | RowFormat::Q3K | RowFormat::Q4K | RowFormat::Q5K | RowFormat::Q6K => {
-                super_blocks::pack_super_blocks(rows, panel, format);
-            }
-            RowFormat::Int8 => unreachable!("codes without scales are packed lane by lane"),
+        match (BlockLayout::of(format.dtype()), format) {
+            (Some(layout), _) if layout.super_blocks => super_blocks::pack_super_blocks(rows, panel, format, &layout),
+            (Some(layout), _) => blocks::pack_blocks(rows, panel, format, &layout),
+            (None, RowFormat::F32) => elements::pack_f32(rows, k, panel),
+            (None, RowFormat::F16) => elements::pack_u16::<false>(rows, k, panel),
+            (None, RowFormat::Bf16) => elements::pack_u16::<true>(rows, k, panel),
+            (None, _) => unreachable!("{format:?} is packed lane by lane"),
         }
     }
     // Other cores may read the panel next; stores past the caches are ordered by this only.

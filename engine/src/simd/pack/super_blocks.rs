@@ -7,7 +7,7 @@ use super::{LINE, Rows, gather_words, high_halves, low_halves, stream_line, stre
 use crate::pack::RowFormat;
 use core::arch::x86_64::*;
 use core::ops::Range;
-use model::layout::{BlockLayout, PANEL, SUPER, WORD_BYTES, header_bytes};
+use model::layout::{BLOCK, BlockLayout, PANEL, SUPER, WORD_BYTES};
 
 /// Most words of a super-block's codes: Q6_K has six for each step.
 const MAX_WORDS: usize = 6 * SUPER;
@@ -35,15 +35,17 @@ fn place(layout: &BlockLayout, i: usize) -> usize {
     step * layout.step_bytes() + word * WORD_BYTES
 }
 
-/// Packs rows of super-blocks of one of the K types.
+/// Packs rows of super-blocks of one of the K types, `layout` being its.
+///
+/// # Safety
+/// The rows are whole super-blocks and not empty, and `panel` is their panel.
 #[target_feature(enable = "avx2")]
-pub(super) unsafe fn pack_super_blocks(rows: Rows, panel: *mut u8, format: RowFormat) {
-    let Some(layout) = BlockLayout::of(format.dtype()) else { return };
-    let (block_bytes, step_bytes) = (format.row_bytes(format.block_elements()), layout.step_bytes());
-    let group_bytes = header_bytes(format.dtype()) + SUPER * step_bytes;
+pub(super) unsafe fn pack_super_blocks(rows: Rows, panel: *mut u8, format: RowFormat, layout: &BlockLayout) {
+    let (block_bytes, step_bytes) = (format.row_bytes(SUPER * BLOCK), layout.step_bytes());
+    let group_bytes = layout.header_bytes() + SUPER * step_bytes;
     let mut places = [0; MAX_WORDS];
     let places = &mut places[..SUPER * layout.words()];
-    places.iter_mut().enumerate().for_each(|(i, at)| *at = place(&layout, i));
+    places.iter_mut().enumerate().for_each(|(i, at)| *at = place(layout, i));
     let mut buffers = [[Ordered { words: [0; MAX_WORDS], scales: [0; 4] }; PANEL]; 2];
     let [mut ordered, mut next] = buffers.each_mut();
     let order_lanes = |block: usize, lanes: Range<usize>, to: &mut [Ordered]| {
@@ -62,9 +64,9 @@ pub(super) unsafe fn pack_super_blocks(rows: Rows, panel: *mut u8, format: RowFo
         // whose header and steps are whole lines.
         unsafe {
             let group = panel.add(block * group_bytes);
-            let steps = group.add(header_bytes(format.dtype()));
+            let steps = group.add(layout.header_bytes());
             stream_super_scales(format, |lane| rows.at(lane, block * block_bytes), group);
-            stream_scales(&layout, ordered, |step| steps.add(step * step_bytes + layout.scales_offset(0)));
+            stream_scales(layout, ordered, |step| steps.add(step * step_bytes + layout.scales_offset(0)));
             for (i, places) in places.as_chunks::<4>().0.iter().enumerate() {
                 let words = |lane: usize| ordered[lane].words.as_ptr().add(4 * i).cast();
                 stream_words(words, |word| steps.add(places[word]));
