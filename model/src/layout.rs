@@ -306,14 +306,6 @@ pub const fn header_bytes(dtype: DType) -> usize {
     }
 }
 
-/// Offset of the first scales inside a step of a quantised type.
-pub const fn scales_offset(dtype: DType) -> usize {
-    match BlockLayout::of(dtype) {
-        Some(layout) => layout.scales_offset(0),
-        None => 0,
-    }
-}
-
 /// Panels that cover `n` columns.
 pub const fn panels(n: usize) -> usize {
     n.div_ceil(PANEL)
