@@ -4,7 +4,7 @@
 //! SmolLM2-135M at position 2000. Each layer counts with the fastest of its rounds: on a shared
 //! machine the rest measures the neighbours.
 
-use engine::attention::{KvShape, KvType, Queries, attend, store};
+use engine::attention::{KeysValues, KvShape, KvType, Queries, attend, store};
 use engine::operands::AlignedBytes;
 use engine::simd::{Level, limits};
 use engine::workers::Single;
@@ -26,10 +26,9 @@ fn main() {
         let mut rng = SplitMix64::new(1);
         let mut row = |len: usize| -> Vec<f32> { (0..len).map(|_| rng.next_bell()).collect() };
         for layer in 0..n_layers {
-            for pos in 0..=position {
-                let (k, v) = (row(n_kv_heads * head_dim), row(n_kv_heads * head_dim));
-                store(Level::detect(), &shape, &mut cache, layer, pos, &k, &v);
-            }
+            let (rows, stride) = (position + 1, n_kv_heads * head_dim);
+            let (k, v) = (row(rows * stride), row(rows * stride));
+            store(Level::detect(), &shape, &mut cache, layer, &KeysValues { pos: 0, rows, k: &k, v: &v, stride });
         }
         let q = row(width);
         let (mut out, mut partials) = (vec![0.0; width], vec![0.0; shape.partials_len()]);

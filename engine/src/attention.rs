@@ -165,46 +165,88 @@ fn f32_at(bytes: &[u8], index: usize) -> f32 {
     f32::from_le_bytes(crate::pack::field(bytes, 4 * index))
 }
 
-/// Stores the key and value rows (`n_kv_heads * head_dim` elements each) of position `pos`.
+/// Keys and values of consecutive positions.
+#[derive(Clone, Copy)]
+pub struct KeysValues<'a> {
+    /// Position of row 0.
+    pub pos: usize,
+    /// Rows.
+    pub rows: usize,
+    /// Key rows, `(rows, stride)`, of which the first `n_kv_heads * head_dim` columns are used.
+    pub k: &'a [f32],
+    /// Value rows, as `k`.
+    pub v: &'a [f32],
+    /// Elements from one row to the next.
+    pub stride: usize,
+}
+
+impl<'a> KeysValues<'a> {
+    /// Key and value of one head of `row`.
+    fn head(&self, row: usize, kv_head: usize, head_dim: usize) -> (&'a [f32], &'a [f32]) {
+        let at = row * self.stride + kv_head * head_dim;
+        (&self.k[at..][..head_dim], &self.v[at..][..head_dim])
+    }
+}
+
+/// Stores keys and values in `layer` of a cache.
 ///
 /// # Panics
-/// When a slice is too short or `pos` is outside the cache.
-pub fn store(level: Level, shape: &KvShape, cache: &mut [u8], layer: usize, pos: usize, k: &[f32], v: &[f32]) {
-    assert!(pos < shape.positions(), "position {pos} of {}", shape.positions());
-    let (head_dim, bytes) = (shape.head_dim, shape.ty.bytes());
-    let at = pos % KV_BLOCK;
+/// When a slice is too short or a position is outside the cache.
+pub fn store(level: Level, shape: &KvShape, cache: &mut [u8], layer: usize, new: &KeysValues<'_>) {
+    let KeysValues { pos, rows, .. } = *new;
+    assert!(pos + rows <= shape.positions(), "{rows} rows from position {pos} of {}", shape.positions());
+    // Head by head: a panel of one stays in the first-level cache, those of all need not.
     for kv_head in 0..shape.n_kv_heads {
-        let head = kv_head * head_dim..(kv_head + 1) * head_dim;
-        let block = &mut cache[shape.block_range(layer, kv_head, pos / KV_BLOCK)];
-        let (keys, rest) = block.split_at_mut(KV_BLOCK * head_dim * bytes);
-        let (values, scales) = rest.split_at_mut(KV_BLOCK * head_dim * bytes);
-        let panel = &mut keys[at / KV_PANEL * KV_PANEL * head_dim * bytes..][..KV_PANEL * head_dim * bytes];
-        if at.is_multiple_of(KV_PANEL) {
-            // Lanes of positions to come are computed with and thrown away: whatever they hold must be finite.
-            panel.fill(0);
-        }
-        let (key, value) = (&k[head.clone()], &v[head]);
-        let (mut key_scale, mut value_scale) = (0.0, 0.0);
-        if shape.ty == KvType::Q8_0 {
-            (key_scale, value_scale) = (int8_scale(key), int8_scale(value));
-            let (key_scales, value_scales) = scales.split_at_mut(shape.ty.scales_bytes());
-            if at.is_multiple_of(KV_PANEL) {
-                key_scales[4 * at..4 * (at + KV_PANEL)].fill(0);
-            }
-            key_scales[4 * at..4 * at + 4].copy_from_slice(&key_scale.to_le_bytes());
-            value_scales[4 * at..4 * at + 4].copy_from_slice(&value_scale.to_le_bytes());
-        }
-        // The lane of this position runs through the panel: converted a piece at a time, then scattered.
-        let mut piece = [0u8; 64 * size_of::<f32>()];
-        for (lines, key) in panel.chunks_mut(64 * KV_PANEL * bytes).zip(key.chunks(64)) {
-            let piece = &mut piece[..key.len() * bytes];
-            narrow(level, shape.ty, key, key_scale, piece);
-            for (line, element) in lines.chunks_exact_mut(KV_PANEL * bytes).zip(piece.chunks_exact(bytes)) {
-                line[at % KV_PANEL * bytes..][..bytes].copy_from_slice(element);
+        for row in 0..rows {
+            let block = &mut cache[shape.block_range(layer, kv_head, (pos + row) / KV_BLOCK)];
+            let (at, head) = ((pos + row) % KV_BLOCK, new.head(row, kv_head, shape.head_dim));
+            match shape.ty {
+                KvType::F32 => store_head::<4>(level, shape, block, at, head),
+                KvType::F16 => store_head::<2>(level, shape, block, at, head),
+                KvType::Q8_0 => store_head::<1>(level, shape, block, at, head),
             }
         }
-        narrow(level, shape.ty, value, value_scale, &mut values[at * head_dim * bytes..][..head_dim * bytes]);
     }
+}
+
+/// Stores key and value of one head at position `at` of its block, in elements of `BYTES` bytes.
+fn store_head<const BYTES: usize>(
+    level: Level,
+    shape: &KvShape,
+    block: &mut [u8],
+    at: usize,
+    (key, value): (&[f32], &[f32]),
+) {
+    let row_bytes = shape.head_dim * BYTES;
+    let (keys, rest) = block.split_at_mut(KV_BLOCK * row_bytes);
+    let (values, scales) = rest.split_at_mut(KV_BLOCK * row_bytes);
+    let panel = &mut keys[at / KV_PANEL * KV_PANEL * row_bytes..][..KV_PANEL * row_bytes];
+    if at.is_multiple_of(KV_PANEL) {
+        // Lanes of positions to come are computed with and thrown away: whatever they hold must be finite.
+        panel.fill(0);
+    }
+    let (mut key_scale, mut value_scale) = (0.0, 0.0);
+    if shape.ty == KvType::Q8_0 {
+        (key_scale, value_scale) = (int8_scale(key), int8_scale(value));
+        let (key_scales, value_scales) = scales.split_at_mut(shape.ty.scales_bytes());
+        if at.is_multiple_of(KV_PANEL) {
+            key_scales[4 * at..4 * (at + KV_PANEL)].fill(0);
+        }
+        key_scales[4 * at..4 * at + 4].copy_from_slice(&key_scale.to_le_bytes());
+        value_scales[4 * at..4 * at + 4].copy_from_slice(&value_scale.to_le_bytes());
+    }
+    // The lane of this position runs through the panel: converted a piece at a time, then scattered.
+    let mut piece = [0u8; 64 * size_of::<f32>()];
+    for (lines, key) in panel.chunks_mut(64 * KV_PANEL * BYTES).zip(key.chunks(64)) {
+        let piece = &mut piece[..key.len() * BYTES];
+        narrow(level, shape.ty, key, key_scale, piece);
+        for (line, element) in
+            lines.as_chunks_mut::<BYTES>().0.chunks_exact_mut(KV_PANEL).zip(piece.as_chunks::<BYTES>().0)
+        {
+            line[at % KV_PANEL] = *element;
+        }
+    }
+    narrow(level, shape.ty, value, value_scale, &mut values[at * row_bytes..][..row_bytes]);
 }
 
 /// Asks for the memory that [`store`] and [`attend`] will touch in the block of `pos`. Keys of one position are strided over
@@ -637,8 +679,17 @@ mod tests {
                 let v: Vec<Vec<f32>> = (0..positions).map(|_| row(n_kv_heads * head_dim)).collect();
                 let mut portable_cache = AlignedBytes::copy_of(&cache);
                 for pos in 0..positions {
-                    store(Level::detect(), &shape, &mut cache, 1, pos, &k[pos], &v[pos]);
-                    store(Level::Portable, &shape, &mut portable_cache, 1, pos, &k[pos], &v[pos]);
+                    let new = KeysValues { pos, rows: 1, k: &k[pos], v: &v[pos], stride: 0 };
+                    store(Level::Portable, &shape, &mut portable_cache, 1, &new);
+                }
+                // The same in runs that end anywhere in a panel.
+                let (all_k, all_v, stride) = (k.concat(), v.concat(), n_kv_heads * head_dim);
+                let (mut pos, mut run) = (0, 1);
+                while pos < positions {
+                    let rows = run.min(positions - pos);
+                    let (k, v) = (&all_k[pos * stride..], &all_v[pos * stride..]);
+                    store(Level::detect(), &shape, &mut cache, 1, &KeysValues { pos, rows, k, v, stride });
+                    (pos, run) = (pos + rows, 3 * run + 2);
                 }
                 assert!(*cache == *portable_cache, "{shape:?}: stored bytes");
                 let width = n_heads * head_dim;

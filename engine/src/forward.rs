@@ -6,7 +6,7 @@
 //! one after the other before the next layer, which then finds its weights in a
 //! cache for all but the first. Every row is computed on its own, so neither the chunks nor the bucket show in the result.
 
-use crate::attention::{self, KvShape, KvType, Queries};
+use crate::attention::{self, KeysValues, KvShape, KvType, Queries};
 use crate::dispatch::ColumnsMut;
 use crate::error::EngineError;
 use crate::loader::LoadedModel;
@@ -17,7 +17,7 @@ use crate::pack::{dequantise_column, field};
 use crate::simd::{Level, cycles};
 use crate::table::{KernelTable, OpCall, Runs, Tier};
 use crate::weights::{Embedding, NormWeights, Plan, QkvWeights, RopeParameters, UpWeights, Vector};
-use crate::workers::Workers;
+use crate::workers::{self, Workers};
 use alloc::vec::Vec;
 use core::ops::Range;
 use model::Isa;
@@ -632,7 +632,7 @@ impl<'m> Session<'m> {
             QkvWeights::Fused(matrix) => Some(engine.dtype(matrix)),
             QkvWeights::Separate { .. } => None,
         };
-        self.norm_rows(engine, &weights.attn_norm, chunk.first..chunk.first + rows, input);
+        self.norm_rows(engine, workers, &weights.attn_norm, chunk.first..chunk.first + rows, input);
         let Buffers { normed, quantised, qkv, attended, .. } = &mut self.buffers;
         let normed = &normed[..m * dim];
 
@@ -650,7 +650,7 @@ impl<'m> Session<'m> {
             QkvWeights::Separate { q, k, v } => {
                 let (k_at, v_at) = (padded(q_dim), padded(q_dim) + padded(kv_dim));
                 for (matrix, at) in [(q, 0), (k, k_at), (v, v_at)] {
-                    let input = activations(level, engine.dtype(matrix), normed, dim, rows, quantised);
+                    let input = activations(engine, workers, engine.dtype(matrix), normed, dim, rows, quantised);
                     let y = ColumnsMut::new(&mut qkv[at..], m, qkv_stride - at, qkv_stride);
                     engine.run(matrix, batch, input, y, workers);
                 }
@@ -659,27 +659,33 @@ impl<'m> Session<'m> {
         };
 
         let kv = &self.sizes.kv;
-        for (r, row) in qkv.chunks_exact_mut(qkv_stride).take(rows).enumerate() {
-            let pos = chunk.pos + r;
-            let columns = [0..q_dim, k_at..k_at + kv_dim, v_at..v_at + kv_dim];
-            for (columns, bias) in columns.iter().zip(weights.qkv_bias) {
-                if let Some(bias) = bias {
-                    add(&mut row[columns.clone()], engine.vector(bias));
+        let columns = [0..q_dim, k_at..k_at + kv_dim, v_at..v_at + kv_dim];
+        let shared: &Engine<'_> = engine;
+        let finish = |(first, qkv, scratch): (usize, &mut [f32], &mut [f32])| {
+            for (r, row) in qkv.chunks_exact_mut(qkv_stride).enumerate() {
+                for (columns, bias) in columns.iter().zip(weights.qkv_bias) {
+                    if let Some(bias) = bias {
+                        add(&mut row[columns.clone()], shared.vector(bias));
+                    }
+                }
+                for (columns, gain) in columns.iter().zip([weights.q_norm, weights.k_norm]) {
+                    let heads = &mut row[columns.clone()];
+                    if let Some(gain) = gain {
+                        shared.norm_heads(gain, heads, &mut scratch[..kv.head_dim]);
+                    }
+                    if let Positions::Rotary(order) = shared.config().architecture.blueprint().positions {
+                        let angles = shared.ropes[weights.rope].row(chunk.pos + first + r);
+                        rope(level, order, heads, kv.head_dim, angles);
+                    }
                 }
             }
-            let [q_columns, k_columns, v_columns] = columns;
-            for (columns, gain) in [(&q_columns, weights.q_norm), (&k_columns, weights.k_norm)] {
-                let heads = &mut row[columns.clone()];
-                if let Some(gain) = gain {
-                    engine.norm_heads(gain, heads, &mut attended[..kv.head_dim]);
-                }
-                if let Positions::Rotary(order) = engine.config().architecture.blueprint().positions {
-                    rope(level, order, heads, kv.head_dim, engine.ropes[weights.rope].row(pos));
-                }
-            }
-            let (k, v) = (&row[k_columns], &row[v_columns]);
-            attention::store(level, kv, self.kv.as_mut_bytes(), layer, pos, k, v);
-        }
+        };
+        let piece = piece_rows(rows, engine.plan.threads);
+        let pieces = qkv[..rows * qkv_stride].chunks_mut(piece * qkv_stride).zip(attended.chunks_mut(piece * q_dim));
+        let pieces = pieces.enumerate().map(|(i, (qkv, scratch))| (i * piece, qkv, scratch));
+        share_out(workers, piece == rows, pieces, finish);
+        let new = KeysValues { pos: chunk.pos, rows, k: &qkv[k_at..], v: &qkv[v_at..], stride: qkv_stride };
+        attention::store(level, kv, self.kv.as_mut_bytes(), layer, &new);
         engine.lap(Part::Rope);
     }
 
@@ -707,7 +713,7 @@ impl<'m> Session<'m> {
         engine.lap(Part::Attention);
 
         let attended = &attended[..m * q_dim];
-        let input = activations(level, engine.dtype(weights.attn_out), attended, q_dim, rows, quantised);
+        let input = activations(engine, workers, engine.dtype(weights.attn_out), attended, q_dim, rows, quantised);
         let out = if weights.attn_post_norm.is_some() { &mut **projected } else { chunk.of(x, padded(dim)) };
         engine.run(weights.attn_out, batch, input, ColumnsMut::new(out, m, padded(dim), padded(dim)), workers);
         self.finish_block(engine, weights.attn_out_bias, weights.attn_post_norm, chunk);
@@ -742,7 +748,7 @@ impl<'m> Session<'m> {
             UpWeights::Fused(matrix) => Some(engine.dtype(matrix)),
             UpWeights::Separate { .. } | UpWeights::Plain { .. } => None,
         };
-        self.norm_rows(engine, &weights.ffn_norm, chunk.first..chunk.first + rows, input);
+        self.norm_rows(engine, workers, &weights.ffn_norm, chunk.first..chunk.first + rows, input);
         let activation = engine.config().architecture.blueprint().activation;
         let Buffers { x, normed, quantised, hidden, up: up_rows, projected, .. } = &mut self.buffers;
         let normed = &normed[..m * dim];
@@ -753,13 +759,13 @@ impl<'m> Session<'m> {
             }
             UpWeights::Separate { gate, up } => {
                 for (matrix, out) in [(gate, &mut *hidden), (up, &mut *up_rows)] {
-                    let input = activations(level, engine.dtype(matrix), normed, dim, rows, quantised);
+                    let input = activations(engine, workers, engine.dtype(matrix), normed, dim, rows, quantised);
                     engine.run(matrix, batch, input, ColumnsMut::new(out, m, stride, stride), workers);
                 }
                 activate(level, activation, &mut hidden[..rows * stride], Some(&up_rows[..rows * stride]));
             }
             UpWeights::Plain { up, bias } => {
-                let input = activations(level, engine.dtype(up), normed, dim, rows, quantised);
+                let input = activations(engine, workers, engine.dtype(up), normed, dim, rows, quantised);
                 engine.run(up, batch, input, ColumnsMut::new(hidden, m, stride, stride), workers);
                 if let Some(bias) = bias {
                     let bias = engine.vector(bias);
@@ -775,7 +781,7 @@ impl<'m> Session<'m> {
             }
         }
         let hidden = &hidden[..m * hidden_dim];
-        let input = activations(level, engine.dtype(weights.down), hidden, hidden_dim, rows, quantised);
+        let input = activations(engine, workers, engine.dtype(weights.down), hidden, hidden_dim, rows, quantised);
         let out = if weights.ffn_post_norm.is_some() { &mut **projected } else { chunk.of(x, padded(dim)) };
         engine.run(weights.down, batch, input, ColumnsMut::new(out, m, padded(dim), padded(dim)), workers);
         self.finish_block(engine, weights.down_bias, weights.ffn_post_norm, chunk);
@@ -784,7 +790,7 @@ impl<'m> Session<'m> {
     /// Logits after row `row` of the group that just ran.
     fn head(&mut self, engine: &mut Engine<'_>, workers: &dyn Workers, row: usize) {
         let (dim, head) = (self.sizes.dim, engine.plan.head);
-        self.norm_rows(engine, &engine.plan.output_norm, row..row + 1, Some(engine.dtype(head)));
+        self.norm_rows(engine, workers, &engine.plan.output_norm, row..row + 1, Some(engine.dtype(head)));
         let Buffers { normed, quantised, logits, .. } = &mut self.buffers;
         let input = normed_activations(engine.dtype(head), &normed[..dim], dim, quantised);
         let columns = logits.len();
@@ -793,23 +799,55 @@ impl<'m> Session<'m> {
 
     /// `norm(x)` for `rows` of `x`; the first goes to row 0. Left in `normed`, or where `input` is a quantised type, quantised
     /// for products of that type in `quantised`.
-    fn norm_rows(&mut self, engine: &Engine<'_>, norm: &NormWeights, rows: Range<usize>, input: Option<DType>) {
+    fn norm_rows(
+        &mut self,
+        engine: &Engine<'_>,
+        workers: &dyn Workers,
+        norm: &NormWeights,
+        rows: Range<usize>,
+        input: Option<DType>,
+    ) {
         let (dim, stride) = (self.sizes.dim, padded(self.sizes.dim));
         let (level, eps) = (engine.table.level(), engine.config().norm_eps);
         let Buffers { x, normed, quantised, .. } = &mut self.buffers;
-        let x = x.chunks_exact(stride).skip(rows.start).take(rows.len());
+        let count = rows.len();
+        let piece = piece_rows(count, engine.plan.threads);
+        let x = x[rows.start * stride..rows.end * stride].chunks(piece * stride);
+        let normed = normed[..count * dim].chunks_mut(piece * dim);
+        let pieces = x.zip(normed);
         let Some(dtype) = input.filter(|dtype| dtype.is_quantised()) else {
-            return x.zip(normed.chunks_exact_mut(dim)).for_each(|(x, out)| engine.norm(norm, &x[..dim], out));
+            return share_out(workers, piece == count, pieces, |(x, normed)| {
+                for (x, out) in x.chunks_exact(stride).zip(normed.chunks_exact_mut(dim)) {
+                    engine.norm(norm, &x[..dim], out);
+                }
+            });
         };
-        for (x, out) in x.zip(quantised.as_mut_bytes().chunks_exact_mut(x_row_bytes(dtype, dim))) {
-            if norm.bias.is_none() {
-                rmsnorm_quantise(level, &x[..dim], engine.vector(norm.gain), eps, out);
-            } else {
-                engine.norm(norm, &x[..dim], &mut normed[..dim]);
-                quantise_activations(level, &normed[..dim], out);
+        let row_bytes = x_row_bytes(dtype, dim);
+        let quantised = quantised.as_mut_bytes()[..count * row_bytes].chunks_mut(piece * row_bytes);
+        share_out(workers, piece == count, pieces.zip(quantised), |((x, normed), quantised)| {
+            for (x, out) in x.chunks_exact(stride).zip(quantised.chunks_exact_mut(row_bytes)) {
+                if norm.bias.is_none() {
+                    rmsnorm_quantise(level, &x[..dim], engine.vector(norm.gain), eps, out);
+                } else {
+                    engine.norm(norm, &x[..dim], &mut normed[..dim]);
+                    quantise_activations(level, &normed[..dim], out);
+                }
             }
-        }
+        });
     }
+}
+
+/// Fewer rows than these take less time than handing some of them to other workers.
+const SHARED_ROWS: usize = 8;
+
+/// Rows of each piece when `rows` are shared out between `threads`: all of them where that is not worth it.
+fn piece_rows(rows: usize, threads: usize) -> usize {
+    if rows < SHARED_ROWS { rows } else { rows.div_ceil(threads) }
+}
+
+/// Calls `work` on all `pieces`, on the calling core if there is a `single` one.
+fn share_out<T: Send>(workers: &dyn Workers, single: bool, pieces: impl Iterator<Item = T>, work: impl Fn(T) + Sync) {
+    if single { pieces.for_each(work) } else { workers::for_each(workers, pieces, work) }
 }
 
 /// `x += other`.
@@ -864,7 +902,8 @@ fn next_group(tokens: &[u32], pos: usize, buckets: &[bool; M_BUCKETS.len()]) -> 
 
 /// `x`, `(m, k)`, as matmuls with weights of type `dtype` read it: its first `rows` rows, and whatever lies behind them.
 fn activations<'a>(
-    level: Level,
+    engine: &Engine<'_>,
+    workers: &dyn Workers,
     dtype: DType,
     x: &'a [f32],
     k: usize,
@@ -874,11 +913,15 @@ fn activations<'a>(
     if !dtype.is_quantised() {
         return x.as_bytes();
     }
-    let row_bytes = x_row_bytes(dtype, k);
+    let (level, row_bytes) = (engine.table.level(), x_row_bytes(dtype, k));
     let quantised = &mut quantised.as_mut_bytes()[..x.len() / k * row_bytes];
-    for (x, out) in x.chunks_exact(k).zip(quantised.chunks_exact_mut(row_bytes)).take(rows) {
-        quantise_activations(level, x, out);
-    }
+    let piece = piece_rows(rows, engine.plan.threads);
+    let pieces = x[..rows * k].chunks(piece * k).zip(quantised[..rows * row_bytes].chunks_mut(piece * row_bytes));
+    share_out(workers, piece == rows, pieces, |(x, quantised)| {
+        for (x, out) in x.chunks_exact(k).zip(quantised.chunks_exact_mut(row_bytes)) {
+            quantise_activations(level, x, out);
+        }
+    });
     quantised
 }
 

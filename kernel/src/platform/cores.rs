@@ -17,8 +17,9 @@ use engine::workers::Workers;
 /// TSC ticks without a job before a core parks: about a millisecond, longer than any gap inside a forward pass.
 const SPIN_CYCLES: u64 = 3_000_000;
 /// The same after a job that woke this core, or whose end woke the waiting core: one of the two may be off the host's CPU
-/// because the other is on it, and gets it when that one parks.
-const SPIN_CYCLES_AFTER_WAKE: u64 = 100_000;
+/// because the other is on it, and gets it when that one parks. Still longer than the gaps of a prompt: a core that parks in
+/// one is late for the next job, whose share it then finds done, and late again for all that follow.
+const SPIN_CYCLES_AFTER_WAKE: u64 = 500_000;
 /// TSC ticks of waiting for the other cores before the waiting one parks: about what parking and waking cost.
 const WAIT_CYCLES: u64 = 300_000;
 /// The same after a wait that was longer than [`WAIT_CYCLES`].
