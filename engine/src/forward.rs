@@ -683,7 +683,7 @@ impl<'m> Session<'m> {
         let piece = piece_rows(rows, engine.plan.threads);
         let pieces = qkv[..rows * qkv_stride].chunks_mut(piece * qkv_stride).zip(attended.chunks_mut(piece * q_dim));
         let pieces = pieces.enumerate().map(|(i, (qkv, scratch))| (i * piece, qkv, scratch));
-        share_out(workers, piece == rows, pieces, finish);
+        share_out(workers, pieces, finish);
         let new = KeysValues { pos: chunk.pos, rows, k: &qkv[k_at..], v: &qkv[v_at..], stride: qkv_stride };
         attention::store(level, kv, self.kv.as_mut_bytes(), layer, &new);
         engine.lap(Part::Rope);
@@ -816,7 +816,7 @@ impl<'m> Session<'m> {
         let normed = normed[..count * dim].chunks_mut(piece * dim);
         let pieces = x.zip(normed);
         let Some(dtype) = input.filter(|dtype| dtype.is_quantised()) else {
-            return share_out(workers, piece == count, pieces, |(x, normed)| {
+            return share_out(workers, pieces, |(x, normed)| {
                 for (x, out) in x.chunks_exact(stride).zip(normed.chunks_exact_mut(dim)) {
                     engine.norm(norm, &x[..dim], out);
                 }
@@ -824,7 +824,7 @@ impl<'m> Session<'m> {
         };
         let row_bytes = x_row_bytes(dtype, dim);
         let quantised = quantised.as_mut_bytes()[..count * row_bytes].chunks_mut(piece * row_bytes);
-        share_out(workers, piece == count, pieces.zip(quantised), |((x, normed), quantised)| {
+        share_out(workers, pieces.zip(quantised), |((x, normed), quantised)| {
             for (x, out) in x.chunks_exact(stride).zip(quantised.chunks_exact_mut(row_bytes)) {
                 if norm.bias.is_none() {
                     rmsnorm_quantise(level, &x[..dim], engine.vector(norm.gain), eps, out);
@@ -845,9 +845,9 @@ fn piece_rows(rows: usize, threads: usize) -> usize {
     if rows < SHARED_ROWS { rows } else { rows.div_ceil(threads) }
 }
 
-/// Calls `work` on all `pieces`, on the calling core if there is a `single` one.
-fn share_out<T: Send>(workers: &dyn Workers, single: bool, pieces: impl Iterator<Item = T>, work: impl Fn(T) + Sync) {
-    if single { pieces.for_each(work) } else { workers::for_each(workers, pieces, work) }
+/// Calls `work` on all `pieces`; a single one is the calling core's.
+fn share_out<T: Send>(workers: &dyn Workers, pieces: impl ExactSizeIterator<Item = T>, work: impl Fn(T) + Sync) {
+    if pieces.len() == 1 { pieces.for_each(work) } else { workers::for_each(workers, pieces, work) }
 }
 
 /// `x += other`.
@@ -917,7 +917,7 @@ fn activations<'a>(
     let quantised = &mut quantised.as_mut_bytes()[..x.len() / k * row_bytes];
     let piece = piece_rows(rows, engine.plan.threads);
     let pieces = x[..rows * k].chunks(piece * k).zip(quantised[..rows * row_bytes].chunks_mut(piece * row_bytes));
-    share_out(workers, piece == rows, pieces, |(x, quantised)| {
+    share_out(workers, pieces, |(x, quantised)| {
         for (x, out) in x.chunks_exact(k).zip(quantised.chunks_exact_mut(row_bytes)) {
             quantise_activations(level, x, out);
         }
