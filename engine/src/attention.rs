@@ -9,11 +9,11 @@
 //! One token's attention is shared between workers by blocks ([`attend`] then joins their partial results); that of
 //! several rows by rows.
 
-use crate::dispatch::{ColumnsMut, Partition, SharedColumns};
+use crate::dispatch::{self, ColumnsMut, Partition, SharedColumns};
 use crate::math::exp_with;
 use crate::reference::{ScalarArithmetic, Software};
 use crate::simd::{self, Level};
-use crate::workers::Workers;
+use crate::workers::{self, Workers};
 use core::ops::Range;
 use half::f16;
 use model::layout::{KV_BLOCK, KV_PANEL};
@@ -369,30 +369,20 @@ pub fn attend(
         return attend_rows(level, queries, 0..rows, &mut out[..rows * q_dim]);
     }
     if rows > 1 {
-        let cut = Partition::even(rows, q_dim, parts);
-        let shared = SharedColumns::new(ColumnsMut::new(out, 1, rows * q_dim, rows * q_dim), &cut);
-        return for_parts(workers, parts, &|part| {
-            let Some(mut out) = shared.take(part) else { return };
-            let columns = cut.range(part);
-            attend_rows(level, queries, columns.start / q_dim..columns.end / q_dim, out.row(0));
+        return dispatch::for_rows(workers, parts, &mut out[..rows * q_dim], q_dim, &|rows, out| {
+            attend_rows(level, queries, rows, out);
         });
     }
     let (blocks, len) = (queries.blocks(0).len(), shape.partial_len());
     let units = shape.n_kv_heads * blocks;
     let cut = Partition::even(units, len, parts);
     let shared = SharedColumns::new(ColumnsMut::new(partials, 1, units * len, units * len), &cut);
-    for_parts(workers, parts, &|part| {
+    workers::for_parts(workers, parts, &|part| {
         let Some(mut partials) = shared.take(part) else { return };
         let columns = cut.range(part);
         attend_blocks(level, queries, columns.start / len..columns.end / len, partials.row(0));
     });
     join_blocks(level, shape, blocks, partials, &mut out[..q_dim]);
-}
-
-/// Runs `job` once for each part; with fewer workers than parts, each takes several.
-fn for_parts(workers: &dyn Workers, parts: usize, job: &(dyn Fn(usize) + Sync)) {
-    let stride = workers.count();
-    workers.run(&|worker| (worker..parts).step_by(stride).for_each(job));
 }
 
 /// What a query has taken in over its blocks so far.

@@ -4,6 +4,7 @@
 //! [`SharedColumns`] (disjoint column windows of one output matrix), and [`guard`] (a call that survives a CPU fault).
 //! It does not decide which kernel runs (`table`), nor does it map executable memory (the platform does).
 
+use crate::workers::{self, Workers};
 use core::fmt;
 use core::marker::PhantomData;
 use core::ops::Range;
@@ -385,6 +386,27 @@ pub mod guard {
         FAULT_VECTOR.store(vector, Ordering::Relaxed);
         FAULT_RIP.store(rip, Ordering::Relaxed);
     }
+}
+
+/// Calls `job` for all rows of `out`, `(rows, row_len)`, cut into `parts` pieces on `workers`: with the rows of a piece, and these.
+pub(crate) fn for_rows(
+    workers: &dyn Workers,
+    parts: usize,
+    out: &mut [f32],
+    row_len: usize,
+    job: &(dyn Fn(Range<usize>, &mut [f32]) + Sync),
+) {
+    let len = out.len();
+    if parts == 1 {
+        return job(0..len / row_len, out);
+    }
+    let cut = Partition::even(len / row_len, row_len, parts);
+    let shared = SharedColumns::new(ColumnsMut::new(out, 1, len, len), &cut);
+    workers::for_parts(workers, parts, &|part| {
+        let Some(mut out) = shared.take(part) else { return };
+        let columns = cut.range(part);
+        job(columns.start / row_len..columns.end / row_len, out.row(0));
+    });
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@
 //! cache for all but the first. Every row is computed on its own, so neither the chunks nor the bucket show in the result.
 
 use crate::attention::{self, KeysValues, KvShape, KvType, Queries};
-use crate::dispatch::ColumnsMut;
+use crate::dispatch::{self, ColumnsMut};
 use crate::error::EngineError;
 use crate::loader::LoadedModel;
 use crate::math::{RopeTable, activate, layernorm, quantise_activations, rmsnorm, rmsnorm_quantise, rope};
@@ -17,7 +17,8 @@ use crate::pack::{dequantise_column, field};
 use crate::simd::{Level, cycles};
 use crate::table::{KernelTable, OpCall, Runs, Tier};
 use crate::weights::{Embedding, NormWeights, Plan, QkvWeights, RopeParameters, UpWeights, Vector};
-use crate::workers::{self, Workers};
+use crate::workers::Workers;
+use alloc::vec;
 use alloc::vec::Vec;
 use core::ops::Range;
 use model::Isa;
@@ -633,7 +634,7 @@ impl<'m> Session<'m> {
             QkvWeights::Separate { .. } => None,
         };
         self.norm_rows(engine, workers, &weights.attn_norm, chunk.first..chunk.first + rows, input);
-        let Buffers { normed, quantised, qkv, attended, .. } = &mut self.buffers;
+        let Buffers { normed, quantised, qkv, .. } = &mut self.buffers;
         let normed = &normed[..m * dim];
 
         if rows == 1 {
@@ -661,8 +662,10 @@ impl<'m> Session<'m> {
         let kv = &self.sizes.kv;
         let columns = [0..q_dim, k_at..k_at + kv_dim, v_at..v_at + kv_dim];
         let shared: &Engine<'_> = engine;
-        let finish = |(first, qkv, scratch): (usize, &mut [f32], &mut [f32])| {
-            for (r, row) in qkv.chunks_exact_mut(qkv_stride).enumerate() {
+        let has_head_norm = weights.q_norm.is_some() || weights.k_norm.is_some();
+        share_out(shared, workers, &mut qkv[..rows * qkv_stride], qkv_stride, &|rows, qkv| {
+            let mut scratch = vec![0.0; if has_head_norm { kv.head_dim } else { 0 }];
+            for (r, row) in rows.zip(qkv.chunks_exact_mut(qkv_stride)) {
                 for (columns, bias) in columns.iter().zip(weights.qkv_bias) {
                     if let Some(bias) = bias {
                         add(&mut row[columns.clone()], shared.vector(bias));
@@ -671,19 +674,14 @@ impl<'m> Session<'m> {
                 for (columns, gain) in columns.iter().zip([weights.q_norm, weights.k_norm]) {
                     let heads = &mut row[columns.clone()];
                     if let Some(gain) = gain {
-                        shared.norm_heads(gain, heads, &mut scratch[..kv.head_dim]);
+                        shared.norm_heads(gain, heads, &mut scratch);
                     }
                     if let Positions::Rotary(order) = shared.config().architecture.blueprint().positions {
-                        let angles = shared.ropes[weights.rope].row(chunk.pos + first + r);
-                        rope(level, order, heads, kv.head_dim, angles);
+                        rope(level, order, heads, kv.head_dim, shared.ropes[weights.rope].row(chunk.pos + r));
                     }
                 }
             }
-        };
-        let piece = piece_rows(rows, engine.plan.threads);
-        let pieces = qkv[..rows * qkv_stride].chunks_mut(piece * qkv_stride).zip(attended.chunks_mut(piece * q_dim));
-        let pieces = pieces.enumerate().map(|(i, (qkv, scratch))| (i * piece, qkv, scratch));
-        share_out(workers, pieces, finish);
+        });
         let new = KeysValues { pos: chunk.pos, rows, k: &qkv[k_at..], v: &qkv[v_at..], stride: qkv_stride };
         attention::store(level, kv, self.kv.as_mut_bytes(), layer, &new);
         engine.lap(Part::Rope);
@@ -810,28 +808,24 @@ impl<'m> Session<'m> {
         let (dim, stride) = (self.sizes.dim, padded(self.sizes.dim));
         let (level, eps) = (engine.table.level(), engine.config().norm_eps);
         let Buffers { x, normed, quantised, .. } = &mut self.buffers;
-        let count = rows.len();
-        let piece = piece_rows(count, engine.plan.threads);
-        let x = x[rows.start * stride..rows.end * stride].chunks(piece * stride);
-        let normed = normed[..count * dim].chunks_mut(piece * dim);
-        let pieces = x.zip(normed);
+        let x = &x[rows.start * stride..rows.end * stride];
+        let row = |r: usize| &x[r * stride..][..dim];
         let Some(dtype) = input.filter(|dtype| dtype.is_quantised()) else {
-            return share_out(workers, pieces, |(x, normed)| {
-                for (x, out) in x.chunks_exact(stride).zip(normed.chunks_exact_mut(dim)) {
-                    engine.norm(norm, &x[..dim], out);
-                }
+            return share_out(engine, workers, &mut normed[..rows.len() * dim], dim, &|rows, normed| {
+                rows.zip(normed.chunks_exact_mut(dim)).for_each(|(r, out)| engine.norm(norm, row(r), out));
             });
         };
-        let row_bytes = x_row_bytes(dtype, dim);
-        let quantised = quantised.as_mut_bytes()[..count * row_bytes].chunks_mut(piece * row_bytes);
-        share_out(workers, pieces.zip(quantised), |((x, normed), quantised)| {
-            for (x, out) in x.chunks_exact(stride).zip(quantised.chunks_exact_mut(row_bytes)) {
-                if norm.bias.is_none() {
-                    rmsnorm_quantise(level, &x[..dim], engine.vector(norm.gain), eps, out);
-                } else {
-                    engine.norm(norm, &x[..dim], &mut normed[..dim]);
-                    quantise_activations(level, &normed[..dim], out);
-                }
+        let row_len = x_row_bytes(dtype, dim) / size_of::<f32>();
+        if norm.bias.is_some() {
+            for (r, out) in quantised.chunks_exact_mut(row_len).take(rows.len()).enumerate() {
+                engine.norm(norm, row(r), &mut normed[..dim]);
+                quantise_activations(level, &normed[..dim], out.as_mut_bytes());
+            }
+            return;
+        }
+        share_out(engine, workers, &mut quantised[..rows.len() * row_len], row_len, &|rows, quantised| {
+            for (r, out) in rows.zip(quantised.chunks_exact_mut(row_len)) {
+                rmsnorm_quantise(level, row(r), engine.vector(norm.gain), eps, out.as_mut_bytes());
             }
         });
     }
@@ -840,14 +834,16 @@ impl<'m> Session<'m> {
 /// Fewer rows than these take less time than handing some of them to other workers.
 const SHARED_ROWS: usize = 8;
 
-/// Rows of each piece when `rows` are shared out between `threads`: all of them where that is not worth it.
-fn piece_rows(rows: usize, threads: usize) -> usize {
-    if rows < SHARED_ROWS { rows } else { rows.div_ceil(threads) }
-}
-
-/// Calls `work` on all `pieces`; a single one is the calling core's.
-fn share_out<T: Send>(workers: &dyn Workers, pieces: impl ExactSizeIterator<Item = T>, work: impl Fn(T) + Sync) {
-    if pieces.len() == 1 { pieces.for_each(work) } else { workers::for_each(workers, pieces, work) }
+/// Calls `job` for all rows of `out`, `(rows, row_len)`, with the rows it is to make: on all workers where that is worth it.
+fn share_out(
+    engine: &Engine<'_>,
+    workers: &dyn Workers,
+    out: &mut [f32],
+    row_len: usize,
+    job: &(dyn Fn(Range<usize>, &mut [f32]) + Sync),
+) {
+    let parts = if out.len() / row_len < SHARED_ROWS { 1 } else { engine.plan.threads };
+    dispatch::for_rows(workers, parts, out, row_len, job);
 }
 
 /// `x += other`.
@@ -913,16 +909,13 @@ fn activations<'a>(
     if !dtype.is_quantised() {
         return x.as_bytes();
     }
-    let (level, row_bytes) = (engine.table.level(), x_row_bytes(dtype, k));
-    let quantised = &mut quantised.as_mut_bytes()[..x.len() / k * row_bytes];
-    let piece = piece_rows(rows, engine.plan.threads);
-    let pieces = x[..rows * k].chunks(piece * k).zip(quantised[..rows * row_bytes].chunks_mut(piece * row_bytes));
-    share_out(workers, pieces, |(x, quantised)| {
-        for (x, out) in x.chunks_exact(k).zip(quantised.chunks_exact_mut(row_bytes)) {
-            quantise_activations(level, x, out);
+    let (level, row_len) = (engine.table.level(), x_row_bytes(dtype, k) / size_of::<f32>());
+    share_out(engine, workers, &mut quantised[..rows * row_len], row_len, &|rows, quantised| {
+        for (r, out) in rows.zip(quantised.chunks_exact_mut(row_len)) {
+            quantise_activations(level, &x[r * k..][..k], out.as_mut_bytes());
         }
     });
-    quantised
+    &quantised.as_bytes()[..x.len() / k * row_len * size_of::<f32>()]
 }
 
 const _: () = assert!(PANEL.is_multiple_of(WEIGHT_ALIGN / size_of::<f32>()));

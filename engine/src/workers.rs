@@ -17,6 +17,12 @@ pub trait Workers: Sync {
     fn run(&self, job: &(dyn Fn(usize) + Sync));
 }
 
+/// Runs `job` once for each part; with fewer workers than parts, each takes several.
+pub(crate) fn for_parts(workers: &dyn Workers, parts: usize, job: &(dyn Fn(usize) + Sync)) {
+    let stride = workers.count();
+    workers.run(&|worker| (worker..parts).step_by(stride).for_each(job));
+}
+
 /// Calls `work` on every one of `items`, which the workers share out evenly and in order.
 pub fn for_each<T: Send>(workers: &dyn Workers, items: impl IntoIterator<Item = T>, work: impl Fn(T) + Sync) {
     let items: Vec<Mutex<Option<T>>> = items.into_iter().map(|item| Mutex::new(Some(item))).collect();
