@@ -20,7 +20,7 @@ use crate::decisions::Decisions;
 use cranelift_codegen::ir::types::I64;
 use cranelift_codegen::ir::{ConstantData, InstBuilder, MemFlagsData, Value};
 use jit::clif::Emit;
-use jit::widen::widen;
+use jit::widen::{Encoding, widen};
 use jit::{Compiler, JitError, audit, disassemble};
 use model::kernel::{Dot, Width};
 use std::cell::RefCell;
@@ -801,6 +801,7 @@ pub fn check(data: &[u8]) -> Report {
 
     let isa = host_isa();
     let mut widened_right = false;
+    let prefetch_bytes = random.below(2) as u16 * 512;
     // Without such sums, how they are encoded makes no difference.
     let dots = [
         (Dot::Pairs, !program.vnni),
@@ -812,7 +813,7 @@ pub fn check(data: &[u8]) -> Report {
         if !runs || !isa.avx2 || width == Width::Z512 && !isa.avx512 {
             continue;
         }
-        let (code, stats) = match widen(&report.narrow, width, dot) {
+        let (code, stats) = match widen(&report.narrow, Encoding { width, dot, prefetch_bytes }) {
             Ok(widened) => widened,
             Err(error) => {
                 let expected = match error {

@@ -208,7 +208,7 @@ impl<'a, 'b> Emit<'a, 'b> {
         self.b.ins().store(flags(), value, p, offset);
     }
 
-    /// Asks for the cache line at `p + offset`.
+    /// Asks for the cache line as far ahead of `p + offset` as the variant's distance is, which is left to the widening pass.
     pub fn prefetch(&mut self, p: Value, offset: i32) {
         self.marked_store(PREFETCH_MARK, p, offset);
     }

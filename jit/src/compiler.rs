@@ -6,11 +6,12 @@ use crate::error::{JitError, Refusals};
 use crate::nest;
 use crate::plan::Plan;
 use crate::widen::{WidenStats, widen};
+use alloc::collections::VecDeque;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 use cranelift_codegen::control::ControlPlane;
 use cranelift_codegen::ir::types::I64;
-use cranelift_codegen::ir::{AbiParam, Function, InstBuilder, Signature, UserFuncName, Value};
+use cranelift_codegen::ir::{AbiParam, InstBuilder, Signature, Value};
 use cranelift_codegen::isa::{self, CallConv, OwnedTargetIsa};
 use cranelift_codegen::settings::{self, Configurable};
 use cranelift_codegen::{CodegenError, Context};
@@ -42,12 +43,18 @@ pub struct CompileStats {
     pub stack_bytes: u32,
 }
 
-/// Compiles kernels. Keeps its buffers between kernels, so one compiler is cheaper than many.
+/// Most kernels whose code before widening is kept: those that a boot's search may come back to.
+const KEPT: usize = 256;
+
+/// Compiles kernels. Keeps its buffers between kernels, so one compiler is cheaper than many, and Cranelift's code, which
+/// variants share that differ in their prefetch distance only.
 pub struct Compiler {
     isa: Isa,
     cranelift: OwnedTargetIsa,
     context: Context,
     builder: FunctionBuilderContext,
+    /// Cranelift's code by key and variant, the prefetch distance left out; the oldest first.
+    kept: VecDeque<(KernelKey, Variant, Vec<u8>)>,
     refusals: Refusals,
 }
 
@@ -62,6 +69,7 @@ impl Compiler {
             cranelift: cranelift_isa().map_err(|message| JitError::Codegen { message })?,
             context: Context::new(),
             builder: FunctionBuilderContext::new(),
+            kept: VecDeque::new(),
             refusals: Refusals::default(),
         })
     }
@@ -95,10 +103,27 @@ impl Compiler {
             return Err(JitError::Isa { variant: *variant, needs });
         }
         let plan = Plan::new(key, variant)?;
-        let narrow = self.narrow(|e, args| nest::kernel(e, &plan, args))?;
-        let (code, widen_stats) = widen(&narrow, variant.width, variant.dot)?;
+        let (code, widen_stats) = widen(self.narrow_kernel(key, variant, &plan)?, variant.into())?;
         let stats = CompileStats { widen: widen_stats, stack_bytes: audit::audit(&code, variant.width)?.stack_bytes };
         Ok(CompiledKernel { key: *key, variant: *variant, code, stats })
+    }
+
+    /// Cranelift's 128-bit code of `variant` of `key`, with carriers for prefetches whether it has any or not.
+    fn narrow_kernel(&mut self, key: &KernelKey, variant: &Variant, plan: &Plan) -> Result<&[u8], JitError> {
+        let any_distance = Variant { prefetch_bytes: 0, ..*variant };
+        let known = self.kept.iter().position(|(k, v, _)| (k, v) == (key, &any_distance));
+        let at = match known {
+            Some(at) => at,
+            None => {
+                let narrow = self.narrow(|e, args| nest::kernel(e, plan, args))?;
+                if self.kept.len() == KEPT {
+                    self.kept.pop_front();
+                }
+                self.kept.push_back((*key, any_distance, narrow));
+                self.kept.len() - 1
+            }
+        };
+        Ok(&self.kept[at].2)
     }
 
     /// Cranelift's 128-bit code of a function with the kernel ABI that `build` writes, given its five arguments: what
@@ -110,7 +135,7 @@ impl Compiler {
         self.context.clear();
         let mut signature = Signature::new(CallConv::SystemV);
         signature.params.extend([AbiParam::new(I64); 5]);
-        self.context.func = Function::with_name_signature(UserFuncName::user(0, 0), signature);
+        self.context.func.signature = signature;
         let mut builder = FunctionBuilder::new(&mut self.context.func, &mut self.builder);
         let entry = builder.create_block();
         builder.append_block_params_for_function_params(entry);

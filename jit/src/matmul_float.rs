@@ -19,9 +19,10 @@ pub(crate) fn step(
     accumulators: &mut [Value],
 ) {
     let weight_bytes = if plan.dtype == DType::F16 { 2 } else { 4 };
-    if plan.prefetch_bytes > 0 {
+    // Blocks of k ask for the next block.
+    if plan.k_block.is_none() {
         for line in (0..plan.columns * weight_bytes).step_by(64) {
-            e.prefetch(at.weights.quants, at.w_offset + line as i32 + plan.prefetch_bytes);
+            e.prefetch(at.weights.quants, at.w_offset + line as i32);
         }
     }
     let weights = |e: &mut Emit<'_, '_>, v: usize| {

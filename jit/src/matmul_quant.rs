@@ -88,12 +88,10 @@ pub(crate) fn step(
     }
 }
 
-/// Prefetches word `word` of a step, one stream distance ahead.
+/// Prefetches word `word` of a step.
 fn prefetch(e: &mut Emit<'_, '_>, plan: &Plan, at: Cursor, word: usize) {
-    if plan.prefetch_bytes > 0 {
-        for line in (0..plan.columns * 4).step_by(64) {
-            e.prefetch(at.weights.quants, at.w_offset + (word * WORD_BYTES + line) as i32 + plan.prefetch_bytes);
-        }
+    for line in (0..plan.columns * 4).step_by(64) {
+        e.prefetch(at.weights.quants, at.w_offset + (word * WORD_BYTES + line) as i32);
     }
 }
 
@@ -270,9 +268,9 @@ fn scale(
     dots: &[Value],
     sums: &mut Sums<'_>,
 ) {
-    if plan.prefetch_bytes > 0 && sub == 0 {
+    if sub == 0 {
         for line in (0..layout.step_bytes() - layout.scales_offset(0)).step_by(64) {
-            e.prefetch(at.weights.scales, at.w_offset + line as i32 + plan.prefetch_bytes);
+            e.prefetch(at.weights.scales, at.w_offset + line as i32);
         }
     }
     let x_field = |row: usize, field: usize| at.x_offset + (row * plan.x_row_bytes + field) as i32;

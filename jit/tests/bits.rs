@@ -5,7 +5,7 @@ mod common;
 
 use common::{Case, EVERY_ISA, Mapping, Runnable, host_isa};
 use iced_x86::{Decoder, DecoderOptions, EncodingKind, Mnemonic};
-use jit::widen::widen;
+use jit::widen::{Encoding, widen};
 use jit::{Compiler, JitError, space};
 use model::Isa;
 use model::kernel::{DType, Dot, KernelKey, M_BUCKETS, Op, Variant, Width};
@@ -160,6 +160,28 @@ fn spaces_of_a_real_model_compile_without_refusal() {
     assert!(kernels > 2000, "only {kernels} kernels");
 }
 
+/// What variants share that differ in their prefetch distance is the same code whichever of them came first, and no
+/// kernel without one prefetches.
+#[test]
+fn kernels_do_not_depend_on_what_was_compiled_before() {
+    let mut shared = Compiler::new(EVERY_ISA).unwrap();
+    let mut compared = 0;
+    for dtype in [DType::F32, DType::Q4_1, DType::Q8_0] {
+        let key = KernelKey { op: Op::GateUpSilu, dtype, m: 1, n: 768, k: 576 };
+        for variant in space::variants(&key, EVERY_ISA).into_iter().rev() {
+            let distances = [2048, 0, 512].map(|prefetch_bytes| Variant { prefetch_bytes, ..variant });
+            for variant in distances {
+                let fresh = Compiler::new(EVERY_ISA).unwrap().compile(&key, &variant).unwrap();
+                assert_eq!(shared.compile(&key, &variant).unwrap(), fresh, "{key} as {variant}");
+                let prefetches = fresh.stats.widen.prefetches > 0;
+                assert_eq!(prefetches, variant.prefetch_bytes > 0, "{key} as {variant}");
+                compared += 1;
+            }
+        }
+    }
+    assert!(compared > 90, "only {compared} kernels");
+}
+
 /// A narrow kernel and the wide one of the same tile are the same program: same bits on the same operands.
 #[test]
 fn wide_code_computes_what_narrow_code_computes() {
@@ -255,7 +277,7 @@ fn sums_and_factors_may_be_loads() {
         if width == Width::Z512 && !host_isa().avx512 {
             continue;
         }
-        let (code, _) = widen(&narrow, width, Dot::Pairs).unwrap();
+        let (code, _) = widen(&narrow, Encoding { width, dot: Dot::Pairs, prefetch_bytes: 0 }).unwrap();
         let mut y = Mapping::new(64, 4);
         let (x_start, w_start) = (x_memory.bytes().as_ptr(), w_memory.bytes().as_ptr());
         // SAFETY: the code reads one vector of `x`, four of `w`, and writes one of `y`; none is longer than 64 bytes.

@@ -1,6 +1,7 @@
 //! The search for better kernels: hottest unsettled keys first, one untried variant after another, within a budget.
 //!
-//! A variant goes compile -> publish -> verify -> paired trial against the incumbent on the model's own weights. All
+//! A variant goes compile -> publish -> verify -> paired trial against the incumbent on the model's own weights. A few of a
+//! key are compiled at once: a trial empties the caches of what the compiler works with, which costs the next one a fifth. All
 //! variants give the same bits, so nothing here can change a token. Whatever a trial comes to is written into the
 //! snapshot's history, so no boot repeats another's work; only what was not clear, or nearly as fast, is tried again in a later
 //! boot, and the kernel in use is held against the hand-written one once more.
@@ -15,7 +16,7 @@ use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 use engine::dispatch::Kernel;
 use engine::{Engine, Runs};
-use jit::{Compiler, space};
+use jit::{Compiler, JitError, space};
 use model::Isa;
 use model::kernel::{KernelKey, Variant};
 use profiler::Settled;
@@ -26,8 +27,8 @@ use snapshot_format::{KeyRecord, Snapshot, StoredKernel, Trial, TrialOutcome};
 /// Keys below this share of the boot's kernel cycles are left alone.
 pub const MIN_SHARE: f64 = 0.001;
 
-/// Variants of one key tried before the next key's turn: enough to share the reference output they are checked with,
-/// few enough that every key gets its best guesses early.
+/// Variants of one key compiled at once and tried before the next key's turn: enough to share the reference output they are
+/// checked with, few enough that every key gets its best guesses early.
 const VARIANTS_IN_A_ROW: usize = 6;
 
 /// A trial that has taken this long ends with its verdict on the pairs it has, once these are enough to tell anything.
@@ -42,6 +43,8 @@ pub struct Tuner<'a> {
     end_tsc: u64,
     tsc_hz: u64,
     changed_keys: Vec<KernelKey>,
+    /// Compiled, and not tried yet.
+    compiled: Vec<Compiled>,
     work: TuningWork,
 }
 
@@ -72,6 +75,7 @@ impl<'a> Tuner<'a> {
             end_tsc: 0,
             tsc_hz,
             changed_keys: Vec::new(),
+            compiled: Vec::new(),
             work: TuningWork::default(),
         })
     }
@@ -81,13 +85,8 @@ impl<'a> Tuner<'a> {
     /// # Errors
     /// Why the compiler of this build refuses it.
     pub fn rebuild(&mut self, key: &KernelKey, variant: &Variant) -> Result<StoredKernel, String> {
-        let start = engine::cycles();
-        let compiled = self.compiler.compile(key, variant);
-        let us = self.us_since(start);
-        self.work.compile_ms += us / 1e3;
-        let compiled = compiled.map_err(|error| error.to_string())?;
-        self.work.compiled += 1;
-        Ok(StoredKernel::new(*variant, compiled.code))
+        let code = self.compile(key, variant).code.map_err(|error| error.to_string())?;
+        Ok(StoredKernel::new(*variant, code))
     }
 
     /// Tries variants until the budget is spent or every hot key is settled.
@@ -123,7 +122,7 @@ impl<'a> Tuner<'a> {
                         _ => None,
                     };
                     let untried = untried(record, self.options, self.compiler.isa(), self.boot);
-                    let exhausted = unconfirmed.is_none() && untried.is_none();
+                    let exhausted = unconfirmed.is_none() && untried.is_empty();
                     if Settled::of(exhausted, limit_fraction(slot)).is_settled() {
                         break;
                     }
@@ -131,8 +130,8 @@ impl<'a> Tuner<'a> {
                         if !self.confirm(platform, engine, record, slot, kernel) {
                             return self.finish();
                         }
-                    } else if let Some(variant) = untried {
-                        self.try_variant(platform, reporter, engine, record, running, slot, variant);
+                    } else if let Some(compiled) = self.take_compiled(&key, &untried) {
+                        self.try_variant(platform, reporter, engine, record, running, slot, compiled);
                     }
                     progressed = true;
                 }
@@ -157,6 +156,36 @@ impl<'a> Tuner<'a> {
         engine::cycles().saturating_sub(start) as f64 * 1e6 / self.tsc_hz as f64
     }
 
+    fn compile(&mut self, key: &KernelKey, variant: &Variant) -> Compiled {
+        let start = engine::cycles();
+        let code = self.compiler.compile(key, variant).map(|kernel| kernel.code);
+        let us = self.us_since(start);
+        self.work.compile_ms += us / 1e3;
+        self.work.compiled += u32::from(code.is_ok());
+        Compiled { key: *key, variant: *variant, code, us }
+    }
+
+    /// The first of `next`, variants of `key` in the order of their turns. Where it is not compiled yet it is now, and so are as
+    /// many of the others as can have a turn within the budget.
+    fn take_compiled(&mut self, key: &KernelKey, next: &[Variant]) -> Option<Compiled> {
+        let find =
+            |all: &[Compiled], variant: &Variant| all.iter().position(|c| (&c.key, &c.variant) == (key, variant));
+        let first = next.first()?;
+        if find(&self.compiled, first).is_none() {
+            let turns = (self.options.tune_max_trials as usize).saturating_sub(self.work.trials.len());
+            for variant in next.iter().take(turns.min(VARIANTS_IN_A_ROW)) {
+                if find(&self.compiled, variant).is_none() {
+                    let compiled = self.compile(key, variant);
+                    self.compiled.push(compiled);
+                }
+                if self.spent() {
+                    break;
+                }
+            }
+        }
+        find(&self.compiled, first).map(|at| self.compiled.swap_remove(at))
+    }
+
     #[allow(clippy::too_many_arguments)]
     fn try_variant(
         &mut self,
@@ -166,12 +195,12 @@ impl<'a> Tuner<'a> {
         record: &mut KeyRecord,
         running: &mut RunningKernels,
         slot: usize,
-        variant: Variant,
+        Compiled { key, variant, code, us: compile_us }: Compiled,
     ) {
-        let (key, incumbent) = (record.key, running.variant(slot));
+        let incumbent = running.variant(slot);
         let contest = Contest { key, variant, incumbent };
-        let attempt = self.attempt(platform, reporter, engine, slot, &contest);
-        let Some(Attempt { ended, code, compile_us }) = attempt else { return };
+        let attempt = self.attempt(platform, reporter, engine, slot, &contest, code);
+        let Some(Attempt { ended, code }) = attempt else { return };
         let code_bytes = code.len() as u32;
         let (outcome, ratio) = match ended {
             Ended::Refused(why) => {
@@ -266,8 +295,8 @@ impl<'a> Tuner<'a> {
         }
     }
 
-    /// Compiles, publishes, checks and measures `variant`; `None` where room or time ran out before it was measured, which
-    /// leaves it untried for another boot.
+    /// Publishes, checks and measures what was compiled; `None` where room or time ran out before it was measured, which leaves
+    /// it untried for another boot.
     fn attempt(
         &mut self,
         platform: &mut dyn Platform,
@@ -275,18 +304,12 @@ impl<'a> Tuner<'a> {
         engine: &mut Engine,
         slot: usize,
         contest: &Contest,
+        code: Result<Vec<u8>, JitError>,
     ) -> Option<Attempt> {
-        let start = engine::cycles();
-        let compiled = self.compiler.compile(&contest.key, &contest.variant);
-        let compile_us = self.us_since(start);
-        self.work.compile_ms += compile_us / 1e3;
-        let code = match compiled {
-            Ok(compiled) => compiled.code,
-            Err(error) => {
-                return Some(Attempt { ended: Ended::Refused(error.to_string()), code: Vec::new(), compile_us });
-            }
+        let code = match code {
+            Ok(code) => code,
+            Err(error) => return Some(Attempt { ended: Ended::Refused(error.to_string()), code: Vec::new() }),
         };
-        self.work.compiled += 1;
         let kernel = match platform.publish(contest.key, &code) {
             Ok(kernel) => kernel,
             Err(full) => {
@@ -299,7 +322,7 @@ impl<'a> Tuner<'a> {
             Ok(()) => Ended::Measured(kernel, self.measure(platform, engine, slot, kernel, contest)?),
             Err(rejected) => Ended::Rejected(rejected),
         };
-        Some(Attempt { ended, code, compile_us })
+        Some(Attempt { ended, code })
     }
 
     /// What the candidate of `contest` has to show.
@@ -378,7 +401,15 @@ struct Attempt {
     ended: Ended,
     /// Machine code; empty where there is none.
     code: Vec<u8>,
-    compile_us: f64,
+}
+
+/// A variant that was compiled, or why it was refused.
+struct Compiled {
+    key: KernelKey,
+    variant: Variant,
+    code: Result<Vec<u8>, JitError>,
+    /// Microseconds it took.
+    us: f64,
 }
 
 /// Whatever boot will ask.
@@ -388,19 +419,19 @@ const ANY_BOOT: u32 = u32::MAX;
 pub fn is_exhausted(record: &KeyRecord, options: &Options, isa: Isa) -> bool {
     let runs_here = record.incumbent.as_ref().is_some_and(|kernel| isa.missing(&kernel.variant).is_none());
     let unconfirmed = runs_here && record.wants_confirmation(ANY_BOOT);
-    !unconfirmed && untried(record, options, isa, ANY_BOOT).is_none()
+    !unconfirmed && untried(record, options, isa, ANY_BOOT).is_empty()
 }
 
-/// The next variant of a key to try in boot `boot`; `None` when all that are in the search with these options and `isa` were tried
-/// as often as it takes. Never stored: another boot may search with other instruction sets or limits.
-fn untried(record: &KeyRecord, options: &Options, isa: Isa, boot: u32) -> Option<Variant> {
+/// Variants of a key to try in boot `boot`, the next one first; none when all that are in the search with these options and `isa`
+/// were tried as often as it takes. Never stored: another boot may search with other instruction sets or limits.
+fn untried(record: &KeyRecord, options: &Options, isa: Isa, boot: u32) -> Vec<Variant> {
     let incumbent = record.incumbent.as_ref().map(|kernel| kernel.variant);
-    space::variants(&record.key, isa)
-        .into_iter()
-        .take(space_len(options, usize::MAX))
-        .filter(|variant| Some(*variant) != incumbent && !record.knows(variant, boot))
-        // In the order of the search; those that were tried before come last.
-        .min_by_key(|variant| record.trials_of(variant))
+    let mut variants = space::variants(&record.key, isa);
+    variants.truncate(space_len(options, variants.len()));
+    variants.retain(|variant| Some(*variant) != incumbent && !record.knows(variant, boot));
+    // In the order of the search; those that were tried before come last.
+    variants.sort_by_key(|variant| record.trials_of(variant));
+    variants
 }
 
 /// Variants of a key that are in the search, of `available`.
@@ -451,23 +482,23 @@ mod tests {
         let avx512 = Isa { avx512: true, avx512_vnni: true, ..avx2 };
         let (few, all) = (Options { tune_max_variants: 2, ..Options::default() }, Options::default());
         let mut record = tried(avx2);
-        assert_eq!(untried(&record, &all, avx2, ANY_BOOT), None);
-        let wider = untried(&record, &all, avx512, 1).expect("AVX-512 has variants of its own");
+        assert_eq!(untried(&record, &all, avx2, ANY_BOOT).first(), None);
+        let wider = *untried(&record, &all, avx512, 1).first().expect("AVX-512 has variants of its own");
         assert!(avx2.missing(&wider).is_some() && avx512.missing(&wider).is_none());
         record.trials.truncate(2);
-        assert_eq!(untried(&record, &few, avx2, ANY_BOOT), None);
-        assert!(untried(&record, &all, avx2, 1).is_some());
+        assert_eq!(untried(&record, &few, avx2, ANY_BOOT).first(), None);
+        assert!(!untried(&record, &all, avx2, 1).is_empty());
 
         // What was not clear is tried again in later boots, after what was never tried, until it was tried three times.
         let again = record.trials[0].variant;
         record.trials[0].outcome = TrialOutcome::Undecided;
-        assert_eq!(untried(&record, &few, avx2, 1), None);
-        assert_ne!(untried(&record, &all, avx2, 2), Some(again));
-        assert_eq!(untried(&record, &few, avx2, 2), Some(again));
+        assert_eq!(untried(&record, &few, avx2, 1).first(), None);
+        assert_ne!(untried(&record, &all, avx2, 2).first(), Some(&again));
+        assert_eq!(untried(&record, &few, avx2, 2).first(), Some(&again));
         record.trials.push(Trial { boot: 2, ..record.trials[0] });
-        assert_eq!(untried(&record, &few, avx2, 3), Some(again));
+        assert_eq!(untried(&record, &few, avx2, 3).first(), Some(&again));
         record.trials.push(Trial { boot: 3, ..record.trials[0] });
-        assert_eq!((untried(&record, &few, avx2, ANY_BOOT), record.variants_tried()), (None, 2));
+        assert_eq!((untried(&record, &few, avx2, ANY_BOOT).first(), record.variants_tried()), (None, 2));
     }
 
     #[test]
@@ -484,20 +515,20 @@ mod tests {
         }
         let near = record.trials[3].variant;
         record.trials[3].ratio = Some(1.04 / near.weight() as f32);
-        assert_eq!(untried(&record, &all, Isa::AVX2, 1), None, "not in the same boot");
-        assert_eq!(untried(&record, &all, Isa::AVX2, 2), Some(near));
-        assert!(untried(&record, &all, Isa::AVX2, ANY_BOOT).is_some(), "the key is not settled before");
+        assert_eq!(untried(&record, &all, Isa::AVX2, 1).first(), None, "not in the same boot");
+        assert_eq!(untried(&record, &all, Isa::AVX2, 2).first(), Some(&near));
+        assert!(!untried(&record, &all, Isa::AVX2, ANY_BOOT).is_empty(), "the key is not settled before");
         // A better kernel was found since: against that it is not near.
         let mut found = record.clone();
         let better = found.trials[5].variant;
         found.trials[5] = Trial { ratio: Some(0.45), outcome: TrialOutcome::Kept, incumbent: None, ..found.trials[5] };
         found.incumbent = code(better);
-        assert_eq!(untried(&found, &all, Isa::AVX2, 2), None);
+        assert_eq!(untried(&found, &all, Isa::AVX2, 2).first(), None);
         // Three times are enough.
         record.trials.push(Trial { boot: 2, ..record.trials[3] });
-        assert_eq!(untried(&record, &all, Isa::AVX2, 3), Some(near));
+        assert_eq!(untried(&record, &all, Isa::AVX2, 3).first(), Some(&near));
         record.trials.push(Trial { boot: 3, ..record.trials[3] });
-        assert_eq!(untried(&record, &all, Isa::AVX2, ANY_BOOT), None);
+        assert_eq!(untried(&record, &all, Isa::AVX2, ANY_BOOT).first(), None);
     }
 
     #[test]
@@ -521,6 +552,10 @@ mod tests {
         let mut fails = record.clone();
         fails.trials.push(measured(1.6, TrialOutcome::Slower));
         assert!(!fails.wants_confirmation(3), "once is enough");
-        assert_eq!(untried(&fails, &all, isa, 2), Some(beaten), "0.8 * 1.2 of the hand-written op's time is near 1.6");
+        assert_eq!(
+            untried(&fails, &all, isa, 2).first(),
+            Some(&beaten),
+            "0.8 * 1.2 of the hand-written op's time is near 1.6"
+        );
     }
 }

@@ -5,7 +5,8 @@
 //! stack pointer with a vector (a spill would save 128 bits only) or reads a constant pool is refused with a typed error.
 //!
 //! Architecture invariant: this pass never drops, adds or reorders arithmetic; it replaces instructions one for one,
-//! folds loads into their only user ([`fold`]) and adds `vzeroupper`.
+//! folds loads into their only user ([`fold`]), gives prefetches their distance or leaves them out ([`prefetch`]), and adds
+//! `vzeroupper`.
 
 pub mod fold;
 pub mod prefetch;
@@ -17,10 +18,27 @@ use alloc::vec::Vec;
 use iced_x86::{
     BlockEncoder, BlockEncoderOptions, Code, Decoder, DecoderOptions, Instruction, InstructionBlock, OpKind, Register,
 };
-use model::kernel::{Dot, Width};
+use model::kernel::{Dot, Variant, Width};
 
 /// Address the code pretends to be at while it is rewritten; also the first label of branch targets.
 const ORIGIN: u64 = 0x1000;
+
+/// What the pass makes of a kernel.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Encoding {
+    /// Register width, which the kernel was written for.
+    pub width: Width,
+    /// Encoding of `vpdpbusd`.
+    pub dot: Dot,
+    /// Bytes that prefetches to the first-level cache ask ahead; 0 leaves them out.
+    pub prefetch_bytes: u16,
+}
+
+impl From<&Variant> for Encoding {
+    fn from(variant: &Variant) -> Self {
+        Self { width: variant.width, dot: variant.dot, prefetch_bytes: variant.prefetch_bytes }
+    }
+}
 
 /// What the pass did.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -35,14 +53,13 @@ pub struct WidenStats {
     pub prefetches: u32,
 }
 
-/// Re-encodes `code` at `width`, with `vpdpbusd` in the encoding of `dot`.
+/// Re-encodes `code` as `encoding` says.
 ///
 /// # Errors
 /// [`JitError::Undecodable`], [`JitError::ConstantPool`], [`JitError::Spill`], [`JitError::Unlisted`],
 /// [`JitError::NoWidth`] or [`JitError::Encode`].
-pub fn widen(code: &[u8], width: Width, dot: Dot) -> Result<(Vec<u8>, WidenStats), JitError> {
-    let mut stats = WidenStats::default();
-    let mut out = Vec::with_capacity(code.len() / 5);
+pub fn widen(code: &[u8], encoding: Encoding) -> Result<(Vec<u8>, WidenStats), JitError> {
+    let mut out = Rewritten { code: Vec::with_capacity(code.len() / 5), ..Rewritten::default() };
     let mut decoder = Decoder::with_ip(64, code, ORIGIN, DecoderOptions::NONE);
     while decoder.can_decode() {
         let offset = decoder.position();
@@ -50,14 +67,25 @@ pub fn widen(code: &[u8], width: Width, dot: Dot) -> Result<(Vec<u8>, WidenStats
         if instruction.is_invalid() {
             return Err(JitError::Undecodable { offset });
         }
-        rewrite(instruction, offset, (width, dot), &mut out, &mut stats)?;
+        rewrite(instruction, offset, encoding, &mut out)?;
     }
-    stats.folded = fold::fold_loads(&mut out);
-    stats.instructions = out.len() as u32;
-    let block = InstructionBlock::new(&out, ORIGIN);
+    let Rewritten { mut code, left_out, mut stats } = out;
+    prefetch::skip(&mut code, &left_out);
+    stats.folded = fold::fold_loads(&mut code);
+    stats.instructions = code.len() as u32;
+    let block = InstructionBlock::new(&code, ORIGIN);
     let encoded = BlockEncoder::encode(64, block, BlockEncoderOptions::NONE)
         .map_err(|e| JitError::Encode { message: e.to_string() })?;
     Ok((encoded.code_buffer, stats))
+}
+
+/// The kernel's instructions on their way to the encoder.
+#[derive(Default)]
+struct Rewritten {
+    code: Vec<Instruction>,
+    /// Addresses of prefetches that were left out, ascending, and of what follows each.
+    left_out: Vec<(u64, u64)>,
+    stats: WidenStats,
 }
 
 /// True when an operand is a vector register.
@@ -83,14 +111,18 @@ fn at_width(r: Register, width: Width) -> Register {
 fn rewrite(
     mut i: Instruction,
     offset: usize,
-    (width, dot): (Width, Dot),
-    out: &mut Vec<Instruction>,
-    stats: &mut WidenStats,
+    Encoding { width, dot, prefetch_bytes }: Encoding,
+    out: &mut Rewritten,
 ) -> Result<(), JitError> {
     let code = i.code();
     if code == table::PREFETCH_CARRIER {
-        out.push(prefetch::prefetch(&i).ok_or(JitError::Unlisted { offset, code })?);
-        stats.prefetches += 1;
+        let prefetch = prefetch::prefetch(&i, prefetch_bytes).ok_or(JitError::Unlisted { offset, code })?;
+        if prefetch_bytes == 0 && prefetch.code() == Code::Prefetcht0_m8 {
+            out.left_out.push((i.ip(), i.next_ip()));
+        } else {
+            out.code.push(prefetch);
+            out.stats.prefetches += 1;
+        }
         return Ok(());
     }
     if !is_vector(&i) {
@@ -102,9 +134,9 @@ fn rewrite(
             // A branch to the return must clean up too.
             clean.set_ip(i.ip());
             i.set_ip(0);
-            out.push(clean);
+            out.code.push(clean);
         }
-        out.push(i);
+        out.code.push(i);
         return Ok(());
     }
 
@@ -139,8 +171,8 @@ fn rewrite(
             i.set_op_register(k, at_width(i.op_register(k), width));
         }
     }
-    stats.widened += 1;
-    out.push(i);
+    out.stats.widened += 1;
+    out.code.push(i);
     Ok(())
 }
 
@@ -149,19 +181,28 @@ mod tests {
     use super::*;
     use iced_x86::code_asm::*;
 
-    /// Assembles `build` and a return, as Cranelift would, and widens it.
-    fn widened(
+    /// Assembles `build` and a return, as Cranelift would, and widens it, prefetches at their addresses plus `distance`.
+    fn widened_with(
         width: Width,
+        distance: u16,
         build: impl FnOnce(&mut CodeAssembler) -> Result<(), iced_x86::IcedError>,
     ) -> Result<alloc::string::String, JitError> {
         let mut a = CodeAssembler::new(64).unwrap();
         build(&mut a).unwrap();
         a.ret().unwrap();
-        widen(&a.assemble(0).unwrap(), width, Dot::Evex).map(|(code, _)| {
+        let encoding = Encoding { width, dot: Dot::Evex, prefetch_bytes: distance };
+        widen(&a.assemble(0).unwrap(), encoding).map(|(code, _)| {
             let text = crate::disasm::disassemble(&code);
             let lines: Vec<&str> = text.lines().map(|line| line[6..].trim()).collect();
             lines.join("; ")
         })
+    }
+
+    fn widened(
+        width: Width,
+        build: impl FnOnce(&mut CodeAssembler) -> Result<(), iced_x86::IcedError>,
+    ) -> Result<alloc::string::String, JitError> {
+        widened_with(width, 0, build)
     }
 
     #[test]
@@ -180,16 +221,37 @@ mod tests {
             a.vpmovzxdq(xmm4, qword_ptr(rdi))?;
             a.vpsubsb(xmm5, xmm6, xmm7)?;
             a.vpmulhrsw(xmm5, xmm6, xmm7)?;
-            a.vfnmsub213ps(xmm5, xmm6, xmm7)?;
-            a.mov(byte_ptr(rsi + 0x400), i32::from(table::PREFETCH_MARK))?;
-            a.mov(byte_ptr(rsi + 0x800), i32::from(table::PREFETCH_FAR_MARK))
+            a.vfnmsub213ps(xmm5, xmm6, xmm7)
         });
         assert_eq!(
             code.unwrap(),
             "vfmadd231ps ymm0, ymm1, ymm2; vcvtph2ps ymm3, [rsi]; vbroadcastss ymm4, [rdi]; vpsignb ymm5, ymm6, ymm7; \
-             vpmaddwd ymm5, ymm6, ymm7; vpdpbusd ymm5, ymm6, ymm7; prefetcht0 [rsi+400h]; prefetcht1 [rsi+800h]; \
-             vzeroupper; ret"
+             vpmaddwd ymm5, ymm6, ymm7; vpdpbusd ymm5, ymm6, ymm7; vzeroupper; ret"
         );
+    }
+
+    #[test]
+    fn prefetches_take_the_distance_or_go() {
+        let code = |distance| {
+            let build = |a: &mut CodeAssembler| {
+                let mut head = a.create_label();
+                a.set_label(&mut head)?;
+                a.mov(byte_ptr(rsi), i32::from(table::PREFETCH_MARK))?;
+                a.mov(byte_ptr(rsi + 0x40), i32::from(table::PREFETCH_MARK))?;
+                a.vaddps(xmm1, xmm1, xmm2)?;
+                a.mov(byte_ptr(rsi + 0x800), i32::from(table::PREFETCH_FAR_MARK))?;
+                a.cmp(rdi, rsi)?;
+                a.jb(head)
+            };
+            widened_with(Width::X128, distance, build).unwrap()
+        };
+        assert_eq!(
+            code(0x400),
+            "prefetcht0 [rsi+400h]; prefetcht0 [rsi+440h]; vaddps xmm1, xmm1, xmm2; prefetcht1 [rsi+800h]; cmp rdi, rsi; \
+             jb 0h; ret"
+        );
+        // The loop begins with what followed them.
+        assert_eq!(code(0), "vaddps xmm1, xmm1, xmm2; prefetcht1 [rsi+800h]; cmp rdi, rsi; jb 0h; ret");
     }
 
     #[test]
@@ -240,11 +302,12 @@ mod tests {
             JitError::Spill { .. }
         ));
         // Constant pools: by address, and as data behind the code.
+        let plain = Encoding { width: Width::X128, dot: Dot::Pairs, prefetch_bytes: 0 };
         let pool = refused(Width::Y256, &|a| {
             a.db(&[0xc5, 0xf8, 0x10, 0x05, 0, 0, 0, 0]) // vmovups xmm0, [rip]
         });
         assert_eq!(pool, JitError::ConstantPool { offset: 0, code: Code::VEX_Vmovups_xmm_xmmm128 });
-        assert_eq!(widen(&[0xc3, 0x0f, 0xff], Width::X128, Dot::Pairs), Err(JitError::Undecodable { offset: 1 }));
+        assert_eq!(widen(&[0xc3, 0x0f, 0xff], plain), Err(JitError::Undecodable { offset: 1 }));
         // Not listed: lane-crossing, legacy, already wide, scalar, other byte stores, the register form of a load carrier.
         assert!(unlisted(refused(Width::Y256, &|a| a.vshufps(xmm1, xmm1, xmm1, 0))));
         assert!(unlisted(refused(Width::X128, &|a| a.addps(xmm1, xmm1))));
