@@ -249,20 +249,20 @@ fn store_head<const BYTES: usize>(
     narrow(level, shape.ty, value, value_scale, &mut values[at * row_bytes..][..row_bytes]);
 }
 
-/// Asks for the memory that [`store`] and [`attend`] will touch in the block of `pos`. Keys of one position are strided over
-/// as many cache lines as a head has elements, and by the next token all have left the caches: one by one, each costs a
-/// trip to memory.
+/// Asks for the memory that [`store`] will write for `pos`. Keys of one position are strided over as many cache lines as a head
+/// has elements, and by the next token all have left the caches: one by one, each costs a trip to memory. What [`attend`] reads
+/// besides lies line after line, and is not faster asked for here.
 ///
 /// # Panics
 /// When `pos` is outside the cache.
 pub fn fetch(shape: &KvShape, cache: &[u8], layer: usize, pos: usize) {
     let at = pos % KV_BLOCK;
+    let row_bytes = shape.head_dim * shape.ty.bytes();
+    let panel = at / KV_PANEL * KV_PANEL * row_bytes;
     for kv_head in 0..shape.n_kv_heads {
         let block = shape.block(cache, layer, kv_head, pos / KV_BLOCK);
-        let row_bytes = shape.head_dim * shape.ty.bytes();
-        let panels = (at / KV_PANEL + 1) * KV_PANEL;
-        simd::fetch(&block.keys[..panels * row_bytes]);
-        simd::fetch(&block.values[..(at + 1) * row_bytes]);
+        simd::fetch(&block.keys[panel..panel + KV_PANEL * row_bytes]);
+        simd::fetch(&block.values[at * row_bytes..(at + 1) * row_bytes]);
     }
 }
 

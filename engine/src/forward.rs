@@ -637,10 +637,12 @@ impl<'m> Session<'m> {
         let Buffers { normed, quantised, qkv, .. } = &mut self.buffers;
         let normed = &normed[..m * dim];
 
+        engine.lap(Part::Norm);
         if rows == 1 {
-            // It arrives while the product below is computed.
+            // What is still on its way arrives while the product below is computed.
             attention::fetch(&self.sizes.kv, self.kv.as_bytes(), layer, chunk.pos);
         }
+        engine.lap(Part::Rope);
         // Where key and value columns start in a row of `qkv`.
         let (k_at, v_at) = match weights.qkv {
             QkvWeights::Fused(matrix) => {
