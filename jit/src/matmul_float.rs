@@ -1,9 +1,8 @@
 //! One step of `k` for F32 and F16 weights: `acc = fma(f32(w[k]), x[k], acc)`.
 //!
-//! A tile of several rows keeps its weights in registers and passes `x` through one, or the other way round. Some of what passes is
-//! an operand in memory of each multiply-add that needs it, not a load of its own: a core that runs two hardware threads has
-//! half of its issue slots left for ours and is short of these, not of loads. Of half of the rows at 512 bits that made products
-//! 1.06 to 1.08 times as fast there; of more of them they were slower again.
+//! A tile of several rows keeps its weights in registers and passes `x` through one. At 512 bits every second row's `x` is an operand
+//! in memory of each multiply-add that needs it, not a load of its own: a core that runs two hardware threads has half of its issue
+//! slots left for ours and is short of these, not of loads (decision 0012).
 
 use crate::clif::Emit;
 use crate::nest::{Cursor, Tile};
@@ -47,18 +46,6 @@ pub(crate) fn step(
         return;
     }
     let x = |e: &mut Emit<'_, '_>, row: usize| e.broadcast_f32(at.x, at.x_offset + (row * plan.x_row_bytes) as i32);
-    if plan.keeps_x(tile.rows) {
-        let held: Vec<Value> = (0..tile.rows).map(|row| x(e, row)).collect();
-        for v in 0..plan.vectors {
-            let shared = (!plan.weight_is_operand(v)).then(|| weights(e, v));
-            for (row, x) in held.iter().enumerate() {
-                let w = shared.unwrap_or_else(|| weights(e, v));
-                let accumulator = &mut accumulators[row * plan.vectors + v];
-                *accumulator = e.accumulate(*accumulator, *x, w);
-            }
-        }
-        return;
-    }
     let held: Vec<Value> = (0..plan.vectors).map(|v| weights(e, v)).collect();
     for (row, accumulators) in accumulators.chunks_mut(plan.vectors).enumerate() {
         let shared = (!plan.x_is_operand(row)).then(|| x(e, row));

@@ -178,18 +178,8 @@ impl Plan {
         })
     }
 
-    /// Whether a float tile of `rows` keeps `x` in registers, and not the weights. Those of f16 are converted, which is not done twice.
-    pub(crate) fn keeps_x(&self, rows: usize) -> bool {
-        self.dtype == DType::F32 && 1 < rows && rows < self.vectors
-    }
-
-    /// Whether vector `v` of weights that pass is an operand in memory of each multiply-add.
-    pub(crate) fn weight_is_operand(&self, v: usize) -> bool {
-        v.is_multiple_of(4)
-    }
-
-    /// The same of the `x` of a row of float weights that stay. Only at 512 bits is there such an operand that is broadcast; there one
-    /// that has a single user becomes one anyway ([`crate::widen::fold`]).
+    /// Whether the `x` of a row of a float tile is an operand in memory of each multiply-add. Only at 512 bits is there such an operand
+    /// that is broadcast; there an `x` that has a single user becomes one anyway ([`crate::widen::fold`]).
     pub(crate) fn x_is_operand(&self, row: usize) -> bool {
         self.width == Width::Z512 && self.vectors == 2 && !row.is_multiple_of(2)
     }
@@ -230,9 +220,8 @@ fn home(dtype: DType, vnni: bool, rows: usize, vectors: usize, streams: usize) -
     let slack = if rows > 1 { 2 } else { 0 };
     // Registers a step needs beside the f32 accumulators of its own stream (`work`), and of all streams.
     let work = match dtype {
-        // One row: the broadcast x; weights fold into the fma. More rows: weights stay (of f32 the fewer of weights and x), the
-        // others pass through one register.
-        DType::F32 => 1 + if rows == 1 { 0 } else { vectors.min(rows) },
+        // One row: the broadcast x; weights fold into the fma. More rows: weights stay, x passes through one register.
+        DType::F32 => 1 + if rows == 1 { 0 } else { vectors },
         DType::F16 => 1 + if rows == 1 { 1 } else { vectors },
         // Exact block sums, and: w, |w|, x, product, ones | w+128, x, flip.
         DType::Q8_0 => tile + if vnni { 3 } else { 5 + slack },

@@ -161,10 +161,6 @@ fn step(plan: &Plan, rows: u64) -> Step {
     let folds = plan.width == Width::Z512 && rows > 1;
     match plan.dtype {
         DType::F32 if rows == 1 => Step { arithmetic: tile, loads: v + 1, own_loads: 1 },
-        DType::F32 if plan.keeps_x(rows as usize) => {
-            let operands = (0..plan.vectors).filter(|v| plan.weight_is_operand(*v)).count() as u64;
-            Step { arithmetic: tile, loads: v + rows + operands * (rows - 1), own_loads: v + rows - operands }
-        }
         DType::F32 => {
             let operands = (0..rows as usize).filter(|row| plan.x_is_operand(*row)).count() as u64;
             Step { arithmetic: tile, loads: v + rows + operands * (v - 1), own_loads: v + rows - operands }
