@@ -9,7 +9,7 @@
 //!      clif      the vector vocabulary they are written in (CLIF, with carriers)
 //!   -> Cranelift 128-bit code, opt_level=none
 //!   -> widen     decode, allow-list, re-encode at 128, 256 or 512 bits
-//!      table     the allow-list          fold, prefetch
+//!      table     the allow-list          fold, prefetch, encode
 //!   -> audit     decode again and prove: only listed instructions, memory by argument or frame, no way out but `ret`
 //! = CompiledKernel { code, stats }
 //! ```

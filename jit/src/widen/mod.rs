@@ -5,19 +5,17 @@
 //! stack pointer with a vector (a spill would save 128 bits only) or reads a constant pool is refused with a typed error.
 //!
 //! Architecture invariant: this pass never drops, adds or reorders arithmetic; it replaces instructions one for one,
-//! folds loads into their only user ([`fold`]), gives prefetches their distance or leaves them out ([`prefetch`]), and adds
-//! `vzeroupper`.
+//! folds loads into their only user ([`fold`]), gives prefetches their distance or leaves them out ([`prefetch`]), adds
+//! `vzeroupper` and encodes the rest ([`encode`]).
 
+mod encode;
 pub mod fold;
 pub mod prefetch;
 pub mod table;
 
 use crate::error::JitError;
-use alloc::string::ToString;
 use alloc::vec::Vec;
-use iced_x86::{
-    BlockEncoder, BlockEncoderOptions, Code, Decoder, DecoderOptions, Instruction, InstructionBlock, OpKind, Register,
-};
+use iced_x86::{Code, Decoder, DecoderOptions, Instruction, OpKind, Register};
 use model::kernel::{Dot, Variant, Width};
 
 /// Address the code pretends to be at while it is rewritten; also the first label of branch targets.
@@ -73,10 +71,7 @@ pub fn widen(code: &[u8], encoding: Encoding) -> Result<(Vec<u8>, WidenStats), J
     prefetch::skip(&mut code, &left_out);
     stats.folded = fold::fold_loads(&mut code);
     stats.instructions = code.len() as u32;
-    let block = InstructionBlock::new(&code, ORIGIN);
-    let encoded = BlockEncoder::encode(64, block, BlockEncoderOptions::NONE)
-        .map_err(|e| JitError::Encode { message: e.to_string() })?;
-    Ok((encoded.code_buffer, stats))
+    Ok((encode::encode(&code)?, stats))
 }
 
 /// The kernel's instructions on their way to the encoder.
