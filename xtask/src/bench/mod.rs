@@ -2,13 +2,14 @@
 //!
 //! Data path: [`models`] (one GGUF file a type) + [`ours`] (tuned snapshots) + [`peers`] (built from source) -> rounds of runs,
 //! each engine once a round in an order that changes -> [`rows`] (ratios inside a round, then medians) -> JSON, plots and
-//! the generated parts of `docs/BENCHMARKS.md` ([`document`]). [`load`] holds loading against reading, [`guest`] compares the two
-//! bodies of the runtime, [`micro`] looks at single kernels.
+//! the generated parts of `docs/BENCHMARKS.md` ([`document`]). [`load`] holds loading against reading, [`context`] the end of a long
+//! context against its start, [`guest`] compares the two bodies of the runtime, [`micro`] looks at single kernels.
 //!
 //! Architecture invariant: outputs are checked before anything is timed and in every timed run of our own, and only ratios taken inside one round are
 //! ratios: read bandwidth of shared machines changes by a factor of two within minutes.
 
 mod chart;
+mod context;
 mod document;
 mod guest;
 mod load;
@@ -110,6 +111,8 @@ struct Results {
     runs: Vec<Run>,
     /// Loading beside reading.
     load: Vec<load::LoadRow>,
+    /// The end of a long context beside its start.
+    long_context: Vec<context::ContextRow>,
     guest: GuestResults,
     /// `bareflow tune --json` of every type and form, and the `gemm` example's figures; absent without `--micro`.
     micro: Option<Value>,
@@ -165,7 +168,8 @@ pub fn run(workspace: &Path, args: &BenchArgs) -> Result<()> {
         args.types.iter().map(|dtype| models::obtain(&cache, &bareflow, dtype)).collect::<Result<_>>()?;
     let mut bench = Bench {
         bareflow,
-        sources: workspace.join("xtask/src/bench"),
+        driver: workspace.join("xtask/src/bench/peer.py"),
+        prompt: workspace.join("xtask/src/bench/prompt.txt"),
         out,
         forms: forms(&machine),
         tokens: if args.quick { 33 } else { 65 },
@@ -181,6 +185,7 @@ pub fn run(workspace: &Path, args: &BenchArgs) -> Result<()> {
     let runs = bench.measure(&models, &args.threads)?;
 
     let load = bench.load(&models, &args.threads)?;
+    let long_context = bench.long_context(&models, &args.threads)?;
     let guest = bench.guest(workspace, &models, args)?;
     let micro = if args.micro { Some(bench.micro(workspace, &models, &args.threads)?) } else { None };
 
@@ -210,6 +215,7 @@ pub fn run(workspace: &Path, args: &BenchArgs) -> Result<()> {
         rows,
         runs,
         load,
+        long_context,
         guest,
         micro: micro.as_ref().map(|(kernels, gemm)| micro::both(kernels, gemm)),
         machine: bench.machine,
@@ -258,7 +264,10 @@ fn forms(machine: &MachineFacts) -> Vec<Form> {
 /// What stays the same from run to run.
 struct Bench {
     bareflow: PathBuf,
-    sources: PathBuf,
+    /// What runs llama.cpp.
+    driver: PathBuf,
+    /// The file of [`PROMPT`].
+    prompt: PathBuf,
     out: PathBuf,
     forms: Vec<Form>,
     peers: Vec<Peer>,
@@ -295,12 +304,14 @@ impl Bench {
             threads,
             tokens: self.tokens,
             context: CONTEXT,
+            kv: "auto",
         }
     }
 
     fn peer_job<'a>(&'a self, model: &'a ModelFile, threads: u32) -> PeerJob<'a> {
         PeerJob {
-            sources: &self.sources,
+            driver: &self.driver,
+            prompt: &self.prompt,
             cores: &self.machine.cores,
             model: &model.path,
             threads,
@@ -456,6 +467,34 @@ impl Bench {
         Ok(out)
     }
 
+    /// The end of a long context beside its start, ours with AVX2 and llama.cpp likewise, where it was built.
+    fn long_context(&self, models: &[ModelFile], threads: &[u32]) -> Result<Vec<context::ContextRow>> {
+        let models: Vec<&ModelFile> = models.iter().filter(|m| context::TYPES.contains(&m.dtype.as_str())).collect();
+        let bar = Progress::new(models.len() * threads.len(), "long contexts");
+        let long = PROMPT.repeat(context::REPEATS);
+        let short = "Once upon a time";
+        let files = [self.out.join("short.txt"), self.out.join("long.txt")];
+        for (file, text) in files.iter().zip([short, &long]) {
+            std::fs::write(file, text).with_context(|| format!("writing {}", file.display()))?;
+        }
+        let prompts = context::Prompts { texts: [short, &long], files: [&files[0], &files[1]] };
+        let rounds = self.rounds.div_ceil(2);
+        let mut out = Vec::new();
+        for model in models {
+            for &threads in threads {
+                bar.say(&format!("{} {threads} threads", model.dtype));
+                let snapshot = self.snapshot(Form::Avx2, &model.dtype, threads);
+                let mut engines = vec![context::Engine::Ours(Form::Avx2, &snapshot)];
+                let peer = self.peers.iter().find(|peer| peer.flavour == Flavour::Avx2);
+                engines.extend(peer.map(context::Engine::Peer));
+                let (job, peer_job) = (self.job(model, threads), self.peer_job(model, threads));
+                out.extend(context::measure(model, &job, &peer_job, &engines, prompts, rounds)?);
+                bar.step();
+            }
+        }
+        Ok(out)
+    }
+
     /// Guest and hosted in turn on the first type, for each thread count; why not, where it cannot be done.
     fn guest(&self, workspace: &Path, models: &[ModelFile], args: &BenchArgs) -> Result<GuestResults> {
         let skipped = |why: String| {
@@ -602,6 +641,8 @@ fn write(workspace: &Path, docs: &Path, results: &Results, micro: Option<&(Vec<V
     text = document::replace(&text, "resources", &resources)?;
     let loads = document::command(&results.command) + &load::load_table(&results.load);
     text = document::replace(&text, "load", &loads)?;
+    let contexts = document::command(&results.command) + &context::context_table(&results.long_context);
+    text = document::replace(&text, "context", &contexts)?;
     // What this invocation did not measure keeps what an earlier one found.
     if let GuestResults { skipped: None, accel: Some(accel), rows, .. } = &results.guest {
         let tables = Phase::ALL.map(|phase| format!("{}:\n\n{}\n", phase.name(), document::rates(rows, phase)));
@@ -768,7 +809,7 @@ mod tests {
     #[test]
     fn the_committed_document_has_every_section() {
         let text = include_str!("../../../docs/BENCHMARKS.md");
-        for section in ["conditions", "prefill", "decode", "resources", "load", "guest", "kernels", "gemm"] {
+        for section in ["conditions", "prefill", "decode", "resources", "load", "context", "guest", "kernels", "gemm"] {
             document::replace(text, section, "x").unwrap();
         }
     }

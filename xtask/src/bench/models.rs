@@ -30,6 +30,8 @@ pub struct ModelFile {
     /// Operations of the layers' products for one token, a multiply-add counted as two: those of attention and of the head,
     /// which a prompt runs for its last token only, are left out.
     pub layer_ops: u64,
+    /// Elements of the keys and values of one position.
+    pub position_elements: u64,
     /// Name in the file.
     pub name: String,
 }
@@ -65,6 +67,7 @@ pub fn obtain(cache: &Path, bareflow: &Path, dtype: &str) -> Result<ModelFile> {
         file_bytes: description.file_bytes,
         token_bytes: description.tensors.iter().filter(|t| read(t.role)).map(|t| t.len_bytes).sum(),
         layer_ops: description.tensors.iter().filter(in_layers).map(|t| 2 * t.elements()).sum(),
+        position_elements: 2 * u64::from(description.config.n_layers) * u64::from(description.config.kv_dim()),
         name: description.name,
         path,
     })

@@ -77,6 +77,8 @@ pub struct Job<'a> {
     pub tokens: u32,
     /// Context in tokens.
     pub context: u32,
+    /// Element type of the KV cache, or `auto`.
+    pub kv: &'a str,
 }
 
 impl Job<'_> {
@@ -86,7 +88,9 @@ impl Job<'_> {
     /// When the program fails, with what it wrote.
     pub fn run(&self, form: Form, snapshot: Option<&Path>, tune_ms: u64) -> Result<BootReport> {
         let mut command = pinned(self.cores, self.threads, self.bareflow);
-        command.args(["generate", "--json", "--ignore-eos", "--prompt", self.prompt]).args(form.flags());
+        command
+            .args(["generate", "--json", "--ignore-eos", "--prompt", self.prompt, "--kv", self.kv])
+            .args(form.flags());
         command.arg("--model").arg(self.model);
         for (flag, value) in [("--max-tokens", self.tokens), ("--threads", self.threads), ("--context", self.context)] {
             command.arg(flag).arg(value.to_string());
@@ -248,6 +252,7 @@ mod tests {
             threads: 1,
             tokens: 1,
             context: 1,
+            kv: "auto",
         };
         let limits = TuneLimits { max_boots: 2, budget_ms: 1 };
         let mine = hex_32(runtime::BUILD_ID).unwrap();

@@ -232,9 +232,12 @@ pub struct PeerRun {
 }
 
 /// One run's settings.
+#[derive(Clone, Copy)]
 pub struct PeerJob<'a> {
-    /// Where `peer.py` and `prompt.txt` are.
-    pub sources: &'a Path,
+    /// `peer.py`.
+    pub driver: &'a Path,
+    /// File of the prompt.
+    pub prompt: &'a Path,
     /// Cores to choose from.
     pub cores: &'a [usize],
     /// GGUF file.
@@ -254,8 +257,7 @@ impl Peer {
     /// When it fails, with what it wrote.
     pub fn run(&self, job: &PeerJob<'_>) -> Result<PeerRun> {
         let mut command = pinned(job.cores, job.threads, &self.python);
-        command.arg(job.sources.join("peer.py")).arg("--model").arg(job.model);
-        command.arg("--prompt-file").arg(job.sources.join("prompt.txt"));
+        command.arg(job.driver).arg("--model").arg(job.model).arg("--prompt-file").arg(job.prompt);
         for (flag, value) in [("--tokens", job.tokens), ("--threads", job.threads), ("--context", job.context)] {
             command.arg(flag).arg(value.to_string());
         }
