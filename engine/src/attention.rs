@@ -132,7 +132,7 @@ impl KvShape {
         let (keys, rest) = cache[self.block_range(layer, kv_head, block)].split_at(half);
         let (values, scales) = rest.split_at(half);
         let (key_scales, value_scales) = scales.split_at(self.ty.scales_bytes());
-        Block { ty: self.ty, head_dim: self.head_dim, keys, values, key_scales, value_scales, next: keys }
+        Block { ty: self.ty, head_dim: self.head_dim, keys, values, key_scales, value_scales }
     }
 }
 
@@ -149,8 +149,6 @@ pub(crate) struct Block<'a> {
     pub key_scales: &'a [u8],
     /// As `key_scales`.
     pub value_scales: &'a [u8],
-    /// What is read after this block, to be asked for in time; the block itself where that is nothing new.
-    pub next: &'a [u8],
 }
 
 impl Block<'_> {
@@ -337,18 +335,6 @@ impl Queries<'_> {
         end.saturating_sub(self.window.max(1))..end
     }
 
-    /// The block `block` of `kv_head`, when those in `blocks` are read head by head.
-    fn block(&self, kv_head: usize, block: usize, blocks: &Range<usize>) -> Block<'_> {
-        let shape = self.shape;
-        let (next_head, next_block) = if block + 1 < blocks.end {
-            (kv_head, block + 1)
-        } else {
-            ((kv_head + 1) % shape.n_kv_heads, blocks.start)
-        };
-        let next = &self.cache[shape.block_range(self.layer, next_head, next_block)];
-        Block { next, ..shape.block(self.cache, self.layer, kv_head, block) }
-    }
-
     /// Blocks that row `r` sees something of.
     fn blocks(&self, r: usize) -> Range<usize> {
         let Range { start, end } = self.visible(r);
@@ -462,9 +448,8 @@ fn attend_rows(level: Level, queries: &Queries<'_>, rows: Range<usize>, out: &mu
                     }
                 }
                 let mut running = [Running::EMPTY; MAX_TILE];
-                let blocks = queries.blocks(start).start..queries.blocks(tile_rows.end - 1).end;
-                for block in blocks.clone() {
-                    let data = queries.block(kv_head, block, &blocks);
+                for block in queries.blocks(start).start..queries.blocks(tile_rows.end - 1).end {
+                    let data = shape.block(queries.cache, queries.layer, kv_head, block);
                     let whole = |row| inside(block, &queries.visible(row)).len() == KV_BLOCK;
                     if tile_rows.clone().all(whole) {
                         pass(level, &data, 0..KV_BLOCK, &tile, 0..count, &mut running, out);
@@ -493,7 +478,7 @@ fn attend_blocks(level: Level, queries: &Queries<'_>, units: Range<usize>, parti
     let (visible, blocks) = (queries.visible(0), queries.blocks(0));
     for (unit, partial) in units.zip(partials.chunks_exact_mut(len)) {
         let (kv_head, block) = (unit / blocks.len(), blocks.start + unit % blocks.len());
-        let data = queries.block(kv_head, block, &blocks);
+        let data = shape.block(queries.cache, queries.layer, kv_head, block);
         for first in (0..group).step_by(MAX_TILE) {
             let count = MAX_TILE.min(group - first);
             let mut tile = Tile { q: queries.q, q_at: [0; MAX_TILE], out_at: [0; MAX_TILE], scale: queries.scale };
@@ -644,8 +629,7 @@ mod tests {
         let scale = int8_scale(x);
         let mut bytes = vec![0u8; x.len() * ty.bytes()];
         narrow(Level::Portable, ty, x, scale, &mut bytes);
-        let block =
-            Block { ty, head_dim: x.len(), keys: &bytes, values: &[], key_scales: &[], value_scales: &[], next: &[] };
+        let block = Block { ty, head_dim: x.len(), keys: &bytes, values: &[], key_scales: &[], value_scales: &[] };
         let factor = if ty == KvType::Q8_0 { scale } else { 1.0 };
         (0..x.len()).map(|i| factor * block.element::<Software>(&bytes, i)).collect()
     }

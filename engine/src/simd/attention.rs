@@ -22,12 +22,12 @@ const EVERY_FORM: bool = crate::ops::HAS_BASELINE;
 /// reach far enough ahead of loops with this much arithmetic.
 const PREFETCH_BYTES: usize = 4096;
 
-/// Asks for the lines of the `len_bytes` at `from`.
+/// Asks for the lines [`PREFETCH_BYTES`] behind the `len_bytes` at `from`.
 #[inline(always)]
 fn prefetch(from: *const u8, len_bytes: usize) {
     for line in (0..len_bytes).step_by(64) {
         // SAFETY: a hint, which never faults.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(line).cast()) };
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(PREFETCH_BYTES + line).cast()) };
     }
 }
 
@@ -521,9 +521,7 @@ impl Call<'_> {
                 let panel = self.block.keys.as_ptr().add(at / KV_PANEL * KV_PANEL * head_dim * E::BYTES);
                 let mut acc = [[L::splat(0.0); V]; R];
                 for d in 0..head_dim {
-                    // Behind the keys lie the values.
-                    let ahead = (d * KV_PANEL + at % KV_PANEL) * E::BYTES + PREFETCH_BYTES;
-                    prefetch(panel.wrapping_add(ahead), V * L::N * E::BYTES);
+                    prefetch(panel.add((d * KV_PANEL + at % KV_PANEL) * E::BYTES), V * L::N * E::BYTES);
                     let mut keys = [L::splat(0.0); V];
                     for j in 0..V {
                         keys[j] = E::widen::<L>(panel, d * KV_PANEL + at % KV_PANEL + j * L::N);
@@ -565,12 +563,9 @@ impl Call<'_> {
         // SAFETY: by the caller.
         unsafe {
             let base = self.block.values.as_ptr();
-            let (end, next) = (self.visible.end * head_dim * E::BYTES, self.block.next.as_ptr());
             let mut acc = [[L::splat(0.0); V]; R];
             for pos in self.visible.clone() {
-                let ahead = (pos * head_dim + d0) * E::BYTES + PREFETCH_BYTES;
-                let ahead = if ahead < end { base.wrapping_add(ahead) } else { next.wrapping_add(ahead - end) };
-                prefetch(ahead, V * L::N * E::BYTES);
+                prefetch(base.add((pos * head_dim + d0) * E::BYTES), V * L::N * E::BYTES);
                 let mut values = [L::splat(0.0); V];
                 for j in 0..V {
                     values[j] = E::widen::<L>(base, pos * head_dim + d0 + j * L::N);
