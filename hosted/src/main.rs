@@ -6,6 +6,9 @@
 /// What could not be written.
 const STANDARD_OUTPUT: &str = "writing standard output";
 
+/// Exit code when who reads standard output has left, as `head` does: what a shell shows for SIGPIPE.
+const READER_LEFT: u8 = 128 + 13;
+
 /// Writes a line to standard output, or returns the error from the function it stands in. `println!` panics when the
 /// output is full or nobody reads it.
 macro_rules! print_line {
@@ -295,6 +298,7 @@ fn main() -> ExitCode {
     let result = result.and_then(|()| io::stdout().flush().context(STANDARD_OUTPUT));
     match result {
         Ok(()) => ExitCode::SUCCESS,
+        Err(error) if reader_left(&error) => ExitCode::from(READER_LEFT),
         Err(error) => {
             let code = exit_code(&error);
             print_note!("error: {error:#}");
@@ -319,6 +323,12 @@ impl std::fmt::Display for BadFlag {
 }
 
 impl std::error::Error for BadFlag {}
+
+/// Whether `error` is that nobody reads standard output any more.
+fn reader_left(error: &anyhow::Error) -> bool {
+    let broken_pipe = |cause: &io::Error| cause.kind() == ErrorKind::BrokenPipe;
+    error.to_string() == STANDARD_OUTPUT && error.downcast_ref().is_some_and(broken_pipe)
+}
 
 /// The exit code for `error`: by its kind where a run was refused, that of storage where a file could not be used.
 fn exit_code(error: &anyhow::Error) -> u8 {

@@ -16,6 +16,7 @@ const SETTINGS: i32 = 3;
 const MODEL: i32 = 4;
 const MEMORY: i32 = 5;
 const STORAGE: i32 = 6;
+const READER_LEFT: i32 = 128 + 13;
 
 /// A directory with files.
 struct Folder(tempfile::TempDir);
@@ -300,6 +301,19 @@ fn prompts_that_do_not_fit_are_refused() {
     assert!(error.contains("the prompt is empty") && error.contains("at least one character"), "{error}");
     let error = folder.refused(SETTINGS, &[&run[..], &["abcdefghijklmnopqrstuvwxyz"]].concat());
     assert!(error.contains("the context has room for 16") && error.contains("raise context="), "{error}");
+}
+
+#[test]
+fn a_reader_that_leaves_ends_the_output_quietly() {
+    let folder = Folder::with_model();
+    for args in [&GENERATE[..], &["info", "tiny.gguf"], &["info", "tiny.gguf", "--json"], &["limits", "--json"]] {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let output = bareflow(args, folder.0.path()).stdout(writer).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(READER_LEFT), "{args:?}: {said}");
+        assert!(!said.contains("error"), "{args:?}: {said}");
+    }
 }
 
 /// A run that writes to a full device is told so and does not panic; what it computed it computed.
