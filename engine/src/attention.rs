@@ -132,7 +132,7 @@ impl KvShape {
         let (keys, rest) = cache[self.block_range(layer, kv_head, block)].split_at(half);
         let (values, scales) = rest.split_at(half);
         let (key_scales, value_scales) = scales.split_at(self.ty.scales_bytes());
-        Block { ty: self.ty, head_dim: self.head_dim, keys, values, key_scales, value_scales }
+        Block { ty: self.ty, head_dim: self.head_dim, keys, values, key_scales, value_scales, next_keys: keys }
     }
 }
 
@@ -149,6 +149,8 @@ pub(crate) struct Block<'a> {
     pub key_scales: &'a [u8],
     /// As `key_scales`.
     pub value_scales: &'a [u8],
+    /// Keys of the block that is read next; its own where there is none.
+    pub next_keys: &'a [u8],
 }
 
 impl Block<'_> {
@@ -335,6 +337,14 @@ impl Queries<'_> {
         end.saturating_sub(self.window.max(1))..end
     }
 
+    /// Block `block` of a kv head's, where the blocks of a kv head in the range are read in ascending order, and then those of the next.
+    fn block(&self, kv_head: usize, block: usize, Range { start, end }: Range<usize>) -> Block<'_> {
+        let of = |kv_head, block| self.shape.block(self.cache, self.layer, kv_head, block);
+        let (next_head, next) = if block + 1 < end { (kv_head, block + 1) } else { (kv_head + 1, start) };
+        let this = of(kv_head, block);
+        if next_head < self.shape.n_kv_heads { Block { next_keys: of(next_head, next).keys, ..this } } else { this }
+    }
+
     /// Blocks that row `r` sees something of.
     fn blocks(&self, r: usize) -> Range<usize> {
         let Range { start, end } = self.visible(r);
@@ -448,8 +458,9 @@ fn attend_rows(level: Level, queries: &Queries<'_>, rows: Range<usize>, out: &mu
                     }
                 }
                 let mut running = [Running::EMPTY; MAX_TILE];
-                for block in queries.blocks(start).start..queries.blocks(tile_rows.end - 1).end {
-                    let data = shape.block(queries.cache, queries.layer, kv_head, block);
+                let blocks = queries.blocks(start).start..queries.blocks(tile_rows.end - 1).end;
+                for block in blocks.clone() {
+                    let data = queries.block(kv_head, block, blocks.clone());
                     let whole = |row| inside(block, &queries.visible(row)).len() == KV_BLOCK;
                     if tile_rows.clone().all(whole) {
                         pass(level, &data, 0..KV_BLOCK, &tile, 0..count, &mut running, out);
@@ -478,7 +489,7 @@ fn attend_blocks(level: Level, queries: &Queries<'_>, units: Range<usize>, parti
     let (visible, blocks) = (queries.visible(0), queries.blocks(0));
     for (unit, partial) in units.zip(partials.chunks_exact_mut(len)) {
         let (kv_head, block) = (unit / blocks.len(), blocks.start + unit % blocks.len());
-        let data = shape.block(queries.cache, queries.layer, kv_head, block);
+        let data = queries.block(kv_head, block, blocks.clone());
         for first in (0..group).step_by(MAX_TILE) {
             let count = MAX_TILE.min(group - first);
             let mut tile = Tile { q: queries.q, q_at: [0; MAX_TILE], out_at: [0; MAX_TILE], scale: queries.scale };
@@ -629,13 +640,46 @@ mod tests {
         let scale = int8_scale(x);
         let mut bytes = vec![0u8; x.len() * ty.bytes()];
         narrow(Level::Portable, ty, x, scale, &mut bytes);
-        let block = Block { ty, head_dim: x.len(), keys: &bytes, values: &[], key_scales: &[], value_scales: &[] };
+        let block = Block {
+            ty,
+            head_dim: x.len(),
+            keys: &bytes,
+            values: &[],
+            key_scales: &[],
+            value_scales: &[],
+            next_keys: &[],
+        };
         let factor = if ty == KvType::Q8_0 { scale } else { 1.0 };
         (0..x.len()).map(|i| factor * block.element::<Software>(&bytes, i)).collect()
     }
 
     fn bits(x: &[f32]) -> Vec<u32> {
         x.iter().map(|x| x.to_bits()).collect()
+    }
+
+    #[test]
+    fn a_block_knows_which_is_read_next() {
+        let shape = KvShape { n_layers: 2, n_heads: 4, n_kv_heads: 2, head_dim: 8, blocks: 4, ty: KvType::Q8_0 };
+        let cache = vec![0u8; shape.len_bytes()];
+        // Sees the last row of block 1, block 2, and the first of block 3.
+        let queries = Queries {
+            shape: &shape,
+            cache: &cache,
+            layer: 1,
+            q: &[],
+            q_stride: 0,
+            rows: 1,
+            pos: 3 * KV_BLOCK,
+            window: KV_BLOCK + 2,
+            scale: 1.0,
+        };
+        assert_eq!(queries.blocks(0), 1..4);
+        let order = [(0, 1), (0, 2), (0, 3), (1, 1), (1, 2), (1, 3)];
+        let blocks = order.map(|(kv_head, block)| queries.block(kv_head, block, queries.blocks(0)));
+        for (this, next) in blocks.iter().zip(&blocks[1..]) {
+            assert_eq!(this.next_keys.as_ptr(), next.keys.as_ptr());
+        }
+        assert_eq!(blocks[5].next_keys.as_ptr(), blocks[5].keys.as_ptr());
     }
 
     #[test]

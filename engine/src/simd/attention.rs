@@ -18,16 +18,15 @@ use model::numerics::{EXP_HI, EXP_LO, EXP_POLY, LN2_HI, LN2_LO, LOG2E, ROUND_MAG
 /// Every element type has forms for every number of queries and vector width; else only f16 does (see `Cargo.toml`).
 const EVERY_FORM: bool = crate::ops::HAS_BASELINE;
 
-/// How far ahead of its reads a pass asks for memory. The cache is read in order, but the hardware's own prefetch does not
-/// reach far enough ahead of loops with this much arithmetic.
-const PREFETCH_BYTES: usize = 4096;
-
-/// Asks for the lines [`PREFETCH_BYTES`] behind the `len_bytes` at `from`.
+/// Asks for the `len_bytes` behind the first `so_far` of what is read `later`. The hardware's own prefetch does not reach far enough
+/// ahead of loops with this much arithmetic. Half a block ahead it is: while keys are used, values are asked for, and while these
+/// are, the next block's keys. Passes that take a part of each row go over the rows several times, so what counts is how much they
+/// have used, not where. Until then lines wait in the second level.
 #[inline(always)]
-fn prefetch(from: *const u8, len_bytes: usize) {
+fn prefetch(later: *const u8, so_far: usize, len_bytes: usize) {
     for line in (0..len_bytes).step_by(64) {
         // SAFETY: a hint, which never faults.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(PREFETCH_BYTES + line).cast()) };
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(later.wrapping_add(so_far + line).cast()) };
     }
 }
 
@@ -321,9 +320,10 @@ pub(crate) fn pass(
             (Some(avx512), 3) => call.wide::<3, 4>(avx512, running, out),
             (Some(avx512), 2) => call.wide::<2, 4>(avx512, running, out),
             (Some(avx512), _) => call.wide::<1, 4>(avx512, running, out),
-            (None, 3..) if every_form => call.narrow::<3>(avx2, running, out),
-            (None, 2) if every_form => call.narrow::<2>(avx2, running, out),
-            (None, _) => call.narrow::<1>(avx2, running, out),
+            // Four vectors of sums for three queries leave LLVM no register to overlap conversions with.
+            (None, 3..) if every_form => call.narrow::<3, 2>(avx2, running, out),
+            (None, 2) if every_form => call.narrow::<2, 4>(avx2, running, out),
+            (None, _) => call.narrow::<1, 4>(avx2, running, out),
         };
     }
 }
@@ -339,18 +339,27 @@ struct Call<'a> {
 
 #[allow(clippy::needless_range_loop)] // several arrays are walked by one lane or query number
 impl Call<'_> {
-    fn narrow<const R: usize>(&self, _: Avx2, running: &mut [Running; MAX_TILE], out: &mut [f32]) -> usize {
+    fn narrow<const R: usize, const V: usize>(
+        &self,
+        _: Avx2,
+        running: &mut [Running; MAX_TILE],
+        out: &mut [f32],
+    ) -> usize {
         #[target_feature(enable = "avx2,fma,f16c")]
-        unsafe fn run<E: Element, const R: usize>(call: &Call<'_>, running: &mut [Running; MAX_TILE], out: &mut [f32]) {
+        unsafe fn run<E: Element, const R: usize, const V: usize>(
+            call: &Call<'_>,
+            running: &mut [Running; MAX_TILE],
+            out: &mut [f32],
+        ) {
             // SAFETY: by the caller.
-            unsafe { call.run::<Ymm, E, R, 4>(running, out) }
+            unsafe { call.run::<Ymm, E, R, V>(running, out) }
         }
         // SAFETY: `Avx2` proves the features, and `pass` checked the operands.
         unsafe {
             match self.block.ty {
-                KvType::F16 => run::<F16, R>(self, running, out),
-                KvType::F32 if EVERY_FORM || R == 1 => run::<F32, R>(self, running, out),
-                KvType::Q8_0 if EVERY_FORM || R == 1 => run::<Int8, R>(self, running, out),
+                KvType::F16 => run::<F16, R, V>(self, running, out),
+                KvType::F32 if EVERY_FORM || R == 1 => run::<F32, R, V>(self, running, out),
+                KvType::Q8_0 if EVERY_FORM || R == 1 => run::<Int8, R, V>(self, running, out),
                 KvType::F32 | KvType::Q8_0 => unreachable!("not chosen without every form"),
             }
         }
@@ -515,13 +524,14 @@ impl Call<'_> {
         for r in 0..R {
             q[r] = q[r].wrapping_add(self.tile.q_at[self.from + r]);
         }
+        let later = self.block.values.as_ptr();
         for at in (start / (V * L::N) * (V * L::N)..end).step_by(V * L::N) {
             // SAFETY: by the caller; `V * N` divides the panel, so this run of lanes is in one panel.
             unsafe {
                 let panel = self.block.keys.as_ptr().add(at / KV_PANEL * KV_PANEL * head_dim * E::BYTES);
                 let mut acc = [[L::splat(0.0); V]; R];
                 for d in 0..head_dim {
-                    prefetch(panel.add((d * KV_PANEL + at % KV_PANEL) * E::BYTES), V * L::N * E::BYTES);
+                    prefetch(later, (at * head_dim + d * V * L::N) * E::BYTES, V * L::N * E::BYTES);
                     let mut keys = [L::splat(0.0); V];
                     for j in 0..V {
                         keys[j] = E::widen::<L>(panel, d * KV_PANEL + at % KV_PANEL + j * L::N);
@@ -563,9 +573,10 @@ impl Call<'_> {
         // SAFETY: by the caller.
         unsafe {
             let base = self.block.values.as_ptr();
+            let later = self.block.next_keys.as_ptr();
             let mut acc = [[L::splat(0.0); V]; R];
             for pos in self.visible.clone() {
-                prefetch(base.add((pos * head_dim + d0) * E::BYTES), V * L::N * E::BYTES);
+                prefetch(later, (d0 * KV_BLOCK + pos * V * L::N) * E::BYTES, V * L::N * E::BYTES);
                 let mut values = [L::splat(0.0); V];
                 for j in 0..V {
                     values[j] = E::widen::<L>(base, pos * head_dim + d0 + j * L::N);
