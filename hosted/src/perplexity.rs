@@ -133,7 +133,7 @@ pub fn run(request: &Request<'_>, options: &Options) -> Result<()> {
     ensure!(windows > 0, "the text is {} tokens, less than one window of {context}; see --context", tokens.len());
 
     let threads = boot::threads(options, process.workers());
-    let shape = Shape { isa, threads, context };
+    let shape = Shape { isa, threads, context, prompt: context };
     let (mut engine, mut session, _) = boot::load_session(&mut process, &location, &description, options, shape)?;
     let mut score = Score::default();
     let windows_tokens = &mut tokens[..windows * context];

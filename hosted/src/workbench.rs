@@ -56,7 +56,7 @@ impl Workbench {
         let context = boot::context(options, &description);
         let prompt = prompt::encode(&description, options, context)?;
         let threads = boot::threads(options, process.workers());
-        let shape = Shape { isa, threads, context };
+        let shape = Shape { isa, threads, context, prompt: prompt.len() };
         let (mut engine, mut session, loaded) =
             boot::load_session(&mut process, &location, &description, options, shape)?;
 

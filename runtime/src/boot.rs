@@ -131,7 +131,7 @@ fn work(platform: &mut dyn Platform, reporter: &mut Reporter, request: Request<'
             reporter.note(platform, Level::Warning, alloc::format!("{what}={asked} is more than there is: {given}"));
         }
     }
-    let shape = Shape { isa, threads, context };
+    let shape = Shape { isa, threads, context, prompt: prompt_tokens.len() };
     let reserved = Reserved::new(platform, &description, &options, shape)?;
     reporter.stage(platform, "memory");
     let hash_work = HashWork::new(options.model_sha256, || Kernels::hash_needless(platform, &options, isa));
@@ -294,6 +294,8 @@ pub struct Shape {
     pub threads: usize,
     /// Positions of the context.
     pub context: usize,
+    /// Of these, the ones that are filled as soon as all is loaded.
+    pub prompt: usize,
 }
 
 /// The memory of a run, set aside before anything is read into it.
@@ -308,8 +310,9 @@ pub struct Reserved {
 }
 
 impl Reserved {
-    /// Sets aside all memory the run needs, and touches that of the weights: what a hypervisor or operating system gives only
-    /// when it is touched costs its time here, and not where the device's speed is measured.
+    /// Sets aside all memory the run needs, and touches that of the weights and of the prompt's keys and values: what a hypervisor or
+    /// operating system gives only when it is touched costs its time here, on all cores, and not where the device's speed is measured
+    /// or one core stores keys.
     ///
     /// # Errors
     /// A model that cannot be planned or does not fit.
@@ -319,7 +322,7 @@ impl Reserved {
         options: &Options,
         shape: Shape,
     ) -> Result<Self, RunError> {
-        let Shape { threads, context, .. } = shape;
+        let Shape { threads, context, prompt, .. } = shape;
         let plan = Plan::new(description, threads)?;
         let kv = kv_type(options, description);
         let bytes = Session::memory_bytes(&description.config, context, threads, kv);
@@ -333,7 +336,11 @@ impl Reserved {
         let mut angles: Vec<u8> = Vec::new();
         angles.try_reserve_exact(need_bytes).map_err(|_| no_room)?;
         let (_, loaders) = platform.disk(WhichDisk::Model);
-        for_each(loaders, weights.chunks_mut(TOUCHED_TOGETHER_BYTES), |chunk| {
+        // A context's first positions come first.
+        let prompt_bytes = Session::memory_bytes(&description.config, prompt.min(context), threads, kv).kv;
+        let soon = &mut session.kv[..prompt_bytes];
+        let touched = weights.chunks_mut(TOUCHED_TOGETHER_BYTES).chain(soon.chunks_mut(TOUCHED_TOGETHER_BYTES));
+        for_each(loaders, touched, |chunk| {
             chunk.iter_mut().step_by(PAGE_BYTES).for_each(|byte| *byte = 0);
         });
         Ok(Self { shape, plan, kv, session, weights, angles })
