@@ -214,7 +214,7 @@ fn spread(mut ends: Vec<(f64, String, &str)>, bottom: f64) -> Vec<(f64, String, 
 pub(crate) struct Part {
     /// Name for the tooltip.
     pub name: &'static str,
-    /// CSS class that colours it.
+    /// CSS classes that colour it.
     pub class: &'static str,
     /// Count at each boot.
     pub counts: Vec<usize>,
@@ -249,7 +249,7 @@ pub(crate) fn columns(title: &str, boots: &[u32], parts: &[Part], height: f64) -
             base -= tall;
             let _ = write!(
                 out,
-                "<rect class={} x={:.1} y={base:.1} width={width:.1} height={:.1}><title>boot {boot}: {count} {}</title></rect>",
+                "<rect class=\"{}\" x={:.1} y={base:.1} width={width:.1} height={:.1}><title>boot {boot}: {count} {}</title></rect>",
                 part.class,
                 x(i) - width / 2.0,
                 (tall - 1.0).max(0.5),

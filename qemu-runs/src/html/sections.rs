@@ -18,12 +18,12 @@ const LOG_FROM_SPREAD: f64 = 4.0;
 
 const OUTCOMES: [(TrialOutcome, &str, &str); 7] = [
     (TrialOutcome::Kept, "kept", "kept"),
-    (TrialOutcome::Confirmed, "confirmed", "kept"),
+    (TrialOutcome::Confirmed, "confirmed", "kept pale"),
     (TrialOutcome::Slower, "not faster", "slower"),
-    (TrialOutcome::Undecided, "not clear, tried again", "slower"),
+    (TrialOutcome::Undecided, "not clear, tried again", "slower pale"),
     (TrialOutcome::Refused, "refused by the compiler", "refused"),
     (TrialOutcome::Wrong, "wrong result, quarantined", "wrong"),
-    (TrialOutcome::Faulted, "faulted, quarantined", "wrong"),
+    (TrialOutcome::Faulted, "faulted, quarantined", "wrong pale"),
 ];
 
 fn colour(i: usize) -> String {
@@ -119,7 +119,7 @@ fn trial_chart(run: &RunReport, boots: &[u32], out: &mut String) {
     let _ = write!(out, "<div class=card><h3>Variants tried in each boot</h3>{chart}<ul class=legend>");
     for p in &parts {
         let total: usize = p.counts.iter().sum();
-        let _ = write!(out, "<li><i class={}></i>{total} {}</li>", p.class, p.name);
+        let _ = write!(out, "<li><i class=\"{}\"></i>{total} {}</li>", p.class, p.name);
     }
     if parts.is_empty() {
         out.push_str("<li>none</li>");
