@@ -337,7 +337,8 @@ impl Queries<'_> {
         end.saturating_sub(self.window.max(1))..end
     }
 
-    /// Block `block` of a kv head's, where the blocks of a kv head in the range are read in ascending order, and then those of the next.
+    /// Block `block` of a kv head, with the one that is read next where each kv head's blocks in the range are read once, in ascending
+    /// order. Rows of a prompt read them several times: for them the guess is right but for the last block.
     fn block(&self, kv_head: usize, block: usize, Range { start, end }: Range<usize>) -> Block<'_> {
         let of = |kv_head, block| self.shape.block(self.cache, self.layer, kv_head, block);
         let (next_head, next) = if block + 1 < end { (kv_head, block + 1) } else { (kv_head + 1, start) };
