@@ -425,7 +425,7 @@ impl Running {
     }
 }
 
-/// Up to [`MAX_TILE`] queries that see the same part of a block.
+/// Up to [`MAX_TILE`] queries.
 #[derive(Clone, Copy)]
 pub(crate) struct Tile<'a> {
     /// Query rows of all tiles.
@@ -435,6 +435,15 @@ pub(crate) struct Tile<'a> {
     /// Where each query's output starts.
     pub out_at: [usize; MAX_TILE],
     pub scale: f32,
+}
+
+/// The positions of a block that queries of a tile see.
+#[derive(Clone, Copy)]
+pub(crate) struct Seen {
+    /// The first, of all of them.
+    pub start: usize,
+    /// Behind the last, of each; above `start`.
+    pub ends: [usize; MAX_TILE],
 }
 
 /// Attention of `rows`, all heads; `out` is `(rows.len(), n_heads * head_dim)`.
@@ -462,16 +471,21 @@ fn attend_rows(level: Level, queries: &Queries<'_>, rows: Range<usize>, out: &mu
                 let blocks = queries.blocks(start).start..queries.blocks(tile_rows.end - 1).end;
                 for block in blocks.clone() {
                     let data = queries.block(kv_head, block, blocks.clone());
-                    let whole = |row| inside(block, &queries.visible(row)).len() == KV_BLOCK;
-                    if tile_rows.clone().all(whole) {
-                        pass(level, &data, 0..KV_BLOCK, &tile, 0..count, &mut running, out);
-                        continue;
-                    }
-                    for (i, row) in tile_rows.clone().enumerate() {
-                        let inside = inside(block, &queries.visible(row));
-                        if !inside.is_empty() {
-                            pass(level, &data, inside, &tile, i * heads..(i + 1) * heads, &mut running, out);
+                    let seen = |row| inside(block, &queries.visible(row));
+                    // Rows share a pass that see the block from the same position on: all of them but at the edge of a window.
+                    let mut rows = tile_rows.clone();
+                    while let Some(first) = rows.find(|row| !seen(*row).is_empty()) {
+                        let start = seen(first).start;
+                        let together =
+                            rows.clone().take_while(|row| seen(*row).start == start && !seen(*row).is_empty());
+                        let next = first + 1 + together.count();
+                        let mut ends = [0; MAX_TILE];
+                        let which = (first - tile_rows.start) * heads..(next - tile_rows.start) * heads;
+                        for i in which.clone() {
+                            ends[i] = seen(tile_rows.start + i / heads).end;
                         }
+                        pass(level, &data, &Seen { start, ends }, &tile, which, &mut running, out);
+                        rows = next..tile_rows.end;
                     }
                 }
                 for (at, running) in tile.out_at.iter().zip(&running).take(count) {
@@ -499,7 +513,8 @@ fn attend_blocks(level: Level, queries: &Queries<'_>, units: Range<usize>, parti
                 tile.out_at[i] = (first + i) * head_dim;
             }
             let mut running = [Running::EMPTY; MAX_TILE];
-            pass(level, &data, inside(block, &visible), &tile, 0..count, &mut running, partial);
+            let Range { start, end } = inside(block, &visible);
+            pass(level, &data, &Seen { start, ends: [end; MAX_TILE] }, &tile, 0..count, &mut running, partial);
             for (i, running) in running.iter().take(count).enumerate() {
                 let at = group * head_dim + 2 * (first + i);
                 (partial[at], partial[at + 1]) = (running.max, running.sum);
@@ -540,11 +555,11 @@ pub(crate) fn join<F: ScalarArithmetic>(running: &mut Running, max: f32, sum: f3
     }
 }
 
-/// Takes the positions `visible` of a block into the queries `which` of a tile.
+/// Takes what they see of a block into the queries `which` of a tile.
 fn pass(
     level: Level,
     block: &Block<'_>,
-    visible: Range<usize>,
+    seen: &Seen,
     tile: &Tile<'_>,
     which: Range<usize>,
     running: &mut [Running; MAX_TILE],
@@ -553,13 +568,13 @@ fn pass(
     if let Some(avx2) = level.avx2()
         && block.head_dim.is_multiple_of(8)
     {
-        return simd::attention::pass(avx2, block, visible, tile, which, running, out);
+        return simd::attention::pass(avx2, block, seen, tile, which, running, out);
     }
     // Head dimensions that are no multiple of 8 are rare: they take the portable way everywhere.
     for i in which {
         let q = &tile.q[tile.q_at[i]..][..block.head_dim];
         let out = &mut out[tile.out_at[i]..][..block.head_dim];
-        portable_pass(block, visible.clone(), q, tile.scale, &mut running[i], out);
+        portable_pass(block, seen.start..seen.ends[i], q, tile.scale, &mut running[i], out);
     }
 }
 

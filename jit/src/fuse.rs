@@ -4,6 +4,7 @@ use crate::clif::Emit;
 use crate::nest::{CONSTANT_BYTES, Fixed, Tile, for_each};
 use crate::plan::{Home, Plan};
 use alloc::vec;
+use alloc::vec::Vec;
 use cranelift_codegen::ir::Value;
 use model::kernel::Op;
 use model::layout::PANEL;
@@ -169,13 +170,17 @@ fn gated(e: &mut Emit<'_, '_>, plan: &Plan, fixed: Fixed, sums: Sums, y: Value, 
         let end = e.offset(row[0], row_bytes as i64);
         e.repeat(streams == 1, &[row[0], row[1]], end, |e, stream| {
             let end = e.offset(stream[0], stream_bytes as i64);
-            e.repeat(stream_bytes == vector, &[stream[0], stream[1]], end, |e, at| {
-                let gate = e.load_back(at[0], 0);
-                let active = activation(e, plan.op, fixed.frame, gate);
-                let up = e.load_back(at[0], to_up as i32);
-                let out = e.mul(active, up);
-                e.store(out, at[1], 0);
-                vec![e.offset(at[0], vector as i64), e.offset(at[1], vector as i64)]
+            // Two vectors at once share the loads of the activation's constants.
+            let at_once = if stream_bytes.is_multiple_of(2 * vector) { 2 } else { 1 };
+            e.repeat(stream_bytes == at_once * vector, &[stream[0], stream[1]], end, |e, at| {
+                let offsets = (0..at_once).map(|i| (i * vector) as i32);
+                let gates: Vec<_> = offsets.clone().map(|offset| e.load_back(at[0], offset)).collect();
+                for (active, offset) in activation(e, plan.op, fixed.frame, &gates).into_iter().zip(offsets) {
+                    let up = e.load_back(at[0], to_up as i32 + offset);
+                    let out = e.mul(active, up);
+                    e.store(out, at[1], offset);
+                }
+                at.iter().map(|pointer| e.offset(*pointer, (at_once * vector) as i64)).collect()
             });
             let gate = e.offset(stream[0], stream_bytes as i64);
             vec![gate, e.offset(stream[1], y_stream_bytes as i64)]
@@ -185,47 +190,56 @@ fn gated(e: &mut Emit<'_, '_>, plan: &Plan, fixed: Fixed, sums: Sums, y: Value, 
     });
 }
 
-/// `x / (1 + exp(0 - z))`, the sequence of [`model::numerics`]: `z` is `x` for silu and a cubic of `x` for gelu.
-fn activation(e: &mut Emit<'_, '_>, op: Op, frame: Value, x: Value) -> Value {
+/// `x / (1 + exp(0 - z))` of each `x`, the sequence of [`model::numerics`]: `z` is `x` for silu and a cubic of `x` for gelu.
+fn activation(e: &mut Emit<'_, '_>, op: Op, frame: Value, xs: &[Value]) -> Vec<Value> {
     let constant = |e: &mut Emit<'_, '_>, i: usize| {
         let v = e.constant(frame, 4 * i as i32);
         e.as_f32(v)
     };
-    let inner = if op == Op::GateUpGelu {
-        let square = e.mul(x, x);
-        let cubic = constant(e, GELU_AT);
-        let linear = constant(e, GELU_AT + 1);
-        let slope = e.fma(square, cubic, linear);
-        e.mul(x, slope)
-    } else {
-        x
-    };
+    let mut zs = xs.to_vec();
+    if op == Op::GateUpGelu {
+        let (cubic, linear) = (constant(e, GELU_AT), constant(e, GELU_AT + 1));
+        for z in &mut zs {
+            let square = e.mul(*z, *z);
+            let slope = e.fma(square, cubic, linear);
+            *z = e.mul(*z, slope);
+        }
+    }
     let zero = e.zero_f32();
-    let z = e.sub(zero, inner);
-    let lo = constant(e, LO);
-    let z = e.max(z, lo);
-    let hi = constant(e, HI);
-    let z = e.min(z, hi);
-    let log2e = constant(e, LOG2);
-    let magic = constant(e, MAGIC);
-    let t = e.fma(z, log2e, magic);
-    let n = e.sub(t, magic);
-    let ln2_hi = constant(e, MINUS_LN2_HI);
-    let r = e.fma(n, ln2_hi, z);
-    let ln2_lo = constant(e, MINUS_LN2_LO);
-    let r = e.fma(n, ln2_lo, r);
-    let mut p = constant(e, POLY);
-    for i in 1..model::numerics::EXP_POLY.len() {
+    let (lo, hi) = (constant(e, LO), constant(e, HI));
+    for z in &mut zs {
+        let minus = e.sub(zero, *z);
+        let bounded = e.max(minus, lo);
+        *z = e.min(bounded, hi);
+    }
+    let (log2e, magic) = (constant(e, LOG2), constant(e, MAGIC));
+    let ts: Vec<_> = zs.iter().map(|z| e.fma(*z, log2e, magic)).collect();
+    let (ln2_hi, ln2_lo) = (constant(e, MINUS_LN2_HI), constant(e, MINUS_LN2_LO));
+    let mut rs = Vec::with_capacity(zs.len());
+    for (t, z) in ts.iter().zip(&zs) {
+        let n = e.sub(*t, magic);
+        let r = e.fma(n, ln2_hi, *z);
+        rs.push(e.fma(n, ln2_lo, r));
+    }
+    let first = constant(e, POLY);
+    let mut ps = vec![first; zs.len()];
+    for i in 1..EXP_POLY.len() {
         let c = constant(e, POLY + i);
-        p = e.fma(p, r, c);
+        for (p, r) in ps.iter_mut().zip(&rs) {
+            *p = e.fma(*p, *r, c);
+        }
     }
     let one = constant(e, ONE);
-    let square = e.mul(r, r);
-    let linear = e.add(r, one);
-    let exp = e.fma(p, square, linear);
-    let power = e.shift_left_i32(t, 23);
-    let exp = e.add_i32(exp, power);
-    let exp = e.as_f32(exp);
-    let below = e.add(one, exp);
-    e.div(x, below)
+    let mut out = Vec::with_capacity(zs.len());
+    for (((x, t), r), p) in xs.iter().zip(&ts).zip(&rs).zip(&ps) {
+        let square = e.mul(*r, *r);
+        let linear = e.add(*r, one);
+        let exp = e.fma(*p, square, linear);
+        let power = e.shift_left_i32(*t, 23);
+        let exp = e.add_i32(exp, power);
+        let exp = e.as_f32(exp);
+        let below = e.add(one, exp);
+        out.push(e.div(*x, below));
+    }
+    out
 }

@@ -8,7 +8,7 @@
 use super::fma::Hardware;
 use super::math::exp8;
 use super::{Avx2, Avx512};
-use crate::attention::{self, Block, KvType, MAX_TILE, Running, Tile};
+use crate::attention::{self, Block, KvType, MAX_TILE, Running, Seen, Tile};
 use crate::reference::ScalarArithmetic;
 use core::arch::x86_64::*;
 use core::ops::Range;
@@ -287,7 +287,7 @@ impl Element for Int8 {
 pub(crate) fn pass(
     avx2: Avx2,
     block: &Block<'_>,
-    visible: Range<usize>,
+    seen: &Seen,
     tile: &Tile<'_>,
     which: Range<usize>,
     running: &mut [Running; MAX_TILE],
@@ -301,11 +301,12 @@ pub(crate) fn pass(
             KvType::Q8_0 => Int8::BYTES,
         },
     );
-    assert!(head_dim.is_multiple_of(8) && visible.start < visible.end && visible.end <= KV_BLOCK);
+    assert!(head_dim.is_multiple_of(8));
     assert!(block.keys.len() == KV_BLOCK * head_dim * bytes && block.values.len() == block.keys.len());
     let scales = if block.ty == KvType::Q8_0 { KV_BLOCK * 4 } else { 0 };
     assert!(block.key_scales.len() == scales && block.value_scales.len() == scales);
     for i in which.clone() {
+        assert!(seen.start < seen.ends[i] && seen.ends[i] <= KV_BLOCK);
         assert!(tile.q_at[i] + head_dim <= tile.q.len() && tile.out_at[i] + head_dim <= out.len());
     }
     let every_form = EVERY_FORM || block.ty == KvType::F16;
@@ -313,7 +314,7 @@ pub(crate) fn pass(
     let mut from = which.start;
     while from < which.end {
         let left = which.end - from;
-        let call = Call { block, visible: visible.clone(), tile, from };
+        let call = Call { block, seen, tile, from };
         from += match (wide, left) {
             (Some(avx512), 12..) => call.wide::<12, 2>(avx512, running, out),
             (Some(avx512), 4..) => call.wide::<4, 4>(avx512, running, out),
@@ -321,6 +322,7 @@ pub(crate) fn pass(
             (Some(avx512), 2) => call.wide::<2, 4>(avx512, running, out),
             (Some(avx512), _) => call.wide::<1, 4>(avx512, running, out),
             // Four vectors of sums for three queries leave LLVM no register to overlap conversions with.
+            (None, 6..) if every_form => call.narrow::<6, 2>(avx2, running, out),
             (None, 3..) if every_form => call.narrow::<3, 2>(avx2, running, out),
             (None, 2) if every_form => call.narrow::<2, 4>(avx2, running, out),
             (None, _) => call.narrow::<1, 4>(avx2, running, out),
@@ -331,7 +333,7 @@ pub(crate) fn pass(
 /// Operands of one pass, checked.
 struct Call<'a> {
     block: &'a Block<'a>,
-    visible: Range<usize>,
+    seen: &'a Seen,
     tile: &'a Tile<'a>,
     /// First query of the tile.
     from: usize,
@@ -393,6 +395,13 @@ impl Call<'_> {
         R
     }
 
+    /// Positions that at least one of the `R` queries sees.
+    #[inline(always)]
+    fn seen_by_any<const R: usize>(&self) -> Range<usize> {
+        let ends = &self.seen.ends[self.from..self.from + R];
+        self.seen.start..ends.iter().fold(0, |max, end| max.max(*end))
+    }
+
     /// # Safety
     /// The vectors' instruction set; operands as `pass` checks them.
     #[inline(always)]
@@ -434,13 +443,16 @@ impl Call<'_> {
         weights: &mut [[f32; KV_BLOCK]; R],
         running: &mut [Running; MAX_TILE],
     ) -> [Option<(f32, f32)>; R] {
-        let Range { start, end } = self.visible;
+        let Range { start, end } = self.seen_by_any::<R>();
         // Whole reductions' worth of lanes; those of positions that are not seen must not win or count.
         let (first, last) = (start / 32 * 32, end.next_multiple_of(32));
-        for row in weights.iter_mut() {
-            row[first..start].fill(f32::NEG_INFINITY);
-            row[end..last].fill(f32::NEG_INFINITY);
-        }
+        let hide = |weights: &mut [[f32; KV_BLOCK]; R], value| {
+            for (row, end) in weights.iter_mut().zip(&self.seen.ends[self.from..]) {
+                row[first..start].fill(value);
+                row[*end..last].fill(value);
+            }
+        };
+        hide(weights, f32::NEG_INFINITY);
         let (mut max, mut sum) = ([0.0f32; R], [0.0f32; R]);
         // SAFETY: by the caller; `first..last` is inside the rows and a multiple of 32 long.
         unsafe {
@@ -460,10 +472,7 @@ impl Call<'_> {
                     L::load(at).sub(maxima[r]).exp().store(at);
                 }
             }
-            for row in weights.iter_mut() {
-                row[first..start].fill(0.0);
-                row[end..last].fill(0.0);
-            }
+            hide(weights, 0.0);
             for r in 0..R {
                 let mut sums = [L::splat(0.0); 4];
                 for i in (first..last).step_by(32) {
@@ -519,7 +528,7 @@ impl Call<'_> {
     #[inline(always)]
     unsafe fn scores<L: Lanes, E: Element, const R: usize, const V: usize>(&self, scores: &mut [[f32; KV_BLOCK]; R]) {
         let head_dim = self.block.head_dim;
-        let Range { start, end } = self.visible;
+        let Range { start, end } = self.seen_by_any::<R>();
         let mut q = [self.tile.q.as_ptr(); R];
         for r in 0..R {
             q[r] = q[r].wrapping_add(self.tile.q_at[self.from + r]);
@@ -569,24 +578,19 @@ impl Call<'_> {
         d0: usize,
         out: &mut [f32],
     ) {
-        let head_dim = self.block.head_dim;
         // SAFETY: by the caller.
         unsafe {
-            let base = self.block.values.as_ptr();
             let later = self.block.next_keys.as_ptr();
             let mut acc = [[L::splat(0.0); V]; R];
-            for pos in self.visible.clone() {
+            let Range { start, end } = self.seen_by_any::<R>();
+            let by_all = self.seen.ends[self.from..self.from + R].iter().fold(end, |min, end| min.min(*end));
+            for pos in start..by_all {
                 prefetch(later, (d0 * KV_BLOCK + pos * V * L::N) * E::BYTES, V * L::N * E::BYTES);
-                let mut values = [L::splat(0.0); V];
-                for j in 0..V {
-                    values[j] = E::widen::<L>(base, pos * head_dim + d0 + j * L::N);
-                }
-                for r in 0..R {
-                    let weight = L::splat(*weights[r].as_ptr().add(pos));
-                    for j in 0..V {
-                        acc[r][j] = weight.fma(values[j], acc[r][j]);
-                    }
-                }
+                self.add_value::<L, E, R, V>(weights, d0, pos, [true; R], &mut acc);
+            }
+            for pos in by_all..end {
+                let sees = core::array::from_fn(|r| pos < self.seen.ends[self.from + r]);
+                self.add_value::<L, E, R, V>(weights, d0, pos, sees, &mut acc);
             }
             for r in 0..R {
                 let out = out.as_mut_ptr().add(self.tile.out_at[self.from + r] + d0);
@@ -597,6 +601,36 @@ impl Call<'_> {
                         Some((old, new)) => L::splat(new).fma(acc[r][j], L::splat(old).mul(L::load(out))),
                     };
                     sum.store(out);
+                }
+            }
+        }
+    }
+
+    /// Adds one position's weighted value, elements `d0 .. d0 + V * N`, to the sums of the queries that see it.
+    ///
+    /// # Safety
+    /// As `values`.
+    #[inline(always)]
+    unsafe fn add_value<L: Lanes, E: Element, const R: usize, const V: usize>(
+        &self,
+        weights: &[[f32; KV_BLOCK]; R],
+        d0: usize,
+        pos: usize,
+        sees: [bool; R],
+        sums: &mut [[L; V]; R],
+    ) {
+        // SAFETY: by the caller.
+        unsafe {
+            let mut values = [L::splat(0.0); V];
+            for j in 0..V {
+                values[j] = E::widen::<L>(self.block.values.as_ptr(), pos * self.block.head_dim + d0 + j * L::N);
+            }
+            for r in 0..R {
+                if sees[r] {
+                    let weight = L::splat(*weights[r].as_ptr().add(pos));
+                    for j in 0..V {
+                        sums[r][j] = weight.fma(values[j], sums[r][j]);
+                    }
                 }
             }
         }
