@@ -312,7 +312,7 @@ struct Buffers<B> {
     x: B,
     /// Its norm, `(rows, dim)`.
     normed: B,
-    /// Quantised input of the next matmul, `(rows, k / 32)` blocks of 48 bytes.
+    /// Quantised input of the next matmul, `(rows, k / 32)` blocks of `BlockLayout::x_block_bytes`.
     quantised: B,
     /// Query, key and value, `(rows, q_dim + 2 kv_dim)`, row stride `Sizes::qkv_stride`.
     qkv: B,
@@ -821,13 +821,13 @@ impl<'m> Session<'m> {
         if norm.bias.is_some() {
             for (r, out) in quantised.chunks_exact_mut(row_len).take(rows.len()).enumerate() {
                 engine.norm(norm, row(r), &mut normed[..dim]);
-                quantise_activations(level, &normed[..dim], out.as_mut_bytes());
+                quantise_activations(level, &normed[..dim], dtype, out.as_mut_bytes());
             }
             return;
         }
         share_out(engine, workers, &mut quantised[..rows.len() * row_len], row_len, &|rows, quantised| {
             for (r, out) in rows.zip(quantised.chunks_exact_mut(row_len)) {
-                rmsnorm_quantise(level, row(r), engine.vector(norm.gain), eps, out.as_mut_bytes());
+                rmsnorm_quantise(level, row(r), engine.vector(norm.gain), eps, dtype, out.as_mut_bytes());
             }
         });
     }
@@ -914,7 +914,7 @@ fn activations<'a>(
     let (level, row_len) = (engine.table.level(), x_row_bytes(dtype, k) / size_of::<f32>());
     share_out(engine, workers, &mut quantised[..rows * row_len], row_len, &|rows, quantised| {
         for (r, out) in rows.zip(quantised.chunks_exact_mut(row_len)) {
-            quantise_activations(level, &x[r * k..][..k], out.as_mut_bytes());
+            quantise_activations(level, &x[r * k..][..k], dtype, out.as_mut_bytes());
         }
     });
     &quantised.as_bytes()[..x.len() / k * row_len * size_of::<f32>()]

@@ -5,7 +5,10 @@ use crate::reference::{ScalarArithmetic, Software};
 use crate::simd::{self, Level};
 use alloc::vec::Vec;
 use model::architecture::{Activation, RopeOrder};
-use model::layout::{BLOCK, XBLOCK_BYTES, XBLOCK_D, XBLOCK_DSUM, XBLOCK_QS, XBLOCK_SUM, XBLOCK_SUM_LOW};
+use model::kernel::DType;
+use model::layout::{
+    BLOCK, QUADS, XBLOCK_D, XBLOCK_DSUM, XBLOCK_HALVES, XBLOCK_QS, XBLOCK_SUM, XBLOCK_SUM_LOW, x_row_bytes,
+};
 use model::numerics::{
     EXP_HI, EXP_LO, EXP_POLY, GELU_CUBIC, GELU_LINEAR, LN2_HI, LN2_LO, LOG2E, REDUCE_LANES, ROUND_MAGIC,
 };
@@ -90,20 +93,19 @@ pub fn rmsnorm(level: Level, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32
 ///
 /// # Panics
 /// When the lengths differ or are not those of whole blocks.
-pub fn rmsnorm_quantise(level: Level, x: &[f32], weight: &[f32], eps: f32, out: &mut [u8]) {
+pub fn rmsnorm_quantise(level: Level, x: &[f32], weight: &[f32], eps: f32, dtype: DType, out: &mut [u8]) {
     assert!(x.len() == weight.len(), "rmsnorm of {} with {} weights", x.len(), weight.len());
-    assert!(x.len().is_multiple_of(BLOCK), "{} activations are no whole blocks of {BLOCK}", x.len());
-    assert_eq!(out.len(), x.len() / BLOCK * XBLOCK_BYTES, "bytes of {} quantised activations", x.len());
+    let block_bytes = check_blocks(x, dtype, out);
     let scale = 1.0 / libm::sqrtf(sum_of_squares(level, x) / x.len() as f32 + eps);
     match level.avx2() {
         None => {
             let blocks = x.chunks_exact(BLOCK).zip(weight.chunks_exact(BLOCK));
-            for ((x, weight), out) in blocks.zip(out.chunks_exact_mut(XBLOCK_BYTES)) {
+            for ((x, weight), out) in blocks.zip(out.chunks_exact_mut(block_bytes)) {
                 let y: [f32; BLOCK] = core::array::from_fn(|i| x[i] * scale * weight[i]);
                 quantise_block(&y, out);
             }
         }
-        Some(avx2) => simd::math::scale_quantise(avx2, x, scale, weight, out),
+        Some(avx2) => simd::math::scale_quantise(avx2, x, scale, weight, block_bytes, out),
     }
 }
 
@@ -147,23 +149,29 @@ fn sum_of_squares(level: Level, x: &[f32]) -> f32 {
     }
 }
 
-/// Quantises one activation row to int8 blocks (`model::layout`, 48 bytes per 32 elements).
+/// Quantises one activation row to the int8 blocks that products with weights of `dtype` read (`model::layout`).
 ///
 /// `q` saturates at -127 and 127, which finite rows reach only as the contract's rounding does.
 ///
 /// # Panics
-/// When `x` is no whole number of blocks or `out` is not `48 * x.len() / 32` bytes.
-pub fn quantise_activations(level: Level, x: &[f32], out: &mut [u8]) {
-    assert!(x.len().is_multiple_of(BLOCK), "{} activations are no whole blocks of {BLOCK}", x.len());
-    assert_eq!(out.len(), x.len() / BLOCK * XBLOCK_BYTES, "bytes of {} quantised activations", x.len());
+/// When `x` is no whole number of blocks or `out` is not as long as they are.
+pub fn quantise_activations(level: Level, x: &[f32], dtype: DType, out: &mut [u8]) {
+    let block_bytes = check_blocks(x, dtype, out);
     match level.avx2() {
         None => {
-            for (x, out) in x.chunks_exact(BLOCK).zip(out.chunks_exact_mut(XBLOCK_BYTES)) {
+            for (x, out) in x.chunks_exact(BLOCK).zip(out.chunks_exact_mut(block_bytes)) {
                 quantise_block(x, out);
             }
         }
-        Some(avx2) => simd::math::quantise(avx2, x, out),
+        Some(avx2) => simd::math::quantise(avx2, x, block_bytes, out),
     }
+}
+
+/// Bytes of a block; panics where `out` is not as long as the blocks of `x`.
+fn check_blocks(x: &[f32], dtype: DType, out: &[u8]) -> usize {
+    assert!(x.len().is_multiple_of(BLOCK), "{} activations are no whole blocks of {BLOCK}", x.len());
+    assert_eq!(out.len(), x_row_bytes(dtype, x.len()), "bytes of {} quantised activations", x.len());
+    x_row_bytes(dtype, BLOCK)
 }
 
 fn quantise_block(x: &[f32], out: &mut [u8]) {
@@ -184,7 +192,21 @@ fn quantise_block(x: &[f32], out: &mut [u8]) {
     out[XBLOCK_D..XBLOCK_D + 4].copy_from_slice(&d.to_le_bytes());
     out[XBLOCK_SUM..XBLOCK_SUM + 4].copy_from_slice(&sum.to_le_bytes());
     out[XBLOCK_DSUM..XBLOCK_DSUM + 4].copy_from_slice(&(d * sum as f32).to_le_bytes());
-    out[XBLOCK_SUM_LOW..].copy_from_slice(&sum_low.to_le_bytes());
+    out[XBLOCK_SUM_LOW..XBLOCK_SUM_LOW + 4].copy_from_slice(&sum_low.to_le_bytes());
+    widen_codes(out);
+}
+
+/// Fills what a block has behind its sums, if anything, from its codes.
+pub(crate) fn widen_codes(block: &mut [u8]) {
+    let (codes, behind) = block.split_at_mut(XBLOCK_SUM_LOW + 4);
+    let Some((padding, halves)) = behind.split_at_mut_checked(XBLOCK_HALVES - XBLOCK_SUM_LOW - 4) else { return };
+    padding.fill(0);
+    for quad in 0..QUADS {
+        for (to, from) in [0, 2, 1, 3].into_iter().enumerate() {
+            let code = i16::from(codes[XBLOCK_QS + 4 * quad + from].cast_signed());
+            halves[8 * quad + 2 * to..][..2].copy_from_slice(&code.to_le_bytes());
+        }
+    }
 }
 
 /// Replaces `scores[..len]` by `exp(score - max)` and returns their sum: softmax without its division.
@@ -391,14 +413,14 @@ mod tests {
                 let want = f64::from(x[i]) / (mean + 1e-5).sqrt() * f64::from(weight[i]);
                 assert!((f64::from(fast[i]) - want).abs() <= 1e-5 * want.abs() + 1e-7, "{len} [{i}]");
             }
-            if len % BLOCK == 0 {
-                let bytes = len / BLOCK * XBLOCK_BYTES;
+            for dtype in [DType::Q4_0, DType::Q8_0].into_iter().filter(|_| len % BLOCK == 0) {
+                let bytes = x_row_bytes(dtype, len);
                 let mut want = vec![0u8; bytes];
-                quantise_activations(Level::Portable, &portable, &mut want);
+                quantise_activations(Level::Portable, &portable, dtype, &mut want);
                 for level in [Level::Portable, Level::detect()] {
                     let mut got = vec![1u8; bytes];
-                    rmsnorm_quantise(level, &x, &weight, 1e-5, &mut got);
-                    assert_eq!(got, want, "{len} quantised");
+                    rmsnorm_quantise(level, &x, &weight, 1e-5, dtype, &mut got);
+                    assert_eq!(got, want, "{len} quantised for {dtype}");
                 }
             }
         }
@@ -420,8 +442,8 @@ mod tests {
         x[192..224].fill(1e-40);
         x[224..256].fill(-3.0e38);
         let (mut portable, mut fast) = (vec![1u8; 48 * 40], vec![2u8; 48 * 40]);
-        quantise_activations(Level::Portable, &x, &mut portable);
-        quantise_activations(Level::detect(), &x, &mut fast);
+        quantise_activations(Level::Portable, &x, DType::Q4_0, &mut portable);
+        quantise_activations(Level::detect(), &x, DType::Q4_0, &mut fast);
         for (i, (a, b)) in portable.chunks_exact(48).zip(fast.chunks_exact(48)).enumerate() {
             assert_eq!(a, b, "block {i}");
         }
@@ -435,6 +457,18 @@ mod tests {
             assert_eq!(quants.iter().map(|q| q.abs()).max(), Some(127));
             for (q, x) in quants.iter().zip(x) {
                 assert!((d * *q as f32 - x).abs() <= 0.501 * d, "{x} as {q} * {d}");
+            }
+        }
+        for level in [Level::Portable, Level::detect()] {
+            let mut with_halves = vec![3u8; 128 * 40];
+            quantise_activations(level, &x, DType::Q8_0, &mut with_halves);
+            for (i, (block, want)) in with_halves.chunks_exact(128).zip(portable.chunks_exact(48)).enumerate() {
+                assert_eq!(block[..48], *want, "block {i}");
+                let halves = |at: usize| i16::from_le_bytes([block[64 + 2 * at], block[65 + 2 * at]]);
+                for (at, q) in want[..32].iter().enumerate() {
+                    let place = at / 4 * 4 + [0, 2, 1, 3][at % 4];
+                    assert_eq!(halves(place), i16::from(q.cast_signed()), "block {i}, element {at}");
+                }
             }
         }
         let tie: Vec<i8> = portable[96..128].iter().map(|q| q.cast_signed()).collect();

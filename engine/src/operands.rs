@@ -3,7 +3,7 @@
 //! The values cover what real ones do and what they rarely do: quants over their whole range, zero and negative
 //! scales, zero activations, and activations at both ends of the int8 range.
 
-use crate::math::quantise_activations;
+use crate::math::{quantise_activations, widen_codes};
 use crate::random::SplitMix64;
 use crate::simd::Level;
 use alloc::vec;
@@ -12,8 +12,8 @@ use core::ops::{Deref, DerefMut};
 use half::f16;
 use model::kernel::{DType, KernelKey};
 use model::layout::{
-    BLOCK, BlockLayout, WEIGHT_ALIGN, XBLOCK_BYTES, XBLOCK_DSUM, XBLOCK_SUM, XBLOCK_SUM_LOW, group_bytes,
-    op_weight_bytes, panel_bytes, x_row_bytes,
+    BLOCK, BlockLayout, WEIGHT_ALIGN, XBLOCK_DSUM, XBLOCK_SUM, XBLOCK_SUM_LOW, group_bytes, op_weight_bytes,
+    panel_bytes, x_row_bytes,
 };
 
 /// Heap bytes whose start is aligned as packed weights must be.
@@ -106,8 +106,8 @@ pub fn random_activations(key: &KernelKey, rng: &mut SplitMix64) -> AlignedBytes
     for (r, row) in x.chunks_exact_mut(x_row_bytes(key.dtype, k)).enumerate() {
         let values: Vec<f32> = (0..k).map(|_| rng.next_bell() * 4.0).collect();
         if key.dtype.is_quantised() {
-            quantise_activations(Level::detect(), &values, row);
-            extreme_blocks(row, r, rng);
+            quantise_activations(Level::detect(), &values, key.dtype, row);
+            extreme_blocks(row, x_row_bytes(key.dtype, BLOCK), r, rng);
         } else {
             for (out, value) in row.chunks_exact_mut(4).zip(values) {
                 out.copy_from_slice(&value.to_le_bytes());
@@ -118,8 +118,8 @@ pub fn random_activations(key: &KernelKey, rng: &mut SplitMix64) -> AlignedBytes
 }
 
 /// Makes some blocks all zero, all 127 or all -127, with the sums that belong to them.
-fn extreme_blocks(row: &mut [u8], r: usize, rng: &mut SplitMix64) {
-    for (b, block) in row.chunks_exact_mut(XBLOCK_BYTES).enumerate() {
+fn extreme_blocks(row: &mut [u8], block_bytes: usize, r: usize, rng: &mut SplitMix64) {
+    for (b, block) in row.chunks_exact_mut(block_bytes).enumerate() {
         let q = match (b + r) % 5 {
             1 => 127i8,
             2 if rng.next_u64() & 1 == 0 => -127,
@@ -132,6 +132,7 @@ fn extreme_blocks(row: &mut [u8], r: usize, rng: &mut SplitMix64) {
         block[BLOCK..XBLOCK_SUM].copy_from_slice(&f32::to_le_bytes(d));
         block[XBLOCK_SUM..XBLOCK_DSUM].copy_from_slice(&sum.to_le_bytes());
         block[XBLOCK_DSUM..XBLOCK_DSUM + 4].copy_from_slice(&(d * sum as f32).to_le_bytes());
-        block[XBLOCK_SUM_LOW..].copy_from_slice(&(sum / 2).to_le_bytes());
+        block[XBLOCK_SUM_LOW..XBLOCK_SUM_LOW + 4].copy_from_slice(&(sum / 2).to_le_bytes());
+        widen_codes(block);
     }
 }

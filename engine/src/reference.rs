@@ -8,8 +8,8 @@ use crate::pack::field;
 use half::f16;
 use model::kernel::{DType, KernelKey, Op};
 use model::layout::{
-    BlockLayout, PANEL, SUPER, WORD_BYTES, XBLOCK_BYTES, XBLOCK_D, XBLOCK_DSUM, XBLOCK_SUM, XBLOCK_SUM_LOW,
-    panel_bytes, panels, step_bytes, x_row_bytes,
+    BlockLayout, PANEL, SUPER, WORD_BYTES, XBLOCK_D, XBLOCK_DSUM, XBLOCK_SUM, XBLOCK_SUM_LOW, panel_bytes, panels,
+    step_bytes, x_row_bytes,
 };
 
 /// The two scalar operations that a CPU may or may not have an instruction for. Both are exact functions of their
@@ -139,9 +139,10 @@ fn product<F: ScalarArithmetic>(dtype: DType, x: &[u8], panel: &[u8]) -> [f32; P
 fn blocks<F: ScalarArithmetic>(layout: BlockLayout, x: &[u8], panel: &[u8], acc: &mut [f32; PANEL]) {
     let group_steps = if layout.super_blocks { SUPER } else { 1 };
     let group_bytes = layout.header_bytes() + group_steps * layout.step_bytes();
-    for (group, x) in panel.chunks_exact(group_bytes).zip(x.chunks_exact(group_steps * XBLOCK_BYTES)) {
+    let x_bytes = layout.x_block_bytes();
+    for (group, x) in panel.chunks_exact(group_bytes).zip(x.chunks_exact(group_steps * x_bytes)) {
         let (header, steps) = group.split_at(layout.header_bytes());
-        for (step, x) in steps.chunks_exact(layout.step_bytes()).zip(x.chunks_exact(XBLOCK_BYTES)) {
+        for (step, x) in steps.chunks_exact(layout.step_bytes()).zip(x.chunks_exact(x_bytes)) {
             for sub in 0..layout.sub_blocks {
                 sub_block::<F>(&layout, sub, header, step, x, acc);
             }

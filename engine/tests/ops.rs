@@ -8,7 +8,7 @@ use engine::ops::{run_baseline, run_reference};
 use engine::pack::dequantise_column;
 use engine::simd::Level;
 use model::kernel::{DType, KernelKey, Op};
-use model::layout::{XBLOCK_BYTES, k_multiple, padded, x_row_bytes};
+use model::layout::{k_multiple, padded, x_row_bytes};
 use proptest::prelude::*;
 
 /// Runs `op` into a `y` of random content with 8 spare columns that must not change.
@@ -97,7 +97,7 @@ fn product_f64(key: &KernelKey, x: &[u8], w: &[u8], r: usize, column: usize) -> 
     let row = &x[r * x_row_bytes(key.dtype, k)..][..x_row_bytes(key.dtype, k)];
     let activation = |i: usize| -> f64 {
         if key.dtype.is_quantised() {
-            let block = &row[i / 32 * XBLOCK_BYTES..][..XBLOCK_BYTES];
+            let block = &row[x_row_bytes(key.dtype, i / 32 * 32)..];
             f64::from(f32::from_le_bytes(block[32..36].try_into().unwrap())) * f64::from(block[i % 32] as i8)
         } else {
             f64::from(f32::from_le_bytes(row[4 * i..4 * i + 4].try_into().unwrap()))

@@ -96,6 +96,7 @@ enum Op {
     ShiftLeft,
     AddI16,
     Bits,
+    Halves,
     Or,
     Flip,
     Abs,
@@ -134,6 +135,7 @@ const PLAIN: &[Op] = &[
     Op::ShiftLeft,
     Op::AddI16,
     Op::Bits,
+    Op::Halves,
     Op::Or,
     Op::Flip,
     Op::Abs,
@@ -184,6 +186,7 @@ impl Op {
             Op::ShiftLeft => (&[Any], Some(I32)),
             Op::AddI16 => (&[Of(I16), Of(I16)], Some(I16)),
             Op::Bits | Op::Or => (&[Any, Any], Some(I8)),
+            Op::Halves => (&[Any], Some(I16)),
             Op::Flip => (&[Of(I8), Any], Some(I8)),
             Op::Abs => (&[Of(I8)], Some(I8)),
             Op::Sign => (&[Any, Of(I8)], Some(I8)),
@@ -359,6 +362,7 @@ impl Writer {
             Op::Prefetch | Op::PrefetchFar => d.below(4096),
             Op::ShiftLeft | Op::ShiftRight => d.below(32),
             Op::Bits => d.below(8),
+            Op::Halves => d.below(2),
             _ => 0,
         };
         let to = if op == Op::Bits { d.below(8) } else { 0 };
@@ -519,6 +523,7 @@ fn emit_steps(e: &mut Emit<'_, '_>, section: &Section, p: Pointers<Value>, frame
             Op::ShiftLeft => e.shift_left_i32(arg(0), i64::from(at)),
             Op::AddI16 => e.add_i16(arg(0), arg(1)),
             Op::Bits => e.bits(arg(0), step.at, step.to, arg(1)),
+            Op::Halves => e.halves(arg(0))[at as usize],
             Op::Or => e.or(arg(0), arg(1)),
             Op::Flip => e.flip_sign_bits(arg(0), arg(1)),
             Op::Abs => e.abs_i8(arg(0)),
@@ -696,6 +701,7 @@ fn lane(step: &Step, i: usize, args: &[Lane], [x, w]: [&[u8]; 2], program: &Prog
         Op::Bits => integer(&|v| {
             words(|half| if at >= step.to { half(v[0]) >> (at - step.to) } else { half(v[0]) << (step.to - at) }) & v[1]
         }),
+        Op::Halves => integer(&|v| words(|half| (((half(v[0]) << (8 * (1 - at))) as i16) >> 8) as u16)),
         Op::Or => integer(&|v| v[0] | v[1]),
         Op::Flip => integer(&|v| v[0] ^ v[1]),
         Op::Abs => integer(&|v| bytes(|byte| (byte(v[0]) as i8).unsigned_abs())),

@@ -334,6 +334,13 @@ impl<'a, 'b> Emit<'a, 'b> {
         self.b.ins().band(moved, mask)
     }
 
+    /// The bytes of every 16-bit lane as i16: the lower ones, and the upper ones.
+    pub fn halves(&mut self, v: Value) -> [Value; 2] {
+        let words = self.cast(I16X8, v);
+        let top = self.b.ins().ishl_imm_u(words, 8);
+        [top, words].map(|words| self.b.ins().sshr_imm_u(words, 8))
+    }
+
     /// `a | b`.
     pub fn or(&mut self, a: Value, b: Value) -> Value {
         let (a, b) = (self.cast(I8X16, a), self.cast(I8X16, b));

@@ -6,7 +6,8 @@
 //! Without VNNI, `vpmaddubsw` multiplies u8 by i8 into saturating i16 pairs, so sums are widened to i32 before they could
 //! saturate: a pair adds at most `2 * code * 127`, so a whole block of nibbles fits i16 (8 * 2 * 15 * 127 = 30480), four
 //! quads of 5 bits, and two of 6. Q8_0 takes `|w|` (at most 128) and `x` with the sign of `w` (at most 127), 2 * 128 * 127
-//! = 32512, and widens at once. With VNNI, `vpdpbusd` sums four products into i32 without saturation, and Q8_0 takes
+//! = 32512, and widens at once; or its codes are widened first, all rows of a tile share that, and `vpmaddwd` multiplies them with an
+//! `x` that was stored as i16 too ([`Plan::halves`]). With VNNI, `vpdpbusd` sums four products into i32 without saturation, and Q8_0 takes
 //! `w + 128` as u8 and subtracts `128 * sum x` at the end.
 
 use crate::clif::Emit;
@@ -15,7 +16,9 @@ use crate::plan::Plan;
 use alloc::vec;
 use alloc::vec::Vec;
 use cranelift_codegen::ir::Value;
-use model::layout::{BlockLayout, PANEL, WORD_BYTES, XBLOCK_D, XBLOCK_DSUM, XBLOCK_QS, XBLOCK_SUM, XBLOCK_SUM_LOW};
+use model::layout::{
+    BlockLayout, PANEL, WORD_BYTES, XBLOCK_D, XBLOCK_DSUM, XBLOCK_HALVES, XBLOCK_QS, XBLOCK_SUM, XBLOCK_SUM_LOW,
+};
 
 /// Frame offset of the byte mask of high bits. SiLU's constants come before.
 const HIGH_MASK: i32 = 52;
@@ -39,7 +42,7 @@ fn in_every_byte(byte: u32) -> u32 {
 
 /// Writes the constants blocks use to the frame.
 pub(crate) fn store_constants(e: &mut Emit<'_, '_>, frame: Value, plan: &Plan, layout: &BlockLayout) {
-    if !plan.vnni {
+    if !plan.vnni && !plan.halves {
         e.store_constant(frame, ONES, 0x0001_0001);
     }
     if !layout.signed_codes() {
@@ -79,7 +82,9 @@ pub(crate) fn step(
     mut sums: Sums<'_>,
 ) {
     for sub in 0..layout.sub_blocks {
-        let dots = if layout.signed_codes() {
+        let dots = if plan.halves {
+            dot_halves(e, plan, layout, tile, at)
+        } else if layout.signed_codes() {
             dot_signed(e, plan, layout, fixed, tile, at)
         } else {
             dot_codes(e, plan, layout, fixed, tile, at, sub)
@@ -134,6 +139,32 @@ fn dot_signed(
                     let quads = e.dot_i16_pairs(pairs, constant);
                     sum.map_or(quads, |sum| e.add_i32(sum, quads))
                 });
+            }
+        }
+    }
+    sums.into_iter().flatten().collect()
+}
+
+/// [`dot_signed`] with codes widened to i16.
+fn dot_halves(e: &mut Emit<'_, '_>, plan: &Plan, layout: &BlockLayout, tile: &Tile, at: Cursor) -> Vec<Value> {
+    let mut sums = vec![None; tile.rows * plan.vectors];
+    for word in 0..layout.low_words() {
+        prefetch(e, plan, at, word);
+        let w: Vec<_> = (0..plan.vectors)
+            .map(|v| {
+                let codes = load_word(e, plan, at, word, v);
+                e.halves(codes)
+            })
+            .collect();
+        for row in 0..tile.rows {
+            for half in 0..2 {
+                let x_offset = at.x_offset + (row * plan.x_row_bytes + XBLOCK_HALVES + 8 * word + 4 * half) as i32;
+                let x = e.broadcast_i32(at.x, x_offset);
+                for (v, w) in w.iter().enumerate() {
+                    let sum = &mut sums[row * plan.vectors + v];
+                    let products = e.dot_i16_pairs(x, w[half]);
+                    *sum = Some(sum.map_or(products, |sum| e.add_i32(sum, products)));
+                }
             }
         }
     }

@@ -6,8 +6,8 @@ use crate::error::JitError;
 use alloc::vec::Vec;
 use model::kernel::{DType, Dot, KernelKey, M_BUCKETS, Op, Variant, Width};
 use model::layout::{
-    BLOCK, BlockLayout, PANEL, XBLOCK_BYTES, group_steps, header_bytes, k_multiple, op_weight_bytes, panel_bytes,
-    panels, step_bytes, step_k, x_row_bytes,
+    BLOCK, BlockLayout, PANEL, group_steps, header_bytes, k_multiple, op_weight_bytes, panel_bytes, panels, step_bytes,
+    step_k, x_row_bytes,
 };
 
 /// Vector registers Cranelift allocates (it knows no zmm16..31).
@@ -46,6 +46,8 @@ pub(crate) struct Plan {
     pub(crate) blocks: Option<BlockLayout>,
     pub(crate) width: Width,
     pub(crate) vnni: bool,
+    /// Codes of 8 bits are widened to 16.
+    pub(crate) halves: bool,
     pub(crate) m: usize,
     /// Steps of `k` (elements, or blocks of 32).
     pub(crate) k_steps: usize,
@@ -124,15 +126,18 @@ impl Plan {
         if group_steps > 1 && !group_steps.is_multiple_of(unroll) {
             return Err(refuse("unroll of a K type must divide the 8 blocks of a super-block"));
         }
-        let vnni = variant.dot != Dot::Pairs;
+        let (vnni, halves) = (matches!(variant.dot, Dot::Evex | Dot::Vex), variant.dot == Dot::Halves);
         if vnni && !key.dtype.is_quantised() {
             return Err(refuse("vnni needs a quantised type"));
+        }
+        if halves && key.dtype != DType::Q8_0 {
+            return Err(refuse("halves are for the codes of 8 bits of q8_0"));
         }
         if variant.dot == Dot::Vex && variant.width == Width::Z512 {
             return Err(refuse("AVX-VNNI has no zmm form"));
         }
-        if key.dtype == DType::Q8_0 && variant.width == Width::Z512 && !vnni {
-            return Err(refuse("q8_0 at 512 bits needs vnni: vpsignb has no zmm form"));
+        if key.dtype == DType::Q8_0 && variant.width == Width::Z512 && variant.dot == Dot::Pairs {
+            return Err(refuse("q8_0 at 512 bits needs vnni or halves: vpsignb has no zmm form"));
         }
         let k_block = usize::from(variant.k_block);
         if k_block > 0 {
@@ -147,7 +152,7 @@ impl Plan {
             }
         }
         let vectors = columns / lanes;
-        let home = home(key.dtype, vnni, rows, vectors, streams)
+        let home = home(key.dtype, variant.dot, rows, vectors, streams)
             .ok_or_else(|| refuse("the register tile does not fit 16 vector registers"))?;
         if k_block > 0 && home == Home::Frame {
             return Err(refuse("the register tile of a block of k does not fit 16 vector registers"));
@@ -158,6 +163,7 @@ impl Plan {
             blocks: BlockLayout::of(key.dtype),
             width: variant.width,
             vnni,
+            halves,
             m,
             k_steps,
             group_steps,
@@ -172,7 +178,7 @@ impl Plan {
             k_block: (k_block > 0).then_some(k_block),
             home,
             x_row_bytes,
-            x_step_bytes: if key.dtype.is_quantised() { XBLOCK_BYTES } else { 4 },
+            x_step_bytes: BlockLayout::of(key.dtype).map_or(4, |layout| layout.x_block_bytes()),
             step_bytes: step_bytes(key.dtype),
             panel_bytes: panel_bytes(key.dtype, k),
         })
@@ -214,8 +220,9 @@ fn regions(panels: usize, streams: usize) -> Vec<Region> {
 }
 
 /// Decides where accumulators live, by counting the registers a step needs; `None` if not even one stream's fit.
-fn home(dtype: DType, vnni: bool, rows: usize, vectors: usize, streams: usize) -> Option<Home> {
+fn home(dtype: DType, dot: Dot, rows: usize, vectors: usize, streams: usize) -> Option<Home> {
     let tile = rows * vectors;
+    let vnni = matches!(dot, Dot::Evex | Dot::Vex);
     // The allocator is not perfect: with many rows in flight it needs room to move (found by random variants).
     let slack = if rows > 1 { 2 } else { 0 };
     // Registers a step needs beside the f32 accumulators of its own stream (`work`), and of all streams.
@@ -223,6 +230,8 @@ fn home(dtype: DType, vnni: bool, rows: usize, vectors: usize, streams: usize) -
         // One row: the broadcast x; weights fold into the fma. More rows: weights stay, x passes through one register.
         DType::F32 => 1 + if rows == 1 { 0 } else { vectors },
         DType::F16 => 1 + if rows == 1 { 1 } else { vectors },
+        // Exact block sums, and: both halves of the weights, x, product.
+        DType::Q8_0 if dot == Dot::Halves => tile + 2 * vectors + 2 + slack,
         // Exact block sums, and: w, |w|, x, product, ones | w+128, x, flip.
         DType::Q8_0 => tile + if vnni { 3 } else { 5 + slack },
         dtype => {

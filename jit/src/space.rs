@@ -23,6 +23,8 @@ const BEST_SHARE: usize = 4;
 
 /// Most instructions a kernel may be expected to have: what compiles in about a millisecond.
 const MAX_INSTRUCTIONS: u64 = 520;
+/// The same for [`Dot::Halves`], whose tile of 4 x 16 is faster than smaller ones by a tenth.
+const MAX_INSTRUCTIONS_HALVES: u64 = 600;
 
 /// A legal variant with its predicted cost.
 struct Candidate {
@@ -36,8 +38,13 @@ struct Candidate {
 pub fn variants(key: &KernelKey, isa: Isa) -> Vec<Variant> {
     let mut classes: Vec<Vec<Candidate>> = Vec::new();
     for width in [Width::X128, Width::Y256, Width::Z512] {
-        // Both encodings of `vpdpbusd` do the same: one is enough.
-        let dots = [Dot::Pairs, if isa.avx512_vnni { Dot::Evex } else { Dot::Vex }];
+        // Both encodings of `vpdpbusd` do the same: one is enough, and better than anything else.
+        let quads = match (isa.avx512_vnni, isa.avx_vnni) {
+            (true, _) => Dot::Evex,
+            (_, true) => Dot::Vex,
+            _ => Dot::Halves,
+        };
+        let dots = [Dot::Pairs, quads];
         for dot in dots {
             let mut class = candidates(key, width, dot, isa);
             class.sort_by_key(|c| c.cost);
@@ -92,12 +99,17 @@ fn candidates(key: &KernelKey, width: Width, dot: Dot, isa: Isa) -> Vec<Candidat
                             if isa.missing(&variant).is_some() {
                                 return out;
                             }
+                            // A single row widens codes for itself alone.
+                            if rows == 1 && dot == Dot::Halves {
+                                continue;
+                            }
                             let Ok(plan) = Plan::new(key, &variant) else { continue };
                             let instructions = instructions(&plan);
                             // The smallest kernel of a key is never too large, whatever the estimate says.
                             let smallest =
                                 rows == 1 && columns < 32 && streams == 1 && unroll == 1 && prefetch_bytes == 0;
-                            if instructions <= MAX_INSTRUCTIONS || smallest {
+                            let most = if plan.halves { MAX_INSTRUCTIONS_HALVES } else { MAX_INSTRUCTIONS };
+                            if instructions <= most || smallest {
                                 out.push(Candidate { variant, cost: (cycles(key, &plan), instructions) });
                             }
                         }
@@ -146,6 +158,8 @@ fn thin_out(sorted: Vec<Candidate>) -> Vec<Candidate> {
 struct Step {
     /// Multiplications and other arithmetic.
     arithmetic: u64,
+    /// Sums of products for which there are further ports.
+    sums: u64,
     /// Loads, broadcasts included.
     loads: u64,
     /// Loads that are instructions of their own, not folded into arithmetic.
@@ -160,17 +174,18 @@ fn step(plan: &Plan, rows: u64) -> Step {
     // At 512 bits a broadcast with a single user folds into it.
     let folds = plan.width == Width::Z512 && rows > 1;
     match plan.dtype {
-        DType::F32 if rows == 1 => Step { arithmetic: tile, loads: v + 1, own_loads: 1 },
+        DType::F32 if rows == 1 => Step { arithmetic: tile, sums: 0, loads: v + 1, own_loads: 1 },
         DType::F32 => {
             let operands = (0..rows as usize).filter(|row| plan.x_is_operand(*row)).count() as u64;
-            Step { arithmetic: tile, loads: v + rows + operands * (v - 1), own_loads: v + rows - operands }
+            let loads = v + rows + operands * (v - 1);
+            Step { arithmetic: tile, sums: 0, loads, own_loads: v + rows - operands }
         }
         DType::F16 => {
             let operands = (0..rows as usize).filter(|row| plan.x_is_operand(*row)).count() as u64;
             let own_loads = if folds && v == 1 { 0 } else { rows - operands };
-            Step { arithmetic: tile + v, loads: v + rows + operands * (v - 1), own_loads }
+            Step { arithmetic: tile + v, sums: 0, loads: v + rows + operands * (v - 1), own_loads }
         }
-        dtype => BlockLayout::of(dtype).map_or(Step { arithmetic: 0, loads: 0, own_loads: 0 }, |layout| {
+        dtype => BlockLayout::of(dtype).map_or(Step { arithmetic: 0, sums: 0, loads: 0, own_loads: 0 }, |layout| {
             quantised_step(plan, &layout, tile, per_group, folds)
         }),
     }
@@ -189,24 +204,30 @@ fn quantised_step(plan: &Plan, layout: &BlockLayout, tile: u64, per_group: u64, 
             high_loads += 1;
         }
     }
-    let dots = match (layout.signed_codes(), plan.vnni) {
-        (_, true) => 1,
-        (true, false) => 4,
-        (false, false) => 2,
+    let (dots, sums) = match (layout.signed_codes(), plan.vnni, plan.halves) {
+        (_, true, _) => (1, 0),
+        (true, _, true) => (2, 2),
+        (true, _, false) => (3, 1),
+        (false, ..) => (2, 0),
     };
-    let own_x = if folds && plan.vnni { 0 } else { per_group };
+    // Of each quad: widening, and two broadcasts for each row.
+    unpack += if plan.halves { 2 * QUADS as u64 } else { 0 };
+    let x = if plan.halves { 2 * tile / v } else { per_group };
+    let own_x = if folds && plan.vnni { 0 } else { x };
     let (minima, subs) = (u64::from(layout.minima), layout.sub_blocks as u64);
-    // Scaling: multiply, convert, fma; correct or widen; the minimum's fma. Scales that are products take three more, sums
-    // of half a block one.
+    // Scaling: multiply, convert, fma; correct or widen, for what has no signs; the minimum's fma. Scales that are products take
+    // three more, sums of half a block one.
+    let corrections = if layout.signed_codes() && !plan.vnni { 0 } else { subs };
     let products = if layout.super_blocks { 3 } else { 0 };
-    let scale = subs * (tile * (3 + subs + minima) + (2 + products) * v * (1 + minima));
+    let scale = subs * (tile * (3 + corrections + minima) + (2 + products) * v * (1 + minima));
     let frame = if plan.home == Home::Frame { subs * tile } else { 0 };
     let quads = QUADS as u64;
     let words = layout.low_words() as u64 + high_loads;
-    let fields = subs * ((1 + subs + minima) * per_group + 2 * frame);
+    let fields = subs * ((1 + corrections + minima) * per_group + 2 * frame);
     Step {
         arithmetic: unpack * v + quads * dots * tile + scale,
-        loads: words * v + quads * per_group + fields + v,
+        sums: quads * sums * tile,
+        loads: words * v + quads * x + fields + v,
         own_loads: words * v + quads * own_x + fields,
     }
 }
@@ -240,8 +261,10 @@ fn instructions(plan: &Plan) -> u64 {
             let one = step(plan, rows as u64);
             let held = (rows * plan.vectors) as u64;
             let frame = if plan.home == Home::Frame && !plan.dtype.is_quantised() { 4 * groups * held } else { 0 };
-            total +=
-                groups * steps * (one.arithmetic + one.own_loads + prefetches(plan)) + frame + 3 * groups * held + 30;
+            total += groups * steps * (one.arithmetic + one.sums + one.own_loads + prefetches(plan))
+                + frame
+                + 3 * groups * held
+                + 30;
             total += if plan.parts == 2 { 45 } else { 0 };
             // Loading sums, and the loops and the prefetches between them.
             total += if plan.k_block.is_some() { held + 30 } else { 0 };
@@ -257,7 +280,7 @@ fn cycles(key: &KernelKey, plan: &Plan) -> u64 {
     let groups_in_flight = if plan.home == Home::Registers { streams } else { 1 };
     let tile = |rows: u64| -> u64 {
         let one = step(plan, rows);
-        let issue = 25 * (one.arithmetic + one.own_loads + prefetches(plan)) + 100 / plan.unroll as u64;
+        let issue = 25 * (one.arithmetic + one.sums + one.own_loads + prefetches(plan)) + 100 / plan.unroll as u64;
         // Each accumulator's fma waits 4 cycles for the one before; quantised blocks are long enough to hide it.
         let latency = if plan.dtype.is_quantised() { 0 } else { 400 / groups_in_flight };
         let frame = if plan.home == Home::Frame && !plan.dtype.is_quantised() {

@@ -243,11 +243,13 @@ pub enum Dot {
     Evex,
     /// Four, by `vpdpbusd` as AVX-VNNI encodes it: up to 256 bits, for CPUs without AVX-512.
     Vex,
+    /// Two and two as i16, by `vpmaddwd`: for codes of 8 bits, which `vpmaddubsw` needs the sign taken from.
+    Halves,
 }
 
 impl Dot {
     /// Every way.
-    pub const ALL: [Dot; 3] = [Dot::Pairs, Dot::Evex, Dot::Vex];
+    pub const ALL: [Dot; 4] = [Dot::Pairs, Dot::Evex, Dot::Vex, Dot::Halves];
 
     /// The letter after the width in a variant's name.
     fn letter(self) -> &'static str {
@@ -255,6 +257,7 @@ impl Dot {
             Dot::Pairs => "",
             Dot::Evex => "v",
             Dot::Vex => "a",
+            Dot::Halves => "h",
         }
     }
 }
@@ -312,7 +315,8 @@ impl FromStr for Variant {
     type Err = NameError;
 
     fn from_str(text: &str) -> Result<Self, NameError> {
-        const ERROR: NameError = NameError { expected: "wBITS[v|a]_rROWS_cCOLUMNS_sSTREAMS_uUNROLL_pfBYTES[_kbSTEPS]" };
+        const ERROR: NameError =
+            NameError { expected: "wBITS[v|a|h]_rROWS_cCOLUMNS_sSTREAMS_uUNROLL_pfBYTES[_kbSTEPS]" };
         fn number<T: FromStr>(field: Option<&str>, prefix: &str) -> Result<T, NameError> {
             field.and_then(|f| f.strip_prefix(prefix)).and_then(|f| f.parse().ok()).ok_or(ERROR)
         }

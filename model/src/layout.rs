@@ -38,7 +38,7 @@
 //! panel `2p+1` the same up columns. For `Qkv` the three matrices' columns are concatenated before panels are cut.
 //!
 //! Activations: for F32/F16 weights row `r` is `k` f32 values at byte `r * 4k`. For quantised weights it is `k/32`
-//! blocks of [`XBLOCK_BYTES`] at byte `r * 48 (k/32)`, each as the `XBLOCK_*` offsets say.
+//! blocks of [`BlockLayout::x_block_bytes`], each as the `XBLOCK_*` offsets say.
 //! Outputs are f32, row-major, with a row stride (`ldy`) of at least `n` rounded up to [`PANEL`]; kernels write the
 //! padding columns.
 //!
@@ -67,7 +67,7 @@ pub const SUPER: usize = 8;
 pub const QUADS: usize = BLOCK / 4;
 /// Bytes of one word of every column of a panel.
 pub const WORD_BYTES: usize = 4 * PANEL;
-/// Bytes of one quantised activation block.
+/// Bytes of one quantised activation block, without [`XBLOCK_HALVES`].
 pub const XBLOCK_BYTES: usize = 48;
 /// Offset of the 32 `i8` values `q`.
 pub const XBLOCK_QS: usize = 0;
@@ -79,6 +79,9 @@ pub const XBLOCK_SUM: usize = 36;
 pub const XBLOCK_DSUM: usize = 40;
 /// Offset of the i32 sum of the first 16 `q` (for types with a scale for each 16).
 pub const XBLOCK_SUM_LOW: usize = 44;
+/// Offset of the 32 `q` as `i16`, for types with codes of 8 bits: of each quad the elements 0, 2, 1, 3. (That is the order in which two
+/// shifts of a word widen its codes.)
+pub const XBLOCK_HALVES: usize = 64;
 /// Positions in a block of the KV cache: the piece of the context whose attention is computed on its own.
 pub const KV_BLOCK: usize = 128;
 /// Positions in a panel of keys.
@@ -155,6 +158,11 @@ impl BlockLayout {
     /// True for codes that are `i8`.
     pub const fn signed_codes(&self) -> bool {
         self.low_bits == 8
+    }
+
+    /// Bytes of one block of the activations that such weights are multiplied with.
+    pub const fn x_block_bytes(&self) -> usize {
+        if self.signed_codes() { XBLOCK_HALVES + 2 * BLOCK } else { XBLOCK_BYTES }
     }
 
     /// Bits of a code.
@@ -328,9 +336,9 @@ pub const fn packed_len_bytes(dtype: DType, n: usize, k: usize) -> usize {
 
 /// Bytes of one activation row of length `k`.
 pub const fn x_row_bytes(dtype: DType, k: usize) -> usize {
-    match dtype {
-        DType::F32 | DType::F16 => 4 * k,
-        _ => k / BLOCK * XBLOCK_BYTES,
+    match BlockLayout::of(dtype) {
+        None => 4 * k,
+        Some(layout) => k / BLOCK * layout.x_block_bytes(),
     }
 }
 

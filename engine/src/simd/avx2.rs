@@ -13,8 +13,8 @@ use core::arch::x86_64::*;
 use core::ptr::read_unaligned;
 use model::kernel::{DType, KernelKey, Op};
 use model::layout::{
-    BlockLayout, PANEL, QuadField, SUPER, WORD_BYTES, XBLOCK_BYTES, XBLOCK_D, XBLOCK_DSUM, XBLOCK_SUM, XBLOCK_SUM_LOW,
-    panel_bytes, panels, step_k, x_row_bytes,
+    BlockLayout, PANEL, QuadField, SUPER, WORD_BYTES, XBLOCK_D, XBLOCK_DSUM, XBLOCK_SUM, XBLOCK_SUM_LOW, panel_bytes,
+    panels, step_k, x_row_bytes,
 };
 
 /// Rows of a register tile.
@@ -163,7 +163,7 @@ impl<const DTYPE: usize> Quantised<DTYPE> {
                             }
                         }
                     }
-                    x = x.add(XBLOCK_BYTES);
+                    x = x.add(Self::LAYOUT.x_block_bytes());
                     step = step.add(Self::STEP_BYTES);
                 }
                 header = step;

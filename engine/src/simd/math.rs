@@ -4,7 +4,7 @@ use super::Avx2;
 use crate::math::fold_halves;
 use core::arch::x86_64::*;
 use model::architecture::{Activation, RopeOrder};
-use model::layout::{BLOCK, XBLOCK_BYTES, XBLOCK_D, XBLOCK_DSUM, XBLOCK_SUM, XBLOCK_SUM_LOW};
+use model::layout::{BLOCK, XBLOCK_BYTES, XBLOCK_D, XBLOCK_DSUM, XBLOCK_HALVES, XBLOCK_SUM, XBLOCK_SUM_LOW};
 use model::numerics::{
     EXP_HI, EXP_LO, EXP_POLY, GELU_CUBIC, GELU_LINEAR, LN2_HI, LN2_LO, LOG2E, REDUCE_LANES, ROUND_MAGIC,
 };
@@ -162,12 +162,12 @@ pub(crate) fn first_of_largest(_: Avx2, x: &[f32]) -> Option<usize> {
 ///
 /// # Panics
 /// When the lengths are not those of whole blocks.
-pub(crate) fn scale_quantise(_: Avx2, x: &[f32], scale: f32, weight: &[f32], out: &mut [u8]) {
+pub(crate) fn scale_quantise(_: Avx2, x: &[f32], scale: f32, weight: &[f32], block_bytes: usize, out: &mut [u8]) {
     #[target_feature(enable = "avx2")]
-    fn run(x: &[f32], scale: f32, weight: &[f32], out: &mut [u8]) {
+    fn run(x: &[f32], scale: f32, weight: &[f32], block_bytes: usize, out: &mut [u8]) {
         let scale = _mm256_set1_ps(scale);
         let blocks = x.chunks_exact(BLOCK).zip(weight.chunks_exact(BLOCK));
-        for ((x, weight), out) in blocks.zip(out.chunks_exact_mut(XBLOCK_BYTES)) {
+        for ((x, weight), out) in blocks.zip(out.chunks_exact_mut(block_bytes)) {
             let mut y = [_mm256_setzero_ps(); 4];
             for (j, y) in y.iter_mut().enumerate() {
                 // SAFETY: both chunks are 32 f32.
@@ -178,9 +178,9 @@ pub(crate) fn scale_quantise(_: Avx2, x: &[f32], scale: f32, weight: &[f32], out
             quantise_block(y, out);
         }
     }
-    assert!(x.len() == weight.len() && x.len().is_multiple_of(BLOCK) && out.len() == x.len() / BLOCK * XBLOCK_BYTES);
+    assert!(x.len() == weight.len() && x.len().is_multiple_of(BLOCK) && out.len() == x.len() / BLOCK * block_bytes);
     // SAFETY: `Avx2` proves the features.
-    unsafe { run(x, scale, weight, out) }
+    unsafe { run(x, scale, weight, block_bytes, out) }
 }
 
 /// One block of [`quantise`].
@@ -208,26 +208,39 @@ fn quantise_block(x: [__m256; 4], out: &mut [u8]) {
     let sums = _mm256_add_epi32(sums, _mm256_shuffle_epi32::<0xb1>(sums));
     let sum_low = _mm_cvtsi128_si32(_mm256_castsi256_si128(sums));
     let sum = sum_low + _mm_cvtsi128_si32(_mm256_extracti128_si256::<1>(sums));
-    // SAFETY: the chunk is 48 bytes.
+    let (out, behind) = out.split_at_mut(XBLOCK_BYTES);
+    // SAFETY: what was split off is 48 bytes.
     unsafe { _mm256_storeu_si256(out.as_mut_ptr().cast(), q) };
     out[XBLOCK_D..XBLOCK_D + 4].copy_from_slice(&d.to_le_bytes());
     out[XBLOCK_SUM..XBLOCK_SUM + 4].copy_from_slice(&sum.to_le_bytes());
     out[XBLOCK_DSUM..XBLOCK_DSUM + 4].copy_from_slice(&(d * sum as f32).to_le_bytes());
     out[XBLOCK_SUM_LOW..].copy_from_slice(&sum_low.to_le_bytes());
+    let Some((padding, halves)) = behind.split_at_mut_checked(XBLOCK_HALVES - XBLOCK_BYTES) else { return };
+    padding.fill(0);
+    assert_eq!(halves.len(), 2 * BLOCK);
+    let (even, odd) = (_mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(q)), _mm256_srai_epi16::<8>(q));
+    // Of each 128-bit half two quads and two quads.
+    let (first, second) = (_mm256_unpacklo_epi32(even, odd), _mm256_unpackhi_epi32(even, odd));
+    // SAFETY: `halves` is 64 bytes.
+    unsafe {
+        let halves = halves.as_mut_ptr().cast::<__m256i>();
+        _mm256_storeu_si256(halves, _mm256_permute2x128_si256::<0x20>(first, second));
+        _mm256_storeu_si256(halves.add(1), _mm256_permute2x128_si256::<0x31>(first, second));
+    }
 }
 
 /// `math::quantise_activations`, which has checked that the lengths are those of whole blocks.
-pub(crate) fn quantise(_: Avx2, x: &[f32], out: &mut [u8]) {
+pub(crate) fn quantise(_: Avx2, x: &[f32], block_bytes: usize, out: &mut [u8]) {
     #[target_feature(enable = "avx2")]
-    fn quantise(x: &[f32], out: &mut [u8]) {
-        for (x, out) in x.chunks_exact(BLOCK).zip(out.chunks_exact_mut(XBLOCK_BYTES)) {
+    fn quantise(x: &[f32], block_bytes: usize, out: &mut [u8]) {
+        for (x, out) in x.chunks_exact(BLOCK).zip(out.chunks_exact_mut(block_bytes)) {
             // SAFETY: the chunk is 32 f32.
             let x: [__m256; 4] = core::array::from_fn(|j| unsafe { _mm256_loadu_ps(x.as_ptr().add(8 * j)) });
             quantise_block(x, out);
         }
     }
     // SAFETY: `Avx2` proves the features.
-    unsafe { quantise(x, out) }
+    unsafe { quantise(x, block_bytes, out) }
 }
 
 /// `math::softmax_numerators`; `scores` is padded to whole chunks of 32.

@@ -64,6 +64,7 @@ pub const PLAIN: &[Row] = rows! {
     VEX_Vpslld_xmm_xmm_imm8         => VEX_Vpslld_xmm_xmm_imm8         | VEX_Vpslld_ymm_ymm_imm8         | EVEX_Vpslld_zmm_k1z_zmmm512b32_imm8;
     VEX_Vpsllw_xmm_xmm_imm8         => VEX_Vpsllw_xmm_xmm_imm8         | VEX_Vpsllw_ymm_ymm_imm8         | EVEX_Vpsllw_zmm_k1z_zmmm512_imm8;
     VEX_Vpsrlw_xmm_xmm_imm8         => VEX_Vpsrlw_xmm_xmm_imm8         | VEX_Vpsrlw_ymm_ymm_imm8         | EVEX_Vpsrlw_zmm_k1z_zmmm512_imm8;
+    VEX_Vpsraw_xmm_xmm_imm8         => VEX_Vpsraw_xmm_xmm_imm8         | VEX_Vpsraw_ymm_ymm_imm8         | EVEX_Vpsraw_zmm_k1z_zmmm512_imm8;
     VEX_Vpmaddubsw_xmm_xmm_xmmm128  => VEX_Vpmaddubsw_xmm_xmm_xmmm128  | VEX_Vpmaddubsw_ymm_ymm_ymmm256  | EVEX_Vpmaddubsw_zmm_k1z_zmm_zmmm512;
 };
 

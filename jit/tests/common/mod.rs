@@ -8,7 +8,7 @@ use jit::CompiledKernel;
 use model::Isa;
 use model::kernel::{DType, KernelKey, Op};
 use model::layout::{
-    BLOCK, BlockLayout, PANEL, QuadField, WORD_BYTES, XBLOCK_BYTES, XBLOCK_D, XBLOCK_DSUM, XBLOCK_QS, XBLOCK_SUM,
+    BLOCK, BlockLayout, PANEL, QuadField, WORD_BYTES, XBLOCK_D, XBLOCK_DSUM, XBLOCK_HALVES, XBLOCK_QS, XBLOCK_SUM,
     XBLOCK_SUM_LOW, group_bytes, group_steps, header_bytes, padded, panel_bytes, panels, step_bytes, x_row_bytes,
 };
 use model::numerics::{EXP_HI, EXP_LO, EXP_POLY, GELU_CUBIC, GELU_LINEAR, LN2_HI, LN2_LO, LOG2E, ROUND_MAGIC};
@@ -295,7 +295,8 @@ pub fn fill_x(dtype: DType, bytes: &mut [u8], random: &mut Random) {
         }
         return;
     }
-    for block in bytes.chunks_exact_mut(XBLOCK_BYTES) {
+    let has_halves = x_row_bytes(dtype, BLOCK) > XBLOCK_HALVES;
+    for block in bytes.chunks_exact_mut(x_row_bytes(dtype, BLOCK)) {
         let kind = random.below(8);
         let (mut sum, mut sum_low) = (0i32, 0);
         for (i, q) in block[XBLOCK_QS..XBLOCK_QS + BLOCK].iter_mut().enumerate() {
@@ -314,6 +315,11 @@ pub fn fill_x(dtype: DType, bytes: &mut [u8], random: &mut Random) {
         block[XBLOCK_SUM..XBLOCK_SUM + 4].copy_from_slice(&sum.to_le_bytes());
         block[XBLOCK_DSUM..XBLOCK_DSUM + 4].copy_from_slice(&(d * sum as f32).to_le_bytes());
         block[XBLOCK_SUM_LOW..XBLOCK_SUM_LOW + 4].copy_from_slice(&sum_low.to_le_bytes());
+        for i in (0..BLOCK).filter(|_| has_halves) {
+            let place = XBLOCK_HALVES + 2 * (i / 4 * 4 + [0, 2, 1, 3][i % 4]);
+            let value = i16::from(block[XBLOCK_QS + i] as i8);
+            block[place..place + 2].copy_from_slice(&value.to_le_bytes());
+        }
     }
 }
 
@@ -385,7 +391,7 @@ fn product(dtype: DType, k: usize, x: &[u8], row: usize, w: &[u8], panel: usize,
     }
     let layout = BlockLayout::of(dtype).expect("a quantised type");
     for block in 0..k / BLOCK {
-        let x = &x[block * XBLOCK_BYTES..][..XBLOCK_BYTES];
+        let x = &x[x_row_bytes(dtype, block * BLOCK)..];
         let group = &w[block / group_steps(dtype) * group_bytes(dtype)..][..group_bytes(dtype)];
         let (header, steps) = group.split_at(header_bytes(dtype));
         let w = &steps[block % group_steps(dtype) * step_bytes(dtype)..][..step_bytes(dtype)];
