@@ -109,7 +109,12 @@ mod tests {
         let hot = engine.table().profile().hot_list()[0];
         let median = engine.table().profile().stats(hot.slot).median_cycles().unwrap();
         let rate = hot.key.flops() as f64 / median as f64;
-        let limits = Limits { read_bytes_per_cycle: 1e30, fma_flops_per_cycle: rate, int8_ops_per_cycle: rate };
+        let limits = Limits {
+            read_bytes_per_cycle: 1e30,
+            sustained_read_bytes_per_cycle: 1e30,
+            fma_flops_per_cycle: rate,
+            int8_ops_per_cycle: rate,
+        };
         let running = RunningKernels::none(engine.table().len());
         let rows = |hz| kernel_rows(&engine, &limits, &running, hz, &|_| Remembered::default());
         let trusted = &rows(Some(1_000_000_000))[0];

@@ -12,8 +12,10 @@ use model::Isa;
 /// Measured limits of some cores together.
 #[derive(Clone, Copy, PartialEq, Debug, Default)]
 pub struct Limits {
-    /// Bytes read from memory per tick.
+    /// Bytes read from memory per tick, in the best of several passes.
     pub read_bytes_per_cycle: f64,
+    /// The same over all passes of one kind: what a program gets that does nothing but read.
+    pub sustained_read_bytes_per_cycle: f64,
     /// f32 operations per tick, a fused multiply-add counted as two.
     pub fma_flops_per_cycle: f64,
     /// Operations of exact int8 dot products per tick (`vpmaddubsw` and `vpmaddwd`), a multiply-add counted as two.
@@ -35,8 +37,10 @@ const ARITHMETIC_ITERATIONS: u64 = 4000;
 pub fn measure(memory: &[u8], level: Level, isa: Isa, workers: &dyn Workers, cores: usize) -> Limits {
     let cores = cores.clamp(1, workers.count());
     let wide = Wide::new(isa);
+    let (read_bytes_per_cycle, sustained_read_bytes_per_cycle) = read_bandwidth(memory, level, workers, cores);
     Limits {
-        read_bytes_per_cycle: read_bandwidth(memory, level, workers, cores),
+        read_bytes_per_cycle,
+        sustained_read_bytes_per_cycle,
         fma_flops_per_cycle: best_rate(workers, cores, || fma_probe(level, ARITHMETIC_ITERATIONS)).max(best_rate(
             workers,
             cores,
@@ -107,10 +111,12 @@ pub fn read(memory: &[u8], level: Level) {
     core::hint::black_box(read_once(memory, true, level));
 }
 
-/// Bytes per tick over the first `cores` workers, each reading its own part of `memory`: the best of one stream and
-/// four streams with software prefetch.
-fn read_bandwidth(memory: &[u8], level: Level, workers: &dyn Workers, cores: usize) -> f64 {
+/// Bytes per tick over the first `cores` workers, each reading its own part of `memory`, in one stream or in four with software
+/// prefetch: in the best pass, and in all passes of the better kind.
+fn read_bandwidth(memory: &[u8], level: Level, workers: &dyn Workers, cores: usize) -> (f64, f64) {
     let mut best = 0.0f64;
+    // Bytes and ticks of each kind.
+    let mut read = [(0, 0); 2];
     for pass in 0..2 * READ_PASSES {
         // Each pass reads another stretch, so that a small last-level cache cannot serve it.
         let windows = (memory.len() / READ_BYTES).max(1);
@@ -118,7 +124,7 @@ fn read_bandwidth(memory: &[u8], level: Level, workers: &dyn Workers, cores: usi
         let window = &memory[start.min(memory.len())..(start + READ_BYTES).min(memory.len())];
         let part_bytes = window.len() / cores / 4096 * 4096;
         if part_bytes == 0 {
-            return best;
+            break;
         }
         let checksum = AtomicU64::new(0);
         let before = cycles();
@@ -132,8 +138,11 @@ fn read_bandwidth(memory: &[u8], level: Level, workers: &dyn Workers, cores: usi
         let ticks = cycles().wrapping_sub(before).max(1);
         core::hint::black_box(checksum.load(Ordering::Relaxed));
         best = best.max((part_bytes * cores) as f64 / ticks as f64);
+        let (bytes, all_ticks) = &mut read[pass % 2];
+        *bytes += part_bytes * cores;
+        *all_ticks += ticks;
     }
-    best
+    (best, read.iter().fold(0.0, |max, (bytes, ticks)| f64::max(max, *bytes as f64 / (*ticks).max(1) as f64)))
 }
 
 fn read_once(part: &[u8], streams: bool, level: Level) -> u64 {
@@ -335,6 +344,8 @@ mod tests {
         for level in [Level::Portable, Level::detect()] {
             let limits = measure(&memory, level, crate::isa::detect(), &Single, 1);
             assert!(limits.read_bytes_per_cycle > 0.0 && limits.read_bytes_per_cycle.is_finite());
+            let sustained = limits.sustained_read_bytes_per_cycle;
+            assert!(sustained > 0.0 && sustained <= limits.read_bytes_per_cycle, "{sustained} of {limits:?}");
             // More than a core can do means that the probe was optimised away: 2 x 16 lanes x 2 ports, and 4 times that.
             assert!(limits.fma_flops_per_cycle > 0.0 && limits.fma_flops_per_cycle < 128.0);
             assert!(limits.int8_ops_per_cycle > 0.0 && limits.int8_ops_per_cycle < 512.0);

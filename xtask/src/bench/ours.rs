@@ -122,8 +122,10 @@ impl Job<'_> {
 /// What some cores can do together, measured in a moment.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub struct Limits {
-    /// Read bandwidth, GB/s.
+    /// Read bandwidth, GB/s: the best of a few passes.
     pub read_gb_s: f64,
+    /// The same over all passes.
+    pub sustained_read_gb_s: f64,
     /// f32 multiply-adds, counted as two operations each, Gop/s.
     pub f32_gflop_s: f64,
     /// Exact int8 multiply-adds, likewise.

@@ -82,6 +82,8 @@ pub struct Row {
     pub ratio_to: BTreeMap<&'static str, Spread>,
     /// Decode: bytes of weights per second over the read bandwidth measured just before; absent for prefill.
     pub fraction_of_bandwidth: Option<Spread>,
+    /// The same over what plain reading sustained just before, which is less than it reached at best.
+    pub fraction_of_sustained_bandwidth: Option<Spread>,
     /// Prefill: operations of the layers' products per second over the multiply-add peak measured just before, of f32 for
     /// float types and of exact int8 for quantised ones; absent for decode.
     pub fraction_of_arithmetic: Option<Spread>,
@@ -148,9 +150,10 @@ pub fn rows(
                     };
                     references.iter().filter(|r| **r != facts.engine).filter_map(|r| ratio(r)).collect()
                 };
-                let of_bandwidth = |run: &&Run| {
-                    let bytes = work(dtype).filter(|_| phase == Phase::Decode)?.token_bytes;
-                    Some(run.decode_tok_s * bytes as f64 / (run.limits.read_gb_s * 1e9))
+                let of_bandwidth = |gb_s: fn(&Limits) -> f64| {
+                    let bytes = work(dtype).filter(|_| phase == Phase::Decode).map(|work| work.token_bytes as f64);
+                    let fraction = |bytes: f64, run: &&Run| run.decode_tok_s * bytes / (gb_s(&run.limits) * 1e9);
+                    Spread::of(own.iter().filter_map(|run| Some(fraction(bytes?, run))))
                 };
                 let of_arithmetic = |run: &&Run| {
                     let ops = work(dtype).filter(|_| phase == Phase::Prefill)?.layer_ops;
@@ -175,7 +178,8 @@ pub fn rows(
                     phase,
                     tok_s,
                     ratio_to: ratios(&|run| phase.rate(run)),
-                    fraction_of_bandwidth: Spread::of(own.iter().filter_map(of_bandwidth)),
+                    fraction_of_bandwidth: of_bandwidth(|limits| limits.read_gb_s),
+                    fraction_of_sustained_bandwidth: of_bandwidth(|limits| limits.sustained_read_gb_s),
                     fraction_of_arithmetic: Spread::of(own.iter().filter_map(of_arithmetic)),
                     ttft_ms,
                     ttft_ratio_to: ratios(&|run| run.ttft_ms),
@@ -197,7 +201,7 @@ mod tests {
             engine,
             dtype: "F32".into(),
             threads: 1,
-            limits: Limits { read_gb_s: 10.0, f32_gflop_s: 50.0, int8_gop_s: 200.0 },
+            limits: Limits { read_gb_s: 10.0, sustained_read_gb_s: 8.0, f32_gflop_s: 50.0, int8_gop_s: 200.0 },
             prefill_tok_s: 100.0,
             decode_tok_s,
             ttft_ms: 5.0,
@@ -218,6 +222,7 @@ mod tests {
         assert_eq!(a.tok_s.n, 3);
         // 30 tokens of 1 MB each of 10 GB/s.
         assert!((a.fraction_of_bandwidth.unwrap().median - 0.003).abs() < 1e-12);
+        assert!((a.fraction_of_sustained_bandwidth.unwrap().median - 0.00375).abs() < 1e-12);
         assert!(a.fraction_of_arithmetic.is_none());
         assert_eq!(a.ttft_ratio_to["b"], Spread { median: 1.0, min: 1.0, max: 1.0, n: 2 });
         let b = rows.iter().find(|r| r.engine == "b" && r.phase == Phase::Prefill).unwrap();
