@@ -48,6 +48,7 @@ pub fn print(threads: u32, avx2_only: bool, as_json: bool) -> Result<()> {
             "sustained_read_gb_s": sustained_read_gb_s,
             "f32_gflop_s": f32_gflop_s,
             "int8_gop_s": int8_gop_s,
+            "interrupted": measured.interrupted,
         });
         print_line!("{}", serde_json::to_string_pretty(&value)?);
     } else {
@@ -55,6 +56,7 @@ pub fn print(threads: u32, avx2_only: bool, as_json: bool) -> Result<()> {
         print_line!("read          {read_gb_s:.1} GB/s at best, {sustained_read_gb_s:.1} GB/s sustained");
         print_line!("f32 FMA       {f32_gflop_s:.1} GFLOP/s");
         print_line!("int8 dot      {int8_gop_s:.1} GOP/s");
+        print_line!("interrupted   {:.1} % of the time", 100.0 * measured.interrupted);
     }
     Ok(())
 }

@@ -397,6 +397,8 @@ pub struct BootReport {
     pub read_gb_s: Option<f64>,
     /// Measured multiply-add peak of the tier in use, GFLOP/s.
     pub peak_gflop_s: Option<f64>,
+    /// Measured share of time in which a core did not run, because a host or hypervisor did something else.
+    pub interrupted: Option<f64>,
     /// Model load rate against the raw device rate of the same boot.
     pub load: Option<LoadFacts>,
     /// Cost of profiling as a share of kernel time, measured.

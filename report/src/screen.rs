@@ -89,9 +89,10 @@ fn facts(screen: &mut Screen, report: &BootReport) {
     screen.fact(
         "limits",
         &format!(
-            "reads {}, multiply-add {} (measured)",
+            "reads {}, multiply-add {}, interrupted {} (measured)",
             known_rate(report.read_gb_s, "GB/s"),
-            known_rate(report.peak_gflop_s, "GFLOP/s")
+            known_rate(report.peak_gflop_s, "GFLOP/s"),
+            report.interrupted.map_or("-".to_string(), percent)
         ),
         2,
     );
@@ -599,6 +600,7 @@ mod tests {
             token_ms_median: 12.3,
             read_gb_s: Some(12.34),
             peak_gflop_s: None,
+            interrupted: Some(0.021),
             load: Some(LoadFacts { bytes: 98_362_432, mb_s: 1810.0, raw_mb_s: 2011.0, rounds: Vec::new() }),
             profiler_overhead: Some(0.0004),
             parts: alloc::vec![

@@ -114,6 +114,7 @@ mod tests {
             sustained_read_bytes_per_cycle: 1e30,
             fma_flops_per_cycle: rate,
             int8_ops_per_cycle: rate,
+            interrupted: 0.0,
         };
         let running = RunningKernels::none(engine.table().len());
         let rows = |hz| kernel_rows(&engine, &limits, &running, hz, &|_| Remembered::default());

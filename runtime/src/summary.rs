@@ -89,6 +89,7 @@ pub fn boot_report(platform: &mut dyn Platform, ran: Ran<'_>) -> BootReport {
         stages: Vec::new(),
         read_gb_s: giga(limits.read_bytes_per_cycle),
         peak_gflop_s: giga(limits.fma_flops_per_cycle),
+        interrupted: Some(limits.interrupted),
         load,
         profiler_overhead: profiler_overhead(engine),
         parts: part_rows(engine, decoded, clock.tsc_hz),

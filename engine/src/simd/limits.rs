@@ -20,6 +20,8 @@ pub struct Limits {
     pub fma_flops_per_cycle: f64,
     /// Operations of exact int8 dot products per tick (`vpmaddubsw` and `vpmaddwd`), a multiply-add counted as two.
     pub int8_ops_per_cycle: f64,
+    /// Share of its time in which the core that was interrupted most did not run: host, hypervisor, interrupts of a system.
+    pub interrupted: f64,
 }
 
 /// Passes over the memory of [`read_bandwidth`] for each access pattern; the best counts.
@@ -29,6 +31,11 @@ const READ_BYTES: usize = 64 << 20;
 /// Repetitions of each arithmetic probe; the best counts.
 const ARITHMETIC_PASSES: usize = 5;
 const ARITHMETIC_ITERATIONS: u64 = 4000;
+/// Ticks for which cores watch the clock: some milliseconds, several timer interrupts of a host.
+const WATCH_TICKS: u64 = 60_000_000;
+/// Two readings of the clock that are so many ticks apart had something between them: a reading takes some tens, the shortest
+/// interrupt a thousand.
+const GAP_TICKS: u64 = 1000;
 
 /// Measures all limits of the first `cores` workers. `memory` should be larger than the last-level cache, best the
 /// weights themselves.
@@ -51,6 +58,7 @@ pub fn measure(memory: &[u8], level: Level, isa: Isa, workers: &dyn Workers, cor
             cores,
             || wide.int8(ARITHMETIC_ITERATIONS),
         )),
+        interrupted: interrupted(workers, cores),
     }
 }
 
@@ -167,6 +175,26 @@ fn best_rate(workers: &dyn Workers, cores: usize, probe: impl Fn() -> u64 + Sync
         best = best.max(operations.load(Ordering::Relaxed) as f64 / ticks as f64);
     }
     best
+}
+
+/// Share of time that the first `cores` workers do not see pass, of the one that loses most.
+fn interrupted(workers: &dyn Workers, cores: usize) -> f64 {
+    let most = AtomicU64::new(0);
+    workers.run(&|i| {
+        if i >= cores {
+            return;
+        }
+        let start = cycles();
+        let (mut now, mut lost) = (start, 0);
+        while now.wrapping_sub(start) < WATCH_TICKS {
+            let next = cycles();
+            let gap = next.wrapping_sub(now);
+            lost += if gap >= GAP_TICKS { gap } else { 0 };
+            now = next;
+        }
+        most.fetch_max(lost, Ordering::Relaxed);
+    });
+    (most.load(Ordering::Relaxed) as f64 / WATCH_TICKS as f64).min(1.0)
 }
 
 /// Runs independent f32 multiply-adds and returns their operations.
@@ -346,6 +374,7 @@ mod tests {
             assert!(limits.read_bytes_per_cycle > 0.0 && limits.read_bytes_per_cycle.is_finite());
             let sustained = limits.sustained_read_bytes_per_cycle;
             assert!(sustained > 0.0 && sustained <= limits.read_bytes_per_cycle, "{sustained} of {limits:?}");
+            assert!((0.0..=1.0).contains(&limits.interrupted));
             // More than a core can do means that the probe was optimised away: 2 x 16 lanes x 2 ports, and 4 times that.
             assert!(limits.fma_flops_per_cycle > 0.0 && limits.fma_flops_per_cycle < 128.0);
             assert!(limits.int8_ops_per_cycle > 0.0 && limits.int8_ops_per_cycle < 512.0);

@@ -111,6 +111,7 @@ pub fn made_up_boot(boot: u32) -> BootReport {
         token_ms_median: 13.0,
         read_gb_s: Some(16.2),
         peak_gflop_s: Some(87.0),
+        interrupted: Some(0.013),
         load: Some(LoadFacts { bytes: 98_362_432, mb_s: 1810.0, raw_mb_s: 2011.0, rounds: Vec::new() }),
         profiler_overhead: Some(0.0004),
         parts: vec![PartRow {

@@ -92,6 +92,23 @@ pub fn rates(rows: &[Row], phase: Phase) -> String {
     table(&header, &lines)
 }
 
+/// How much of their time cores did not run: one line for each type, thread count and engine.
+pub fn interruptions(rows: &[Row]) -> String {
+    let header = ["type", "threads", "engine", "% of time"].map(str::to_owned);
+    let decode = rows.iter().filter(|r| r.phase == Phase::Decode);
+    let percent = |s: &Spread| Spread { median: 100.0 * s.median, min: 100.0 * s.min, max: 100.0 * s.max, n: s.n };
+    let lines: Vec<Vec<String>> = decode
+        .map(|r| {
+            let interrupted = r.interrupted.as_ref().map(percent);
+            vec![r.dtype.clone(), r.threads.to_string(), r.engine.to_owned(), or_dash(interrupted.as_ref())]
+        })
+        .collect();
+    format!(
+        "\ninterrupted, a core's time that passes without it, for instance in the host's interrupts:\n\n{}",
+        table(&header, &lines)
+    )
+}
+
 /// One line for each engine, type and thread count: shares of the machine's limits, time to first token, memory.
 pub fn resources(rows: &[Row]) -> String {
     const REFERENCE: &str = "llama_cpp_avx2";

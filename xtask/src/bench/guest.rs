@@ -87,6 +87,7 @@ impl Guest {
                         decode_tok_s: report.decode_tok_s,
                         ttft_ms: report.ttft_ms,
                         peak_rss_mib: peak as f64 / (1 << 20) as f64,
+                        interrupted: report.interrupted,
                     },
                     report.token_ids,
                 ));

@@ -586,6 +586,7 @@ impl Bench {
                     decode_tok_s: report.decode_tok_s,
                     ttft_ms: report.ttft_ms,
                     peak_rss_mib: peak as f64 / MIB,
+                    interrupted: report.interrupted,
                 }
             }
             Engine::Peer(peer) => {
@@ -600,6 +601,7 @@ impl Bench {
                     decode_tok_s: run.decode_tok_s,
                     ttft_ms: run.ttft_ms,
                     peak_rss_mib: run.peak_rss_mib,
+                    interrupted: None,
                 }
             }
         })
@@ -646,7 +648,8 @@ fn write(workspace: &Path, docs: &Path, results: &Results, micro: Option<&(Vec<V
     // What this invocation did not measure keeps what an earlier one found.
     if let GuestResults { skipped: None, accel: Some(accel), rows, .. } = &results.guest {
         let tables = Phase::ALL.map(|phase| format!("{}:\n\n{}\n", phase.name(), document::rates(rows, phase)));
-        let section = document::command(&results.command) + &format!("Accelerator: {accel}.\n\n") + &tables.concat();
+        let head = document::command(&results.command) + &format!("Accelerator: {accel}.\n\n");
+        let section = head + &tables.concat() + &document::interruptions(rows);
         text = document::replace(&text, "guest", &section)?;
     }
     if let Some((kernels, gemm)) = micro {

@@ -27,6 +27,8 @@ pub struct Run {
     pub ttft_ms: f64,
     /// Peak memory, MiB.
     pub peak_rss_mib: f64,
+    /// Share of time in which a core of it did not run, measured just after; absent for peers.
+    pub interrupted: Option<f64>,
 }
 
 /// Half of a run.
@@ -93,6 +95,8 @@ pub struct Row {
     pub ttft_ratio_to: BTreeMap<&'static str, Spread>,
     /// Peak memory, MiB.
     pub peak_rss_mib: Spread,
+    /// Share of time in which a core of it did not run; absent for peers.
+    pub interrupted: Option<Spread>,
 }
 
 /// What a model of some weight type takes of a machine.
@@ -184,6 +188,7 @@ pub fn rows(
                     ttft_ms,
                     ttft_ratio_to: ratios(&|run| run.ttft_ms),
                     peak_rss_mib,
+                    interrupted: Spread::of(own.iter().filter_map(|run| run.interrupted)),
                 });
             }
         }
@@ -206,6 +211,7 @@ mod tests {
             decode_tok_s,
             ttft_ms: 5.0,
             peak_rss_mib: 1.0,
+            interrupted: Some(0.01),
         }
     }
 
